@@ -1,0 +1,1 @@
+"""From a file of rows to packed batches: rows -> prompts -> tokens -> packing."""

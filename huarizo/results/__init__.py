@@ -1,0 +1,1 @@
+"""What comes after training: answers, evaluation, and the summary of a run."""
