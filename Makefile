@@ -1,0 +1,52 @@
+# `make train` and `make test` do everything on a machine with Python 3.11 or newer and make.
+.PHONY: help train test slow check format bench docs clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,\
+  $(shell $(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(python))))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+help:  ## list what can be done
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+
+train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it (ARGS="key=value ...")
+	$(BIN)/huarizo train recipes/quickstart.yaml $(ARGS)
+
+test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name"); make slow runs the long ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+slow: $(VENV)/dev-ready  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/dev-ready  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/dev-ready  ## put the code into its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/train-ready  ## a short comparison with the tutorial's recipe on this machine
+	$(BIN)/python benchmarks/train_speed.py --model quickstart --steps 8
+
+docs: $(VENV)/train-ready  ## write docs/recipe.md from the recipe's own help
+	$(BIN)/huarizo recipe --markdown > docs/recipe.md
+
+clean:  ## remove the virtual environment and what tools left behind; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found. Name it with make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train-ready: requirements.txt pyproject.toml | $(BIN)/python
+	@echo "setting up: the first time takes a minute or two"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+$(VENV)/dev-ready: requirements-dev.txt $(VENV)/train-ready
+	$(PIP) -r requirements-dev.txt
+	@touch $@

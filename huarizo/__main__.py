@@ -1,0 +1,5 @@
+"""`python -m huarizo` is the `huarizo` command."""
+
+from huarizo.cli import main
+
+main()

@@ -1,0 +1,137 @@
+"""A path becomes the data files it stands for, and what can't be one is refused in words.
+
+In goes a file or a folder, out come files by name, in a fixed order. Pipes, devices and unknown kinds are turned away
+before a byte of them is read. The phrases with which the other steps refuse a file stand here too.
+"""
+
+import difflib
+import os
+import re
+import shlex
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huarizo.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+PACKED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z", ".rar")
+SHEET_SUFFIXES = (".xlsx", ".xls", ".ods", ".numbers")
+MANIFESTS = (
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"),
+    *("manifest.json", "metadata.json", "package.json", "croissant.json"),
+)
+
+
+def shown(path: Path) -> str:
+    """A path as it can be printed anywhere."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def excerpt(text: str, limit: int = 40) -> str:
+    """A quoted text of the user's, cut to `limit` characters and printable."""
+    return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
+
+
+def enumerated(names: Collection[str], limit: int = 20) -> str:
+    """Names of fields, quoted and parted by commas."""
+    quoted = [excerpt(name) for name in list(names)[:limit]]
+    return ", ".join(quoted) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def refusal(path: Path, what: str, remedy: str) -> DataError:
+    return DataError(f"{shown(path)}: {what}. {remedy}.")
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Tell what the system says about a path in words."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _absent(path) from None
+    except PermissionError:
+        raise refusal(path, "may not be read by this user", f"Allow it: chmod u+r {shlex.quote(shown(path))}") from None
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or str(error)
+        raise refusal(path, f"can't be read: {what}", "Check the name and the disk, or copy it elsewhere") from None
+
+
+def _absent(path: Path) -> DataError:
+    if path.is_symlink():
+        return refusal(path, "is a link to a file that does not exist", "Mend the link, or name the file itself")
+    try:
+        close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    except OSError:
+        close = []
+    hint = f"Did you mean {shown(path.with_name(close[0]))}?" if close else "Check the name and the folder."
+    return DataError(f"{shown(path)}: does not exist. {hint}")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a path is a folder. What is neither a folder nor an ordinary file is refused unread."""
+    with told(path):
+        mode = path.stat().st_mode
+    if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+        return stat.S_ISDIR(mode)
+    kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+    raise refusal(path, f"is {kind}, not a file", "Write the rows to a file first, and name that")
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones. Links are followed, each folder is entered once."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    entered: set[Path] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        place = Path(parent).resolve()
+        if place in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _has_train(name: str) -> bool:
+    return re.search(r"(?<![a-z])train(?![a-z])", name.lower()) is not None
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files that a path stands for: itself, or those of a folder, sorted by name.
+
+    Where names in a folder contain `train` as a word, only these count; the rest are other splits.
+
+    Raises:
+        DataError: there is no such path, it is a pipe or device, or the folder has no data file.
+    """
+    if not _is_folder(path):
+        return [path]
+    with told(path):
+        found = sorted(_inside(path), key=lambda file: file.relative_to(path).as_posix())
+    files = [file for file in found if file.suffix.lower() in SUFFIXES and file.name.lower() not in MANIFESTS]
+    if not files:
+        others = f" (only {enumerated([file.name for file in found], 5)})" if found else ""
+        remedy = f"Put {', '.join(SUFFIXES)} files there"
+        if any(file.suffix.lower() in PACKED_SUFFIXES for file in found):
+            remedy = "Unpack the archive first"
+        raise refusal(path, f"is a folder without data files{others}", remedy)
+    by_name = [file for file in files if _has_train(file.name)]
+    files = by_name or [file for file in files if _has_train(file.relative_to(path).as_posix())] or files
+    for file in files:
+        _is_folder(file)
+    return files
+
+
+def unknown_kind(path: Path, suffix: str) -> DataError:
+    known = ", ".join(SUFFIXES)
+    if suffix in PACKED_SUFFIXES:
+        return refusal(path, f"is packed ({suffix})", f"Unpack it first; Huarizo reads {known}")
+    if suffix in SHEET_SUFFIXES:
+        return refusal(path, f"is a spreadsheet ({suffix})", f"Save it as CSV (UTF-8); Huarizo reads {known}")
+    what = f"has an extension that is not known ({suffix})" if suffix else "has no extension"
+    return refusal(path, what, f"Huarizo reads {known}; rename it if it is one of these, or convert it")

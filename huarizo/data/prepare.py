@@ -1,0 +1,62 @@
+"""The data of a run, from files to tokenised rows: read, checked, split into trained and held-out, tokenised."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huarizo.data.prompts import prompt_format
+from huarizo.data.rows import Problem, Row, read_rows, require_good
+from huarizo.data.tokens import Encoder, TokenisedRows, tokenise
+from huarizo.errors import DataError
+from huarizo.recipe import DataRecipe
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised rows with what they were made from. `heldout` is None where nothing is held out."""
+
+    encoder: Encoder
+    rows: list[Row]
+    train: TokenisedRows
+    heldout_rows: list[Row]
+    heldout: TokenisedRows | None
+    problems: list[Problem]
+    format: str
+
+
+def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(trained, held out): `share` of the rows below 1, that many rows from 1 on; drawn by the seed, in file order.
+
+    Raises:
+        DataError: no row would be left to train on.
+    """
+    count = int(share) if share >= 1 else max(round(len(rows) * share), 1 if share and len(rows) > 1 else 0)
+    if count >= len(rows):
+        raise DataError(
+            f"data.eval={share:g} holds out {count} of {len(rows)} rows, which leaves none. Use a smaller data.eval"
+        )
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+
+
+def prepare_data(
+    recipe: DataRecipe, seed: int, train_file: Path, eval_file: Path | None, tokenizer: Any, cache: Path
+) -> Data:
+    """Everything from the recipe's `data` section. `eval_file` stands for a `data.eval` that names a file.
+
+    Raises:
+        DataError: the rows can't be used; the message names file, row, field and remedy.
+        RecipeError: the prompt format does not fit the model.
+    """
+    encoder = Encoder(tokenizer, prompt_format(recipe.prompt, tokenizer, recipe.eos), recipe.labels, recipe.max_length)
+    read = read_rows(train_file, recipe.columns)
+    rows, heldout_rows, problems = require_good(read, recipe.on_bad_row), [], list(read.problems)
+    if eval_file is not None:
+        read_eval = read_rows(eval_file, recipe.columns)
+        heldout_rows = require_good(read_eval, recipe.on_bad_row)
+        problems += read_eval.problems
+    elif isinstance(recipe.eval, int | float) and recipe.eval:
+        rows, heldout_rows = split(rows, recipe.eval, seed)
+    heldout = tokenise(heldout_rows, encoder, cache) if heldout_rows else None
+    return Data(encoder, rows, tokenise(rows, encoder, cache), heldout_rows, heldout, problems, read.format)

@@ -1,0 +1,367 @@
+"""Files become records: pairs of a row's number, by which the user finds it, and its value, not yet judged.
+
+In goes a JSON, JSON-lines, CSV or Parquet file. A file that isn't what it claims to be is refused at once; a row that
+can't be read becomes a `Flaw`, so that the others can still be judged. Nothing is read without a bound: neither a line
+nor a JSON value that would fill the memory.
+"""
+
+import codecs
+import csv
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huarizo.data.files import SUFFIXES, enumerated, excerpt, refusal, shown, told, unknown_kind
+from huarizo.errors import DataError
+
+LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
+JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
+BATCH = 1000  # Parquet rows converted at a time
+
+DISGUISES = (  # how the file begins, what it is, what to do
+    (b"\x1f\x8b", "is packed with gzip", "Unpack it first: gunzip"),
+    (b"PK\x03\x04", "is a ZIP archive (or an Excel file)", "Unpack it first, or save the sheet as CSV"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the data", "Fetch the data: git lfs pull"),
+    (b"<!DOCTYPE", "is a web page", "Download the file itself (the 'raw' or 'resolve' link)"),
+    (b"<!doctype", "is a web page", "Download the file itself (the 'raw' or 'resolve' link)"),
+    (b"<html", "is a web page", "Download the file itself (the 'raw' or 'resolve' link)"),
+    (b"\0\0\0\0", "begins with zero bytes, so it was never written completely", "Copy or download it again"),
+)
+ENCODINGS = (  # byte order marks; the longer ones first
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+CSV_REMEDY = 'Put cells with line breaks or quotation marks between quotation marks, and double those inside: "a ""b"""'
+JSON_REMEDIES = (  # how the message of the json module begins, what to do
+    ("Invalid control character", "Write line breaks and tabs inside texts as \\n and \\t"),
+    ("Invalid \\", "Write a backslash inside a text as \\\\"),
+    ("Expecting property name", "Put names between double quotes, and no comma after the last one"),
+    ("Expecting ',' delimiter", 'Part values by commas, and write quotation marks inside texts as \\"'),
+    ("Unterminated string", 'Close the text with a quotation mark, and write those inside it as \\"'),
+)
+
+Record = tuple[int, object]
+
+
+class Flaw(NamedTuple):
+    """What is wrong in a row: the field ("" for the whole row), what it is, and how to mend it."""
+
+    field: str
+    what: str
+    remedy: str
+
+
+class Doubled(dict[str, Any]):
+    """A JSON object in which names stand more than once; `repeated` holds these names and how often."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated = {name: count for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    return value if len(value) == len(pairs) else Doubled(pairs)
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4000 else float(digits)
+
+
+parse_json = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer).decode
+
+
+def read_records(path: Path, wanted: Collection[str], is_row: Callable[[Collection[str]], bool]) -> Iterator[Record]:
+    """Row numbers and values of one file. For JSON lines and CSV the number is that of the row's first line.
+
+    wanted: the columns that will be looked at; a Parquet file's others are given as None.
+    is_row: whether these are the fields of a row, which tells an object that is one from one that holds a list of them.
+
+    Raises:
+        DataError: the file can't be read as what its name says, at once or on the way.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise unknown_kind(path, suffix)
+    with told(path), path.open("rb") as file:
+        head = file.read(LINE_LIMIT)
+    _check_beginning(path, head)
+    if suffix == ".parquet":
+        return _read_parquet(path, wanted)
+    _check_encoding(path, head)
+    if suffix in (".csv", ".tsv"):
+        return _read_table(path, "\t" if suffix == ".tsv" else ",")
+    return _read_lines(path) if _is_lines(head, suffix) else _read_json(path, is_row)
+
+
+def _check_beginning(path: Path, head: bytes) -> None:
+    if not head:
+        raise refusal(path, "is empty (0 bytes)", "Write rows into it, or download it again")
+    for start, what, remedy in DISGUISES:
+        if head.startswith(start):
+            raise refusal(path, what, remedy)
+
+
+def _check_encoding(path: Path, head: bytes) -> None:
+    for mark, encoding in ENCODINGS:
+        if head.startswith(mark):
+            raise refusal(
+                path, f"is {encoding}, not UTF-8 (byte order mark at offset 0, line 1)", _iconv(path, encoding)
+            )
+    if b"\0" in head[:2]:
+        offset = head.index(b"\0")
+        encoding = "UTF-16LE" if offset else "UTF-16BE"
+        raise refusal(
+            path, f"looks like UTF-16, not UTF-8 (zero byte at offset {offset}, line 1)", _iconv(path, encoding)
+        )
+    if len(head) < LINE_LIMIT and not head.removeprefix(codecs.BOM_UTF8).strip():
+        raise refusal(path, "is empty (only white space)", "Write rows into it, or download it again")
+
+
+def _iconv(path: Path, encoding: str) -> str:
+    target = path.with_name(f"{path.stem}.utf8{path.suffix}")
+    return f"Convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(shown(path))} > {shlex.quote(shown(target))}"
+
+
+def _decode(path: Path, data: bytes, offset: int = 0, line: int = 1) -> str:
+    """UTF-8 text of bytes that begin at `offset` of the file, in line `line`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = error.start
+        place = f"at byte offset {offset + at}, line {line + data.count(bytes([10]), 0, at)}"
+        if error.reason == "unexpected end of data":
+            raise refusal(path, f"ends in the middle of a character, {place}", "Download or copy it again") from None
+        try:
+            codecs.getincrementaldecoder("cp949")().decode(data[at : at + 4096])
+            encoding = "CP949"
+        except UnicodeDecodeError:
+            encoding = "CP1252"
+        raise refusal(path, f"is not UTF-8: byte 0x{data[at]:02X} {place}", _iconv(path, encoding)) from None
+
+
+def _is_lines(head: bytes, suffix: str) -> bool:
+    """Whether a JSON file holds one value a line, whatever its name says."""
+    first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    first = first.rstrip()
+    if suffix == ".json":
+        return first.startswith(b"{") and first.endswith(b"}") and rest.lstrip().startswith(b"{")
+    return first not in (b"[", b"{") and not first.startswith(b"[{")
+
+
+def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterator[Record]:
+    """The rows of a file that is one JSON value."""
+    with told(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > JSON_LIMIT:
+            raise _too_large(path, size)
+        data = file.read()
+    text = _decode(path, data).removeprefix("\ufeff")
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
+        raise _broken_json(path, text, len(data), error) from None
+    except RecursionError:
+        raise refusal(
+            path, "is nested too deeply", "A row needs no more than lists of flat objects: flatten it"
+        ) from None
+    return enumerate(_list_of_rows(path, value, is_row), start=1)
+
+
+def _too_large(path: Path, size: int) -> DataError:
+    source, target = shlex.quote(shown(path)), shlex.quote(shown(path.with_suffix(".jsonl")))
+    command = f"jq -cn --stream 'fromstream(1|truncate_stream(inputs))' {source} > {target}"
+    what = f"is one JSON value of {size / 2**30:.1f} GiB, too large to load at once"
+    return refusal(path, what, f"Convert it to JSON lines or Parquet: {command}")
+
+
+def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether a JSON text is wrong only in that it ends too early."""
+    text = text.strip()
+    if not text.startswith(("[", "{")):
+        return False
+    in_text = error.msg.startswith("Unterminated string") and not text.endswith(("]", "}"))
+    in_word = len(error.doc) - error.pos <= 8 and not text.endswith(("]", "}"))
+    return in_text or in_word or not error.doc[error.pos :].strip()
+
+
+def _broken_json(path: Path, text: str, size: int, error: json.JSONDecodeError) -> DataError:
+    if _is_cut(text, error):
+        what = f"ends in the middle of a JSON value, after {size} bytes (line {1 + text.count(chr(10))})"
+        return refusal(path, what, "The download may be incomplete: fetch it again")
+    around = text[max(0, error.pos - 20) : error.pos + 20]
+    what = f"is not JSON: {_reason(error)}, line {error.lineno}, column {error.colno}, near {around!r}"
+    if error.msg == "Extra data":
+        return refusal(
+            path, what, "Put the rows into one list, [row, row], or each on a line of its own in a .jsonl file"
+        )
+    return refusal(path, what, _json_remedy(error, "Mend it there, or write the file anew with a JSON library"))
+
+
+def _json_remedy(error: json.JSONDecodeError, otherwise: str) -> str:
+    for start, remedy in JSON_REMEDIES:
+        if error.msg.startswith(start):
+            return remedy
+    return otherwise
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at").removesuffix(" starting").lower()
+
+
+def _list_of_rows(path: Path, value: object, is_row: Callable[[Collection[str]], bool]) -> Sequence[object]:
+    if isinstance(value, dict) and not is_row(value):
+        lists = {name: inner for name, inner in value.items() if isinstance(inner, list)}
+        if len(lists) > 1:
+            what = f"is an object with several lists: {enumerated(lists)}"
+            raise refusal(path, what, "Keep the list of rows only, or write each list to a file of its own")
+        value = next(iter(lists.values()), [value])
+    elif isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        remedy = 'Write a list of rows: [{"instruction": "...", "output": "..."}]'
+        raise refusal(path, f"holds a single JSON {_scalar(value)}, not a list of rows", remedy)
+    if not value:
+        raise refusal(path, "is an empty list", "Write rows into it, or download it again")
+    return value
+
+
+def _scalar(value: object) -> str:
+    return "null" if value is None else "string" if isinstance(value, str) else "number or truth value"
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends. A line ends at a line feed only, so that other separators stay inside texts."""
+    with told(path), path.open("rb") as file:
+        number, offset = 1, 0
+        while line := file.readline(LINE_LIMIT + 1):
+            if len(line) > LINE_LIMIT:
+                what = f"line {number} is longer than {LINE_LIMIT // 2**20} MiB"
+                raise refusal(path, what, "Write one row a line; is this really a file of rows?")
+            text = _decode(path, line, offset, number)
+            yield text.removeprefix("\ufeff") if number == 1 else text
+            number, offset = number + 1, offset + len(line)
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.isspace():
+            continue
+        try:
+            yield number, parse_json(line)
+        except json.JSONDecodeError as error:
+            yield number, _broken_line(line, error)
+        except RecursionError:
+            yield number, Flaw("", "is nested too deeply", "Write a flat object, or delete the line")
+
+
+def _broken_line(line: str, error: json.JSONDecodeError) -> Flaw:
+    if not line.endswith("\n") and _is_cut(line, error):
+        what = f"ends in the middle of a JSON value, at column {len(line)}, the end of the file"
+        return Flaw("", what, "The download may be incomplete: fetch it again, or delete this line")
+    what = (
+        f"is not JSON: {_reason(error)}, column {error.colno}, near {line[max(0, error.pos - 20) : error.pos + 20]!r}"
+    )
+    return Flaw("", what, _json_remedy(error, "Write each row as one JSON object on one line"))
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
+    """Rows of a CSV or TSV file as objects of strings."""
+    previous = csv.field_size_limit(LINE_LIMIT)
+    try:
+        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                if header is None:
+                    raise refusal(path, f"line {number}, the header: {_csv_reason(error)}", CSV_REMEDY) from None
+                yield number, Flaw("", _csv_reason(error), CSV_REMEDY)
+                continue
+            if not cells:
+                continue
+            if header is None:
+                header = _header(path, cells, delimiter)
+            else:
+                yield number, _cells(header, cells, delimiter)
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _csv_reason(error: csv.Error) -> str:
+    text = str(error)
+    if "unexpected end" in text:
+        return "opens a quotation mark that is never closed"
+    if "field larger" in text:
+        return f"has a cell over {LINE_LIMIT // 2**20} MiB, or a quotation mark that is never closed"
+    if "expected after" in text:
+        return "has a quotation mark inside a quoted cell that is not doubled"
+    if "new-line character" in text:
+        return "has a carriage return outside of quotation marks"
+    return f"is not CSV: {text}"
+
+
+def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    other = next((mark for mark in (",", ";", "\t", "|") if mark != delimiter and mark in header[0]), None)
+    if len(header) == 1 and other:
+        what = f"has one column, {excerpt(header[0])}, which seems to be parted by {other!r}"
+        raise refusal(path, what, "Save it with commas as .csv, or with tabs as .tsv")
+    _check_columns_differ(path, header)
+    return header
+
+
+def _check_columns_differ(path: Path, names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise refusal(
+            path, f"has several columns of the same name: {enumerated(twice)}", "Rename or delete all but one"
+        )
+
+
+def _cells(header: list[str], cells: list[str], delimiter: str) -> object:
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    mark = "tabs" if delimiter == "\t" else "commas"
+    more = len(cells) > len(header)
+    remedy = (
+        f"Put texts with {mark} between quotation marks" if more else f"Add the missing cells, empty ones as {mark}"
+    )
+    return Flaw("", f"has {len(cells)} cells where the header has {len(header)}", remedy)
+
+
+def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    remedy = "It may be cut off or damaged: download or write it again"
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            _check_columns_differ(path, names)
+            chosen = [name for name in names if name in wanted]
+            empty = dict.fromkeys(names)
+            if not chosen and file.metadata.num_rows:
+                yield 1, empty
+                return
+            number = 0
+            for batch in file.iter_batches(batch_size=BATCH, columns=chosen):
+                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    number += 1
+                    yield number, empty | dict(zip(batch.schema.names, values, strict=True))
+    except UnicodeDecodeError:
+        raise refusal(path, "has a text column with bytes that are not UTF-8", "Decode it before writing it") from None
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
+        what = f"can't be read as Parquet: {excerpt(str(error), 120)}"
+        raise refusal(path, what, remedy) from None

@@ -1,0 +1,199 @@
+"""Pieces of text become token ids and labels, kept in a memory-mapped Arrow file that is keyed by its content.
+
+A row is tokenised piece by piece, so that a training prompt has exactly the ids that the same prompt has when the
+model is asked: no token ever spans the border between prompt and response. Labels are -100 wherever nothing is learnt.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from huarizo.data.prompts import Piece, PromptFormat, Turn
+from huarizo.data.rows import Exchange, Row
+from huarizo.errors import DataError
+from huarizo.files import write_whole
+
+IGNORED = -100
+CHUNK = 1000  # rows tokenised in one call
+LAYOUT = 1  # of the cached file; part of its key
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as the model sees it: `input_ids` and `labels` of the same length; -100 = not learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+    was_cut: bool
+
+
+class Encoder:
+    """Tokenises conversations for training, and prompts for generation, with the same code.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        prompt: the prompt format.
+        labels: `response` learns responses and their stop token, `all` learns every token but the first.
+        max_length: tokens; what is beyond is cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: PromptFormat,
+        labels: Literal["response", "all"] = "response",
+        max_length: int = 512,
+    ) -> None:
+        self.tokenizer, self.prompt, self.labels, self.max_length = tokenizer, prompt, labels, max_length
+        self.stop_id: int | None = tokenizer.convert_tokens_to_ids(prompt.stop) if prompt.stop else None
+        first = tokenizer("a")["input_ids"][0]
+        self._bos = first if first == tokenizer.bos_token_id else None
+        # SentencePiece writes a space before a text; a continuation has none. A line break, which never merges with
+        # what follows it, stands in front while it is tokenised and is taken off again.
+        self._anchor = self._ids(["\n"])[0]
+        if self._ids(["a"])[0] == self._ids(["\na"])[0][len(self._anchor) :]:
+            self._anchor = []
+
+    def _ids(self, texts: list[str], literal: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
+
+    def _continuations(self, texts: list[str], literal: bool = False) -> list[list[int]]:
+        if not self._anchor:
+            return self._ids(texts, literal)
+        return [ids[len(self._anchor) :] for ids in self._ids(["\n" + text for text in texts], literal)]
+
+    def _tokenised(self, conversations: Sequence[list[Piece]]) -> Iterator[list[tuple[list[int], bool]]]:
+        """Each conversation as (ids, learnt) runs, in few calls of the tokenizer."""
+        if self.labels == "all":
+            conversations = [[Piece("prompt", "".join(piece.text for piece in pieces))] for pieces in conversations]
+        firsts = self._ids([pieces[0].text for pieces in conversations])
+        later = [piece for pieces in conversations for piece in pieces[1:]]
+        prompts = iter(self._continuations([piece.text for piece in later if piece.kind == "prompt"]))
+        responses = iter(self._continuations([piece.text for piece in later if piece.kind == "response"], literal=True))
+        for pieces, first in zip(conversations, firsts, strict=True):
+            if self._bos is not None and first[:1] != [self._bos]:
+                first = [self._bos, *first]
+            runs = [(first, self.labels == "all")]
+            for piece in pieces[1:]:
+                if piece.kind == "stop":
+                    runs.append(([self.stop_id] if self.stop_id is not None else [], True))
+                else:
+                    runs.append((next(responses), True) if piece.kind == "response" else (next(prompts), False))
+            yield runs
+
+    def encode(self, rows: Sequence[Row]) -> Iterator[Example | None]:
+        """Examples of the rows, in order; None for a row whose whole response lies beyond `max_length`.
+
+        Raises:
+            DataError: the model's chat template refuses a row; the message names it.
+        """
+        iterator = iter(rows)
+        while chunk := list(itertools.islice(iterator, CHUNK)):
+            for runs in self._tokenised([self._pieces(row) for row in chunk]):
+                yield self._example(runs)
+
+    def _pieces(self, row: Row) -> list[Piece]:
+        try:
+            return self.prompt.pieces(row.system, row.exchanges)
+        except DataError as error:
+            raise DataError(f"{row.file}, row {row.number}: {error}") from None
+
+    def _example(self, runs: list[tuple[list[int], bool]]) -> Example | None:
+        input_ids = [i for ids, _ in runs for i in ids]
+        labels = [i if learnt else IGNORED for ids, learnt in runs for i in ids]
+        kept, learnt = input_ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORED for label in learnt[1:]):
+            return None
+        return Example(kept, learnt, was_cut=len(input_ids) > self.max_length)
+
+    def encode_prompt(self, system: str, turns: Sequence[Turn]) -> list[int]:
+        """Ids of a conversation whose last turn has no answer yet, as the model was trained to read it."""
+        (runs,) = self._tokenised([self.prompt.pieces(system, turns)])
+        return [i for ids, _ in runs for i in ids]
+
+    def fingerprint(self) -> str:
+        """A hash of everything but the rows that decides the ids."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [
+            LAYOUT, backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
+            tokenizer.chat_template, self.prompt.name, self.prompt.stop, self.stop_id, self._bos, self.labels,
+            self.max_length, [piece.kind for piece in self.prompt.pieces("", [Exchange("i", "", "o")])],
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenisedRows:
+    """`dataset` has columns input_ids, labels (lists of int32) and row (int64, an index into the rows).
+
+    `cut` and `left_out` are indices of rows that were shortened, or had no response within `max_length`.
+    """
+
+    dataset: Any
+    cut: list[int]
+    left_out: list[int]
+
+
+def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRows:
+    """Token ids of all rows, from the cache folder where they are there already.
+
+    The file's name is a hash of the rows, the tokenizer and the settings; it appears whole or not at all.
+
+    Raises:
+        DataError: no row has a response within `max_length`.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    digest = hashlib.sha256(encoder.fingerprint().encode())
+    for row in rows:
+        digest.update(repr((row.system, row.exchanges)).encode("utf-8", "surrogatepass"))
+    path = cache / f"{digest.hexdigest()[:40]}.arrow"
+    if not path.is_file():
+        write_whole(path, lambda file: _write_arrow(file, rows, encoder))
+    with pa.memory_map(str(path)) as source:
+        facts = json.loads((pa.ipc.open_stream(source).schema.metadata or {})[b"huarizo"])
+    result = TokenisedRows(Dataset.from_file(str(path)), facts["cut"], facts["left_out"])
+    if not len(result.dataset):
+        raise DataError(
+            f"none of the {len(rows)} rows has any of its response within data.max_length={encoder.max_length} tokens. "
+            "Raise data.max_length, or shorten the prompts"
+        )
+    return result
+
+
+def _write_arrow(file: Any, rows: Sequence[Row], encoder: Encoder) -> None:
+    import pyarrow as pa
+
+    ids: list[Any] = []
+    labels: list[Any] = []
+    index: list[int] = []
+    facts: dict[str, list[int]] = {"cut": [], "left_out": []}
+    for number, example in enumerate(encoder.encode(rows)):
+        if example is None:
+            facts["left_out"].append(number)
+            continue
+        if example.was_cut:
+            facts["cut"].append(number)
+        ids.append(np.array(example.input_ids, dtype=np.int32))
+        labels.append(np.array(example.labels, dtype=np.int32))
+        index.append(number)
+    tokens = pa.list_(pa.int32())
+    schema = pa.schema(
+        {"input_ids": tokens, "labels": tokens, "row": pa.int64()}, metadata={"huarizo": json.dumps(facts)}
+    )
+    with pa.ipc.new_stream(file, schema) as writer:
+        for start in range(0, len(ids), CHUNK):
+            part = slice(start, start + CHUNK)
+            writer.write_batch(
+                pa.record_batch([pa.array(ids[part], tokens), pa.array(labels[part], tokens), index[part]], schema)
+            )

@@ -1,0 +1,348 @@
+"""Names in a recipe -> local files: a hub id with an optional @revision, a local folder or file, or `quickstart`.
+
+In goes the name of a model or data set, out comes a `Source`: where its files lie, and the commit and digests by which
+the same files are found again. Only listed kinds of files are fetched, never code or pickles, and a token is looked
+for, checked and sent only where the hub is asked, because with local files everything has to work without a network.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import dotenv
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_token,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoSibling
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+
+from huarizo import model_files
+from huarizo.errors import DataError, HubError, MachineError, ModelError, UserError
+from huarizo.files import sha256_of
+from huarizo.hub_access import FAILURES, Login, Repository, check_access, explain, explain_download, reason, unreachable
+from huarizo.quickstart import quickstart_digests, quickstart_model
+
+logger = logging.getLogger(__name__)
+
+QUICKSTART = "quickstart"
+QUICKSTART_DATA = Path(__file__).parent / "data" / "quickstart"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA1_OR_SHA256 = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+TIMEOUT = 20.0  # seconds, for the hub's list of files
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or data set whose files are on this machine."""
+
+    name: str
+    """As the recipe says it."""
+    path: Path
+    """Folder, or the one file that was named."""
+    revision: str | None
+    """Commit hash of what came from the hub."""
+    sha256: dict[str, str]
+    """Files to use -> hex digest; names are relative to `path`, or are `path`'s own name where it is a file."""
+
+    @property
+    def pinned(self) -> str:
+        """The name by which exactly this is found again: `id@commit`, an absolute path, or `quickstart`."""
+        if self.revision:
+            return f"{self.name.partition('@')[0]}@{self.revision}"
+        return QUICKSTART if self.name == QUICKSTART else str(self.path)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What differs between models and data sets: the files that are used, and what is wrong with a set of them."""
+
+    repo_type: Literal["model", "dataset"]
+    noun: str
+    files: tuple[str, ...]
+    except_files: tuple[str, ...]
+    error: type[UserError]
+    lacking: Callable[[Iterable[str]], str | None]
+    broken: Callable[[Path], str | None]
+
+    def used(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` (relative, with /) that are used."""
+        kept = filter_repo_objects(names, allow_patterns=list(self.files), ignore_patterns=list(self.except_files))
+        return sorted(kept)
+
+    def used_in(self, folder: Path) -> list[str]:
+        return self.used(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def _no_data(names: Iterable[str]) -> str | None:
+    return None if DATA_SET.used(names) else "there is no .json, .jsonl, .csv or .parquet file in it"
+
+
+MODEL = _Kind(
+    repo_type="model",
+    noun="model",
+    files=model_files.FILES,
+    except_files=model_files.EXCEPT_FILES,
+    error=ModelError,
+    lacking=model_files.lacking,
+    broken=model_files.broken,
+)
+DATA_SET = _Kind(
+    repo_type="dataset",
+    noun="data set",
+    files=("*.json", "*.jsonl", "*.csv", "*.parquet"),
+    except_files=("dataset_info*.json", "dataset_dict.json", "state.json", ".*", "*/.*"),
+    error=DataError,
+    lacking=_no_data,
+    broken=lambda folder: _no_data(DATA_SET.used_in(folder)),
+)
+
+
+def resolve_model(name: str) -> Source:
+    """Find a model's folder, fetching it where it is not on this machine.
+
+    Raises:
+        HubError: no such name, no access, no network, or damaged on the way.
+        ModelError: not a model in safetensors with its tokenizer.
+        MachineError: no space on the disk.
+    """
+    if name == QUICKSTART:
+        folder = quickstart_model()
+        return Source(name, folder, None, quickstart_digests(folder))
+    local = _local(name, MODEL)
+    return _local_model(name, local) if local else _from_hub(name, MODEL)
+
+
+def resolve_data(name: str) -> Source:
+    """Find a data set: its file, or the folder of its files, fetching it where it is not on this machine.
+
+    Raises:
+        HubError: no such name, no access, no network, or damaged on the way.
+        DataError: a folder or repository without files of rows.
+        MachineError: no space on the disk.
+    """
+    if name == QUICKSTART:
+        return _local_data(name, QUICKSTART_DATA / "train.json")
+    local = _local(name, DATA_SET)
+    return _local_data(name, local) if local else _from_hub(name, DATA_SET)
+
+
+def quickstart_eval_path() -> Path:
+    """The held-out rows of the quickstart data."""
+    return QUICKSTART_DATA / "eval.json"
+
+
+def log_in() -> Login | None:
+    """The token for the hub, from HF_TOKEN, a file .env in the current folder, or `hf auth login`; None without one.
+
+    Raises:
+        HubError: what was found there can't be a token.
+    """
+    try:
+        in_file = dotenv.dotenv_values(".env", encoding="utf-8-sig").get("HF_TOKEN") if Path(".env").is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HubError(
+            f".env can't be read as UTF-8 text ({type(error).__name__}). Save it anew, or remove it"
+        ) from None
+    places = (
+        (os.environ.get("HF_TOKEN"), "the environment variable HF_TOKEN"),
+        (in_file, f"{Path('.env').absolute()}"),
+        (None, "`hf auth login`"),
+    )
+    for value, origin in places:
+        token = (value or "").strip() or (get_token() if origin == "`hf auth login`" else None)
+        if token and not re.fullmatch(r"[!-~]+", token):
+            raise HubError(f"The token in {origin} holds a blank or a letter that no token has. Copy it again, whole")
+        if token:
+            return Login(token, origin)
+    return None
+
+
+def _local(name: str, kind: _Kind) -> Path | None:
+    """The local path that `name` means, or None where it is a hub id."""
+    path = Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
+    try:
+        if path.exists():
+            return path.resolve()
+    except OSError as error:
+        raise HubError(f"{name}: can't be read: {error.strerror}") from error
+    if name.startswith(("./", "../", "~", "/")) or path.is_absolute():
+        raise HubError(f"{name}: there is no such file or folder ({path.absolute()})")
+    if "://" in name:
+        raise HubError(f"{name}: give a hub id as `owner/name` or `owner/name@revision`, not an address")
+    if not _is_hub_id(name):
+        raise HubError(
+            f"{name}: there is no such file or folder ({path.absolute()}), and an id on the hub has the form "
+            f"`owner/name` or `owner/name@revision`. A {kind.noun} can also be `quickstart`"
+        )
+    return None
+
+
+def _is_hub_id(name: str) -> bool:
+    repo_id, at, revision = name.partition("@")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        return False
+    return "/" in repo_id and bool(revision) == bool(at)
+
+
+def _local_model(name: str, path: Path) -> Source:
+    if path.is_file():
+        what = "a GGUF file, which is for running, not training" if path.suffix == ".gguf" else "a file"
+        raise ModelError(f"{name} is {what}. Give the folder that holds config.json, *.safetensors and the tokenizer")
+    return _source(name, path, None, MODEL)
+
+
+def _local_data(name: str, path: Path) -> Source:
+    if path.is_dir():
+        return _source(name, path, None, DATA_SET)
+    try:
+        return Source(name, path, None, {path.name: sha256_of(path)})
+    except OSError as error:
+        raise DataError(f"{name}: can't be read: {error.strerror}") from error
+
+
+def _source(name: str, folder: Path, revision: str | None, kind: _Kind) -> Source:
+    """A folder as a Source, after a check that all its parts are there and whole."""
+    try:
+        problem = kind.broken(folder)
+        if problem:
+            raise kind.error(f"{name}: {problem}")
+        return Source(name, folder, revision, {file: sha256_of(folder / file) for file in kind.used_in(folder)})
+    except OSError as error:
+        raise kind.error(f"{name}: {error.filename or folder} can't be read: {error.strerror or error}") from error
+
+
+def _from_hub(name: str, kind: _Kind) -> Source:
+    repo_id, _, revision = name.partition("@")
+    repository = Repository(repo_id, revision or None, kind.repo_type)
+    if is_offline_mode() or COMMIT.fullmatch(revision):
+        source = _from_cache(name, repository, kind)
+        if source:
+            return source
+        if is_offline_mode():
+            raise HubError(
+                f"{name}: no whole copy is in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to "
+                "fetch it. Unset HF_HUB_OFFLINE, or give a local folder"
+            )
+    login = log_in()
+    api = HfApi(token=login.token if login else False)
+    try:
+        info = api.repo_info(
+            repo_id, repo_type=kind.repo_type, revision=repository.revision, files_metadata=True, timeout=TIMEOUT
+        )
+    except FAILURES as error:
+        source = _from_cache(name, repository, kind) if unreachable(error) else None
+        if source is None:
+            raise explain(error, repository, login) from error
+        cause = reason(error, login)
+        logger.warning("%s: no answer from the hub (%s). Using the copy in the cache, %s", name, cause, source.pinned)
+        return source
+    assert isinstance(info, ModelInfo | DatasetInfo)
+    return _fetch(name, repository, kind, info, login)
+
+
+def _from_cache(name: str, repository: Repository, kind: _Kind) -> Source | None:
+    """The snapshot in the hub's cache, where the revision is there with all the files that are used."""
+    try:
+        folder = Path(
+            snapshot_download(
+                repository.repo_id,
+                repo_type=repository.kind,
+                revision=repository.revision,
+                allow_patterns=list(kind.files),
+                ignore_patterns=list(kind.except_files),
+                local_files_only=True,
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+    if kind.broken(folder):
+        return None
+    return _verified(_source(name, folder, folder.name, kind), {})
+
+
+def _fetch(
+    name: str, repository: Repository, kind: _Kind, info: ModelInfo | DatasetInfo, login: Login | None
+) -> Source:
+    siblings = info.siblings or []
+    problem = kind.lacking(sibling.rfilename for sibling in siblings)
+    if problem:
+        raise kind.error(f"{name}: {problem}")
+    used = set(kind.used(sibling.rfilename for sibling in siblings))
+    wanted = [sibling for sibling in siblings if sibling.rfilename in used]
+    missing = [file for file in wanted if not _in_cache(repository, info.sha, file.rfilename)]
+    try:
+        if missing:
+            check_access(repository, info, missing[0].rfilename, login)
+            _check_space(name, sum(file.size or 0 for file in missing))
+        folder = Path(
+            snapshot_download(
+                repository.repo_id,
+                repo_type=repository.kind,
+                revision=repository.revision,
+                allow_patterns=list(kind.files),
+                ignore_patterns=list(kind.except_files),
+                token=login.token if login else False,
+            )
+        )
+    except FAILURES as error:
+        raise explain_download(error, repository, login) from error
+    if folder.name != info.sha:
+        raise HubError(f"{name}: it changed on the hub while it was fetched. Run again")
+    return _verified(_source(name, folder, info.sha, kind), {file.rfilename: file for file in wanted})
+
+
+def _in_cache(repository: Repository, commit: str | None, file: str) -> bool:
+    found = try_to_load_from_cache(repository.repo_id, file, revision=commit, repo_type=repository.kind)
+    return isinstance(found, str)
+
+
+def _check_space(name: str, needed: int) -> None:
+    place = Path(constants.HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise MachineError(
+            f"{name}: {needed / 1e9:,.1f} GB are to be fetched, but the disk of {constants.HF_HUB_CACHE} has only "
+            f"{free / 1e9:,.1f} GB free. Free some space, or set HF_HOME to a folder on another disk"
+        )
+
+
+def _verified(source: Source, published: dict[str, RepoSibling]) -> Source:
+    """Compare files from the hub with the digests that it publishes: sha256 for large ones, git's sha1 for the others.
+
+    Where the hub was not asked (`published` is empty) the cache itself knows them: its files are named by digest.
+    """
+    for file, sha256 in source.sha256.items():
+        path = (source.path / file).resolve()
+        digest = path.name
+        if sibling := published.get(file):
+            digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id or ""
+        if SHA1_OR_SHA256.fullmatch(digest) and digest not in (sha256, _git_sha1(path, digest)):
+            raise HubError(
+                f"{source.name}: {file} is not the file that the hub publishes (its digest should be {digest}): it was "
+                f"damaged on the way or on this disk. Delete {path} and run again to fetch it anew"
+            )
+    return source
+
+
+def _git_sha1(path: Path, digest: str) -> str | None:
+    """The name git gives to a file's content; only where `digest` is of that kind."""
+    if len(digest) != 40:
+        return None
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

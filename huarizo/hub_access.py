@@ -1,0 +1,217 @@
+"""Who asks the hub, what they may read, and what a refusal or a failure of the hub means.
+
+In go a repository, the token in use and an exception of huggingface_hub; out comes the error to raise, whose message
+names the cause and the remedy. A token is sent to the hub and nowhere else: no message and no log line holds it.
+"""
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import DatasetInfo, ModelInfo
+
+from huarizo.errors import HuarizoError, HubError, MachineError
+
+LOG_IN = (
+    "make a token with read right at {endpoint}/settings/tokens, then run `hf auth login`, or set the environment "
+    "variable HF_TOKEN, or write HF_TOKEN=... into a file .env in this folder"
+)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError)
+"""What huggingface_hub raises when the hub, the network or the disk fails (RuntimeError: from its Xet client)."""
+
+
+@dataclass(frozen=True)
+class Login:
+    """A token and the place it was found in, which is what messages name."""
+
+    token: str = field(repr=False)
+    origin: str
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model or data set on the hub, as the recipe names it."""
+
+    repo_id: str
+    revision: str | None
+    kind: Literal["model", "dataset"]
+
+    @property
+    def noun(self) -> str:
+        return "model" if self.kind == "model" else "data set"
+
+    @property
+    def page(self) -> str:
+        """The page for people, where access is requested and revisions are listed."""
+        return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo_id}"
+
+
+def check_login(login: Login) -> dict[str, Any]:
+    """Ask the hub whose token this is. {} where the hub won't say: asked too often, or a mirror.
+
+    Raises:
+        HubError: the token is not valid, or the hub could not be asked.
+    """
+    try:
+        return HfApi(token=login.token).whoami(cache=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (404, 429):
+            return {}
+        if error.response.status_code not in (401, 403):
+            raise HubError(f"The token in {login.origin} could not be checked: {reason(error, login)}") from None
+        raise HubError(
+            f"The token in {login.origin} is not valid: it was deleted, has run out, or was not copied whole. "
+            f"For another one, {LOG_IN.format(endpoint=constants.ENDPOINT)}. Public models need no token: "
+            "removing this one is enough for them"
+        ) from None
+    except FAILURES as error:
+        raise HubError(f"The token in {login.origin} could not be checked: {reason(error, login)}") from None
+
+
+def may_read(identity: dict[str, Any], repository: Repository, gated: bool) -> bool:
+    """Whether a token's rights, as the hub's whoami lists them, cover the contents of a gated or private repository.
+
+    Only fine-grained tokens can have less right to read than their owner.
+    """
+    access = identity.get("auth", {}).get("accessToken", {})
+    if access.get("role") != "fineGrained":
+        return True
+    rights = access.get("fineGrained", {})
+    if gated and rights.get("canReadGatedRepos"):
+        return True
+    places = (repository.repo_id, repository.repo_id.split("/")[0])
+    return any(
+        scope.get("entity", {}).get("name") in places
+        and {"repo.content.read", "repo.write"} & set(scope["permissions"])
+        for scope in rights.get("scoped", [])
+    )
+
+
+def check_access(repository: Repository, info: ModelInfo | DatasetInfo, file: str, login: Login | None) -> None:
+    """Before anything is fetched: is the token valid, may it read this repository, and does the hub give `file` out?
+
+    Raises:
+        HubError: the token is not valid or has no right to read.
+        HfHubHTTPError: the hub refuses; `explain` says why.
+    """
+    if login:
+        identity = check_login(login)
+        if (info.private or info.gated) and not may_read(identity, repository, bool(info.gated)):
+            raise no_right(repository, login, bool(info.gated))
+    url = hf_hub_url(repository.repo_id, file, repo_type=repository.kind, revision=info.sha)
+    get_hf_file_metadata(url, token=login.token if login else False)
+
+
+def no_right(repository: Repository, login: Login, gated: bool) -> HubError:
+    """The error of a valid token that was made without the right to read this repository."""
+    box = "Read access to contents of all public gated repos you can access" if gated else "Read access to contents"
+    return HubError(
+        f"{repository.repo_id}: the token in {login.origin} is valid, but has no right to read this {repository.noun}. "
+        f'Tick "{box}" for it at {constants.ENDPOINT}/settings/tokens, or use a token of the type Read'
+    )
+
+
+def explain(error: Exception, repository: Repository, login: Login | None) -> HuarizoError:
+    """The error to raise for a failure of huggingface_hub, with its remedy."""
+    name, status = repository.repo_id, _status(error)
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(
+            f"{name}: there is no revision {repository.revision!r}. Give a branch, tag or commit that is listed at "
+            f"{repository.page}/commits/main, or none for the newest"
+        )
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return _refused(error, repository, login)
+    if status == 429:
+        return HubError(
+            f"{name}: the hub has had too many requests from here. Wait some minutes; being logged in helps"
+        )
+    if unreachable(error):
+        return HubError(
+            f"{name}: {constants.ENDPOINT} could not be reached ({reason(error, login)}), and no whole copy is in the "
+            f"cache. Check the network, the proxy and HF_ENDPOINT, or give a local folder instead of a hub id"
+        )
+    return HubError(f"{name}: could not be fetched ({reason(error, login)}). Try again later")
+
+
+def _refused(error: Exception, repository: Repository, login: Login | None) -> HuarizoError:
+    name, noun, page = repository.repo_id, repository.noun, repository.page
+    gated = isinstance(error, GatedRepoError)
+    log_in = LOG_IN.format(endpoint=constants.ENDPOINT)
+    if gated and login is None:
+        return HubError(f"{name}: this {noun} is gated. Request access at {page}; then log in: {log_in}")
+    identity = check_login(login) if login else {}
+    readable = may_read(identity, repository, gated)
+    if gated and login and readable:
+        return HubError(
+            f"{name}: this {noun} is gated, and {identity.get('name', 'the owner of the token')} (token in "
+            f"{login.origin}) has no access to it yet. Request access at {page} and run again when it is granted"
+        )
+    if isinstance(error, RepositoryNotFoundError) and not gated:
+        advice = f"If it is private, log in: {log_in}"
+        if login:
+            advice = f"If it is private, the token in {login.origin} "
+            advice += "belongs to someone without access" if readable else "was made without the right to read it"
+        return HubError(
+            f"{name}: there is no such {noun} at {constants.ENDPOINT}. Check the spelling. {advice}. "
+            f"If you meant a local folder: {Path(name).absolute()} does not exist"
+        )
+    if login and not readable:
+        return no_right(repository, login, gated)
+    return HubError(f"{name}: the hub refuses access ({reason(error, login)}). Its page, {page}, may say why")
+
+
+def explain_download(error: Exception, repository: Repository, login: Login | None) -> HuarizoError:
+    """The error to raise when fetching files broke off: the disk's fault, the network's, or the hub's."""
+    causes = list(_chain(error))
+    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    if numbers & set(NO_SPACE) or any("No space left" in str(cause) for cause in causes):
+        return MachineError(
+            f"{repository.repo_id}: the disk of {constants.HF_HUB_CACHE} is full. Free some space, or set HF_HOME to a "
+            "folder on another disk, and run again: the files that arrived whole are kept"
+        )
+    if numbers & set(NOT_WRITABLE):
+        return MachineError(
+            f"{repository.repo_id}: {constants.HF_HUB_CACHE} can't be written. Mend its permissions, or set HF_HOME to "
+            "a folder that can be written"
+        )
+    refusal = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    if refusal and _status(refusal) < 500:
+        return explain(refusal, repository, login)
+    return HubError(
+        f"{repository.repo_id}: the download broke off ({reason(causes[-1], login)}). Run the same command again: the "
+        "files that arrived whole are kept, only the others are fetched"
+    )
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether no hub answered: no network, a time-out, an overloaded server, or a page that is no hub's answer."""
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in (408, 429) or _status(error) >= 500
+    return isinstance(error, httpx2.TransportError | httpx2.InvalidURL | OSError | ValueError)
+
+
+def reason(error: BaseException, login: Login | None) -> str:
+    """An exception in one short line, and without the token even where a library should have put it there."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0].rstrip('.:')[:200]}" if lines else type(error).__name__
+    return text.replace(login.token, "***") if login else text
+
+
+def _status(error: BaseException) -> int:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what caused it, outermost first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

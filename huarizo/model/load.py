@@ -1,0 +1,104 @@
+"""A local folder becomes a frozen Llama and its tokenizer.
+
+Only the Llama architecture is taken, only safetensors are read, and no code of a model ever runs. Whatever differs
+between Llama checkpoints (a tied head, grouped queries, rope scaling, attention bias) is Transformers' own business.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from huarizo.errors import ModelError
+from huarizo.machine import world_size
+from huarizo.model.attention import NAME as PACKED_ATTENTION
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model folder, checked to be a Llama.
+
+    Raises:
+        ModelError: no or broken config.json, or another architecture.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json here, so this is no model folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: can't be read: {error}") from None
+    if not isinstance(config, dict) or config.get("model_type") != "llama":
+        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+        names = config.get("architectures") if isinstance(config, dict) else None
+        raise ModelError(
+            f"{folder}: the architecture is {found!r} ({', '.join(names or ['no class named'])}). Huarizo trains "
+            "the Llama architecture (model_type 'llama'): TinyLlama, Llama 2 and 3, SmolLM2, Vicuna and others"
+        )
+    return config
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: none there, or broken.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a broken tokenizer file sets off
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {_first_line(error)}") from None
+
+
+def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The frozen base model in `dtype` on `device`, with packed attention.
+
+    One process that sees several cards spreads the model over them (Accelerate's `device_map="auto"`); under torchrun
+    each process has the whole model on its own card.
+
+    Raises:
+        ModelError: another architecture, missing, broken or pickled weights.
+    """
+    from transformers import LlamaForCausalLM
+
+    read_config(folder)
+    spread = device.type == "cuda" and torch.cuda.device_count() > 1 and world_size() == 1
+    try:
+        model = LlamaForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map="auto" if spread else {"": device},
+            attn_implementation=PACKED_ATTENTION,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # whatever broken weights set off
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        if pickled and not list(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"{folder}: the weights are pickle files ({pickled[0]}), which are never read. Convert them to "
+                "safetensors: load the model once with Transformers, where you trust it, and call save_pretrained"
+            ) from None
+        raise ModelError(f"{folder}: the weights can't be loaded: {_first_line(error)}") from None
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    logging.getLogger(__name__).debug("details", exc_info=error)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
+    """Estimate of what one token keeps in memory for the backward pass, in bytes.
+
+    Per layer the norms keep their input and its fp32 copy (12 hidden sizes in all), attention q, k, v, the output and
+    rope's products (8), the MLP gate, up, silu and their product (6 intermediate sizes), LoRA fp32 inputs (8).
+    """
+    size = torch.finfo(dtype).bits // 8
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    return config["num_hidden_layers"] * (20 * hidden * size + 6 * inner * size + 8 * hidden * 4)

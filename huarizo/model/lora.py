@@ -1,0 +1,72 @@
+"""LoRA on a frozen base, by PEFT: W x + (alpha / r) B A x, with A [r, in] and B [out, r] in fp32 (arXiv 2106.09685).
+
+The adapter is an ordinary PEFT adapter: stock `peft` loads it on the stock model.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from huarizo.errors import ModelError, RecipeError
+from huarizo.recipe import LoraRecipe
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Last parts of the names of the model's linear layers, such as q_proj, in order of appearance."""
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return list(dict.fromkeys(names))
+
+
+def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
+    """A PeftModel around `model`, its adapter in fp32 and drawn from `seed` alone.
+
+    Raises:
+        RecipeError: target_modules names no linear layer of this model, or PEFT refuses the options.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if recipe.target_modules != "all-linear":
+        known = linear_names(model)
+        for name in recipe.target_modules:
+            if name.rpartition(".")[2] not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise RecipeError(
+                    f"lora.target_modules: the model has no linear layer {name!r}{hint} It has {', '.join(known)}"
+                )
+    torch.manual_seed(seed)
+    try:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=recipe.r,
+            lora_alpha=int(recipe.alpha) if recipe.alpha == int(recipe.alpha) else recipe.alpha,  # pyright: ignore
+            lora_dropout=recipe.dropout,
+            target_modules=recipe.target_modules,
+            **{"bias": "none", **recipe.options},
+        )
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"lora: peft refuses these settings: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """A PeftModel of `model` with the adapter of a folder, for use, not for training.
+
+    Raises:
+        ModelError: no adapter there, or one that does not fit the model.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder}: no adapter here (adapter_model.safetensors)")
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except Exception as error:  # whatever a broken or foreign adapter sets off
+        raise ModelError(f"{folder}: the adapter does not load: {str(error).strip().splitlines()[0]}") from None
+
+
+def output_head(model: Any) -> torch.nn.Module:
+    """The output head of a Llama, or of a PeftModel around one; with its LoRA, if it has one."""
+    return model.get_output_embeddings() if not hasattr(model, "get_base_model") else model.get_base_model().lm_head

@@ -1,0 +1,107 @@
+"""What makes a folder a model that can be trained: configuration, weights in safetensors, tokenizer.
+
+In go the names of the files of a folder or hub repository, or the folder itself; out comes the sentence that says what
+is missing or broken and how to mend it, or None. Nothing is loaded, so that a wrong folder is told within milliseconds,
+and pickles (`*.bin`, `*.pt`) are never opened, because opening one can run any code.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    INDEX,
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Patterns of the files that are fetched and used: no code, no pickle."""
+EXCEPT_FILES = ("*/*", "consolidated*", "adapter_model.safetensors")
+"""Weights that match the patterns above but are not the model in Transformers' format."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def lacking(names: Iterable[str]) -> str | None:
+    """What a model with files of these names lacks, with the remedy; None where nothing is missing.
+
+    Args:
+        names: of the files in the model's top folder.
+    """
+    present = set(names)
+    if "config.json" not in present and "adapter_config.json" in present:
+        return (
+            "this is a LoRA adapter, not a model. Give the model that it was trained on "
+            "(`base_model_name_or_path` in its adapter_config.json)"
+        )
+    if INDEX not in present and WEIGHTS not in present:
+        return _no_safetensors(present)
+    if "config.json" not in present:
+        return "config.json is missing. Save the model with `model.save_pretrained(folder)`, which writes it"
+    if not {"tokenizer.json", "tokenizer.model"} & present and not {"vocab.json", "merges.txt"} <= present:
+        return (
+            "the tokenizer is missing (tokenizer.json, or tokenizer.model, or vocab.json and merges.txt). "
+            "Save it into the same folder with `tokenizer.save_pretrained(folder)`"
+        )
+    return None
+
+
+def _no_safetensors(present: set[str]) -> str:
+    if any(name.endswith(PICKLES) for name in present):
+        return (
+            "its weights are there only as pickle (pytorch_model.bin or the like), which Huarizo never reads, because "
+            "opening a pickle can run any code. Where you trust it, convert it once in Python: "
+            "`from transformers import AutoModelForCausalLM, AutoTokenizer; "
+            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW); "
+            "AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)`, and give the folder NEW"
+        )
+    if any(name.endswith(".gguf") for name in present):
+        return "it holds GGUF files, which are for running, not training. Give the original model in safetensors"
+    return f"it has no weights ({WEIGHTS}, or {INDEX} with its parts). Give a folder in Transformers' format"
+
+
+def broken(folder: Path) -> str | None:
+    """What is wrong with a model folder on disk, with the remedy; None where all its parts are there and whole."""
+    problem = lacking(file.name for file in folder.iterdir())
+    if problem:
+        return problem
+    if (folder / WEIGHTS).exists():
+        return _broken_weights(folder / WEIGHTS)
+    try:
+        parts = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{INDEX} can't be read as JSON with a `weight_map`. Fetch or save the model again"
+    missing = sorted(part for part in parts if Path(part).name != part or not (folder / part).exists())
+    if missing:
+        return f"weights are missing: {', '.join(missing[:5])} (named in {INDEX}). Fetch or save the model again"
+    return next((problem for part in sorted(parts) if (problem := _broken_weights(folder / part))), None)
+
+
+def _broken_weights(file: Path) -> str | None:
+    """Compares a safetensors file's length with what its header says: 8 bytes of header length, JSON header, data."""
+    with file.open("rb") as handle:
+        start = handle.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            return f"{file.name} is only a Git LFS pointer, not the weights. Run `git lfs pull` in that folder"
+        handle.seek(8)
+        header_length = int.from_bytes(start[:8], "little")
+        size = file.stat().st_size
+        try:
+            header = json.loads(handle.read(header_length) if header_length < size else b"")
+            ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return f"{file.name} is not a whole safetensors file. Fetch or save the model again"
+    whole = 8 + header_length + max(ends, default=0)
+    if size != whole:
+        return f"{file.name} has {size:,} bytes instead of {whole:,}: it was cut off. Fetch or save the model again"
+    return None

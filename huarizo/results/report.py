@@ -1,0 +1,140 @@
+"""What a finished run shows: the loss curves, the answers before and after, the adapter's card, the summary."""
+
+import io
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from huarizo.data.prompts import OpenExchange, user_text
+from huarizo.files import write_whole
+from huarizo.recipe import Recipe
+from huarizo.runs import Run, read_jsonl
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The same prompt answered before and after training.
+
+    `after` is None until the run is done; `expected` is the row's own answer, or empty.
+    """
+
+    instruction: str
+    input: str
+    before: str
+    after: str | None
+    expected: str = ""
+
+    @property
+    def prompt(self) -> str:
+        return user_text(OpenExchange(self.instruction, self.input))
+
+
+def save_samples(run: Run, samples: list[Sample]) -> None:
+    """samples.jsonl, one JSON object a prompt."""
+    write_whole(
+        run.samples,
+        "".join(
+            json.dumps({"prompt": sample.prompt, **asdict(sample)}, ensure_ascii=False) + "\n" for sample in samples
+        ),
+    )
+
+
+def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
+    """loss.png: training loss by step (and its running mean), held-out loss where it was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    training = [(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None]
+    heldout = [(row["step"], row["eval_loss"]) for row in metrics if row.get("eval_loss") is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", title=run.path.name)
+    if training:
+        axes.plot(*zip(*training, strict=True), color="#c9a27a", linewidth=0.8, label="training, each step")
+        smooth, mean = [], training[0][1]
+        for step, loss in training:
+            mean = 0.9 * mean + 0.1 * loss
+            smooth.append((step, mean))
+        axes.plot(*zip(*smooth, strict=True), color="#8a5a2b", label="training, running mean")
+    if heldout:
+        axes.plot(*zip(*heldout, strict=True), "o-", color="#2b5f8a", label="held out")
+    if training or heldout:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(run.loss_plot, image.getvalue())
+
+
+def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Held-out loss before the first and after the last step, where it was measured."""
+    losses = [row["eval_loss"] for row in metrics if row.get("eval_loss") is not None]
+    return (losses[0], losses[-1]) if len(losses) > 1 else None
+
+
+def card(recipe: Recipe, base: str, metrics: list[dict[str, Any]]) -> str:
+    """The adapter's README.md: what it was trained on and how to load it with stock PEFT."""
+    change = heldout_change(metrics)
+    loss = f"- held-out loss: {change[0]:.4f} before, {change[1]:.4f} after\n" if change else ""
+    lora, training = recipe.lora, recipe.training
+    return f"""---
+library_name: peft
+base_model: {json.dumps(base)}
+tags: [lora, huarizo]
+---
+# LoRA adapter
+
+- base model: `{base}`
+- data: `{recipe.data.train.rpartition("/")[2]}`, prompt format `{recipe.data.prompt.splitlines()[0]}`
+- LoRA: r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g} on {lora.target_modules}
+- training: {training.epochs:g} epochs, {training.batch_size} rows a step, learning rate {training.learning_rate:g}
+{loss}
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+Trained with Huarizo.
+"""
+
+
+def load_samples(run: Run) -> list[Sample]:
+    """samples.jsonl, read back."""
+    rows = read_jsonl(run.samples)
+    return [Sample(**{field.name: row[field.name] for field in fields(Sample)}) for row in rows]
+
+
+def show_samples(console: Console, samples: list[Sample]) -> None:
+    """The answers side by side."""
+    table = Table(show_lines=True, expand=console.is_terminal)
+    for column in ("prompt", "before", "after"):
+        table.add_column(column, ratio=1)
+    for sample in samples:
+        table.add_row(Text(sample.prompt), Text(sample.before), Text(sample.after or ""))
+    console.print(table)
+
+
+def show_summary(console: Console, run: Run, metrics: list[dict[str, Any]], samples: list[Sample]) -> None:
+    """The end of a run: losses, speed, answers, files, and what to do next."""
+    if samples:
+        show_samples(console, samples)
+    change = heldout_change(metrics)
+    if change:
+        console.print(f"held-out loss {change[0]:.4f} before, {change[1]:.4f} after")
+    steps = [row for row in metrics if row.get("loss") is not None]
+    if steps:
+        last = steps[-1]
+        console.print(
+            f"{last['step']} steps, {last['tokens']:,} tokens, {last['tokens_per_second']:.0f} tokens/s, "
+            f"{last['memory_gb']:.1f} GB at most",
+            soft_wrap=True,
+        )
+    console.print(f"adapter {run.adapter}, curves {run.loss_plot}, answers {run.samples}", soft_wrap=True)
+    console.print(f'next: huarizo chat {run.path}    or: huarizo ask {run.path} "Who are you?"', soft_wrap=True)

@@ -1,0 +1,28 @@
+"""Rows as the model sees them: what it reads, what it learns, and how many tokens each has."""
+
+from itertools import groupby
+
+from rich.console import Console
+from rich.text import Text
+
+from huarizo.data.prepare import Data
+from huarizo.data.tokens import IGNORED
+
+
+def show_examples(console: Console, data: Data, count: int) -> None:
+    """Print the first `count` rows, learnt text in green; where there are no colours it stands between « and »."""
+    tokenizer = data.encoder.tokenizer
+    console.print(
+        Text.assemble("read by the model, ", ("learnt by the model", "green"), " (between « and » without colours)")
+    )
+    for example in data.train.dataset.select(range(min(count, len(data.train.dataset)))):
+        row = data.rows[example["row"]]
+        tokens = list(zip(example["input_ids"], example["labels"], strict=True))
+        learnt = sum(label != IGNORED for _, label in tokens)
+        console.rule(f"{row.file}, row {row.number}: {len(tokens)} tokens, {learnt} learnt", align="left")
+        text = Text()
+        for is_learnt, run in groupby(tokens, key=lambda token: token[1] != IGNORED):
+            shown = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+            marked = f"«{shown}»" if is_learnt and not console.color_system else shown
+            text.append(marked, style="green" if is_learnt else "")
+        console.print(text, soft_wrap=True)

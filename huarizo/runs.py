@@ -1,0 +1,103 @@
+"""A run's folder: where each of its files stands, and how a run is found by name.
+
+recipe.yaml        the resolved recipe          metrics.jsonl   one JSON object a logged step
+adapter/           the result                   samples.jsonl   prompt, before, after
+checkpoints/       step-000120/ ...             loss.png        the curves
+skipped.jsonl      bad rows, with data.on_bad_row=skip
+"""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huarizo.errors import UserError
+from huarizo.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "loss.png"
+
+    @property
+    def skipped(self) -> Path:
+        return self.path / "skipped.jsonl"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return load_recipe(self.recipe_file)
+
+
+def new_run(output: str | None, recipe_name: str) -> Run:
+    """The folder of a new run; not made yet.
+
+    Raises:
+        UserError: `output` holds a run already, or is no folder.
+    """
+    if output is None:
+        name = re.sub(r"[^\w.-]+", "-", recipe_name).strip("-.") or "run"
+        base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path, number = base, 2
+        while path.exists():
+            path, number = base.with_name(f"{base.name}-{number}"), number + 1
+        return Run(path)
+    path = Path(output).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(
+            f"{path}: there is something here already. Go on with it by `huarizo resume {path}`, name another folder "
+            "with output=..., or remove it"
+        )
+    return Run(path)
+
+
+def open_run(name: Path | str) -> Run:
+    """An existing run, by its folder or by its name under `runs/`.
+
+    Raises:
+        UserError: there is no such run; the message lists those there are.
+    """
+    for path in (Path(name).expanduser(), Path("runs") / name):
+        if (path / "recipe.yaml").is_file():
+            return Run(path)
+    there = sorted(str(p.parent) for p in Path("runs").glob("*/recipe.yaml"))
+    known = f" The runs here are {', '.join(there[-5:])}." if there else ""
+    raise UserError(f"{name}: this is no run folder (it has no recipe.yaml).{known}")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file of ours; a last line that was cut off is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

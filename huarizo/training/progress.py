@@ -1,0 +1,119 @@
+"""What a run shows while it goes: a live line on a terminal, plain lines elsewhere, and metrics.jsonl as it happens.
+
+Tokens are those of the rows, which is all there are: nothing is padded. Tokens a second count the time inside
+optimizer steps, without evaluation and saving.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from transformers import TrainerCallback
+
+from huarizo.machine import peak_memory
+from huarizo.runs import read_jsonl
+
+PLAIN_SECONDS = 10  # between two lines where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, `2:03` or `0:03`."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Metrics:
+    """metrics.jsonl: appended line by line, and kept in memory for the summary."""
+
+    def __init__(self, path: Path, keep_until: int | None = None) -> None:
+        """`keep_until` is the step of the checkpoint that a resumed run starts from; later lines are dropped."""
+        self.path = path
+        self.rows = [] if keep_until is None else [row for row in read_jsonl(path) if row["step"] <= keep_until]
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class ShowProgress(TrainerCallback):
+    """Shows each logged step on the console and appends it to the metrics."""
+
+    def __init__(self, metrics: Metrics, console: Console, device: torch.device) -> None:
+        self.metrics, self.console, self.device = metrics, console, device
+        self.seconds, self.tokens, self.steps = 0.0, 0, 0  # in optimizer steps since training began or went on
+        self.last_line = 0.0
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+        self.tokens_before = state.num_input_tokens_seen
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} {task.description}"),
+            )
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self.step_began
+        self.steps += 1
+        self.tokens = state.num_input_tokens_seen - self.tokens_before
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or not ({"loss", "eval_loss"} & logs.keys()):
+            return
+        row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
+        if "eval_loss" in logs:
+            row["eval_loss"] = logs["eval_loss"]
+        else:
+            row |= {
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+                "tokens": state.num_input_tokens_seen,
+                "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
+                "elapsed_s": round(time.perf_counter() - self.began, 1),
+                "eta_s": round((state.max_steps - state.global_step) * self.seconds / self.steps, 1)
+                if self.steps
+                else None,
+                "memory_gb": round(peak_memory(self.device) / 1e9, 2),
+            }
+        self.metrics.add(row)
+        self._show(row, state.max_steps)
+
+    def _show(self, row: dict[str, Any], max_steps: int) -> None:
+        if "eval_loss" in row:
+            self.console.print(f"step {row['step']}: held-out loss {row['eval_loss']:.4f}")
+            return
+        line = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_second'] or 0:.0f} tokens/s  "
+            f"{duration(row['elapsed_s'])} gone, {duration(row['eta_s'] or 0)} left  {row['memory_gb']:.1f} GB"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=row["step"], description=line)
+        elif row["step"] in (1, max_steps) or time.perf_counter() - self.last_line >= PLAIN_SECONDS:
+            self.last_line = time.perf_counter()
+            self.console.print(f"step {row['step']}/{max_steps}  {line}", soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

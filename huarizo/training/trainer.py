@@ -1,0 +1,189 @@
+"""Transformers' Trainer with one change of view: a batch is one whole optimizer step.
+
+The loader hands out a `Step`; this trainer cuts it into packed micro-batches, takes the loss at labelled positions and
+normalises it by the labelled tokens of the whole step, over all micro-batches and processes. Schedules, optimizers,
+callbacks, trackers and mixed precision stay the Trainer's. Checkpoints are written by `huarizo.training.checkpoint`.
+"""
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
+from huarizo.errors import MachineError
+from huarizo.machine import Choice, rank, world_size
+from huarizo.model.lora import output_head
+from huarizo.model.loss import packed_loss
+from huarizo.recipe import Recipe
+from huarizo.runs import Run
+from huarizo.training import checkpoint
+
+LEAST_TOKENS = 64  # of a micro-batch, below which out of memory is final
+
+
+def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.device) -> TrainingArguments:
+    """The recipe as TrainingArguments; `recipe.trainer` may set every field that the recipe leaves open."""
+    training = recipe.training
+    defaults: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
+    return TrainingArguments(
+        **(defaults | recipe.trainer),
+        output_dir=str(run.path),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        seed=training.seed,
+        eval_strategy="steps" if training.eval_every else "no",
+        eval_steps=training.eval_every,
+        save_strategy="steps" if training.save_every else "epoch",
+        save_steps=training.save_every or 500,
+        fp16=choice.precision == "fp16",
+        use_cpu=on.type == "cpu",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+
+
+class LoraTrainer(Trainer):
+    """Trains a PeftModel on tokenised rows.
+
+    Args:
+        model: the PeftModel, with `huarizo_packed` attention.
+        args: from `training_arguments`.
+        rows: the training rows; each has `input_ids` and `labels`.
+        heldout: rows for the held-out loss; may be empty.
+        recipe, run: what is trained, and where its checkpoints go.
+        budget: tokens of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        rows: Any,
+        heldout: Any,
+        recipe: Recipe,
+        run: Run,
+        budget: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=heldout, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.recipe, self.run, self.budget = recipe, run, budget
+        self.head = output_head(model)
+
+    def get_train_dataloader(self) -> Any:
+        training = self.recipe.training
+        assert self.train_dataset is not None
+        sampler = StepSampler(len(self.train_dataset), training.batch_size, training.seed)  # pyright: ignore[reportArgumentType]
+        return StepLoader(self.train_dataset, batch_sampler=sampler, collate_fn=StepCollator(rank(), world_size()))  # pyright: ignore[reportArgumentType]
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The next step; the Trainer's own counting of labels is not wanted, a `Step` knows its own."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """4 FLOP a frozen base weight and token: forward and input gradient."""
+        return 4 * inputs.num_tokens * self.model.num_parameters()  # pyright: ignore
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Gradients of one optimizer step; returns its loss. Out of memory halves the micro-batches and tries again."""
+        model.train()
+        while True:
+            try:
+                loss = self._accumulate(model, inputs)
+                break
+            except torch.cuda.OutOfMemoryError:
+                if self.budget <= LEAST_TOKENS or world_size() > 1:
+                    raise MachineError(
+                        "the card has not enough memory, even for the smallest micro-batch. Use a smaller "
+                        "data.max_length, or trainer.gradient_checkpointing=true"
+                    ) from None
+                longest = max(len(example["input_ids"]) for example in inputs.examples)
+                self.budget = max(LEAST_TOKENS, min(self.budget, 2 * longest) // 2)
+            model.zero_grad()
+            torch.cuda.empty_cache()
+            logging.getLogger(__name__).warning("out of memory: going on with micro-batches of %d tokens", self.budget)
+        self.state.num_input_tokens_seen += inputs.num_tokens
+        return loss
+
+    def _accumulate(self, model: Any, step: Any) -> torch.Tensor:
+        total = torch.zeros((), device=self.args.device)
+        batches = step.micro_batches(self.budget)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self.compute_loss(model, batch, num_items_in_batch=step.num_labels)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Summed loss of a packed batch over the labelled tokens of the whole step.
+
+        Times the number of processes, because their gradients, and their logged losses, are averaged.
+        """
+        with self.compute_loss_context_manager():
+            loss = packed_loss(model, self._prepare_inputs(inputs), self.head)
+        return loss * world_size() / num_items_in_batch
+
+    def heldout_batches(self, rows: Any) -> Iterable[dict[str, torch.Tensor]]:
+        """This process's share of rows, packed."""
+        mine = [rows[index] for index in range(rank(), len(rows), world_size())]
+        for part in cut([len(row["input_ids"]) for row in mine], self.budget):
+            yield pack([mine[index] for index in part])
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over the labelled tokens of the held-out rows, in evaluation mode."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in self.heldout_batches(rows):
+            with self.compute_loss_context_manager():
+                loss = packed_loss(model, self._prepare_inputs(batch), self.head)
+            total += torch.tensor([float(loss), len(batch["targets"])], dtype=torch.float64)
+        model.train(was_training)
+        if world_size() > 1:
+            total = self.accelerator.reduce(total.to(self.args.device).float(), "sum").double()  # pyright: ignore
+        metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # The Trainer's hooks for saving and loading (seen with transformers 5.17 to 5.23).
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.is_world_process_zero():
+            folder = checkpoint.folder_of(self.run.checkpoints, self.state.global_step)
+            checkpoint.save(folder, self.model, self.optimizer, self.lr_scheduler, self._scaler(), self.state)
+        self.accelerator.wait_for_everyone()
+
+    def _scaler(self) -> Any:
+        return getattr(self.accelerator, "scaler", None)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:  # pyright: ignore
+        if checkpoint_folder is not None:
+            checkpoint.load_optimizer(Path(checkpoint_folder), self.optimizer, self.lr_scheduler, self._scaler())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: the scaler comes with the optimizer."""
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:  # pyright: ignore
+        if checkpoint_folder is not None:
+            checkpoint.load_rng(Path(checkpoint_folder))

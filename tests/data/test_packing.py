@@ -1,0 +1,57 @@
+"""Packing: no token is lost or doubled, positions restart, targets are the next tokens inside an example."""
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from huarizo.data.packing import StepSampler, cut, num_labels, pack
+from huarizo.data.tokens import IGNORED
+
+EXAMPLE = st.integers(1, 40).flatmap(
+    lambda n: st.tuples(st.lists(st.integers(0, 99), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n))
+).map(lambda pair: {"input_ids": pair[0], "labels": [i if m else IGNORED for i, m in zip(*pair, strict=True)]})  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(EXAMPLE, min_size=1, max_size=8))
+def test_a_pack_holds_its_examples_exactly(examples: list[dict[str, Any]]) -> None:
+    batch = pack(examples)
+    bounds = batch["cu_seqlens"].tolist()
+    seen = [batch["input_ids"][0, a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert seen == [example["input_ids"] for example in examples]
+    assert batch["position_ids"][0].tolist() == [i for example in examples for i in range(len(example["input_ids"]))]
+    expected = []
+    for start, example in zip(bounds, examples, strict=False):
+        labels = example["labels"]
+        expected += [(start + i - 1, labels[i]) for i in range(1, len(labels)) if labels[i] != IGNORED]
+    assert list(zip(batch["label_positions"].tolist(), batch["targets"].tolist(), strict=True)) == expected
+    assert len(expected) == num_labels(examples)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
+def test_cutting_keeps_order_and_budget(lengths: list[int], budget: int) -> None:
+    parts = cut(lengths, budget)
+    assert [i for part in parts for i in part] == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or sum(lengths[i] for i in part) <= budget
+    for a, b in zip(parts, parts[1:], strict=False):
+        assert sum(lengths[i] for i in a) + lengths[b[0]] > budget  # as few as can be in this order
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 3))
+def test_every_row_is_in_one_step_of_each_epoch(rows: int, batch_size: int, epoch: int) -> None:
+    sampler = StepSampler(rows, batch_size, seed=3)
+    sampler.set_epoch(epoch)
+    steps = list(sampler)
+    assert len(steps) == len(sampler) and all(len(step) == batch_size for step in steps[:-1])
+    assert sorted(i for step in steps for i in step) == list(range(rows))
+
+
+def test_packing_takes_tensors_and_lists_alike() -> None:
+    as_list = pack([{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}])
+    as_tensor = pack([{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([IGNORED, 2, 3])}])
+    assert all(torch.equal(as_list[key], as_tensor[key]) for key in as_list)

@@ -1,0 +1,38 @@
+"""The chunked loss equals the plain one, in value and gradient, and computes nothing without labels."""
+
+import pytest
+import torch
+
+from huarizo.model import loss
+
+
+@pytest.mark.parametrize("count", [1, loss.CHUNK - 1, loss.CHUNK, loss.CHUNK + 1, 3 * loss.CHUNK + 7])
+@pytest.mark.parametrize("trainable_head", [False, True])
+def test_equals_the_reference(count: int, trainable_head: bool) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 301, bias=False).requires_grad_(trainable_head)
+    hidden, targets = torch.randn(count, 32), torch.randint(0, 301, (count,))
+    results = []
+    for function in (loss.summed_loss, loss.reference):
+        x = hidden.clone().requires_grad_()
+        head.zero_grad()
+        value = function(x, head, targets)
+        (value / count).backward()
+        results.append((value.detach(), x.grad, head.weight.grad.clone() if trainable_head else torch.zeros(1)))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_no_label_gives_zero_with_a_gradient() -> None:
+    hidden = torch.randn(0, 8, requires_grad=True)
+    value = loss.summed_loss(hidden, torch.nn.Linear(8, 5), torch.empty(0, dtype=torch.long))
+    value.backward()
+    assert value.item() == 0 and hidden.grad is not None
+
+
+def test_without_gradients_the_value_is_the_same() -> None:
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(16, 50), torch.randn(600, 16), torch.randint(0, 50, (600,))
+    with torch.no_grad():
+        value = loss.summed_loss(hidden, head, targets)
+    torch.testing.assert_close(value, loss.reference(hidden, head, targets).detach(), rtol=1e-5, atol=1e-4)

@@ -1,0 +1,147 @@
+"""The commands as a user calls them: exit codes, one clear message, the last word, Ctrl-C and going on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def huarizo(*arguments: str, cwd: Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "huarizo", *arguments]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path) -> Path:
+    recipe = {
+        "model": str(tiny_model_folder), "data": {"train": str(alpaca_file), "eval": 2}, "precision": "fp32", "samples": 1,
+        "training": {"epochs": 2, "save_every": 2, "learning_rate": 1e-3}, "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def test_a_run_from_start_to_answer(recipe_file: Path, tmp_path: Path) -> None:
+    done = huarizo("train", str(recipe_file), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = Path(done.stdout.split()[-1])
+    assert run == tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", "samples.jsonl", "loss.png",
+    }  # fmt: skip
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in metrics if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "eta_s"} <= steps[0].keys()
+    assert "eval_loss" in metrics[0] and "eval_loss" in metrics[-1]
+    (sample,) = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert sample["prompt"] and sample["before"] is not None and sample["after"] is not None
+    resolved = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert resolved["data"]["prompt"] == "chat" and resolved["lora"]["r"] == 8
+    assert set(resolved["pinned"]) == {"model", "train"} and len(resolved["pinned"]["train"]["rows.json"]) == 64
+    assert not [p for p in run.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+    answer = huarizo("ask", str(run), "Count to 3", "--max-new-tokens", "5", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    talk = huarizo("chat", str(run), "--max-new-tokens", "3", cwd=tmp_path, input="hello\n/reset\n/exit\n")
+    assert talk.returncode == 0 and "you>" in talk.stdout, talk.stderr
+    again = huarizo("train", str(recipe_file), cwd=tmp_path)
+    assert again.returncode == 2 and "huarizo resume" in again.stderr
+    complete = huarizo("resume", str(run), cwd=tmp_path)
+    assert complete.returncode == 2 and "complete" in complete.stderr
+
+
+def test_ctrl_c_saves_and_resume_ends_as_if_never_stopped(recipe_file: Path, tmp_path: Path) -> None:
+    more = ["training.epochs=30", "samples=0", "data.eval=0"]
+    whole = huarizo("train", str(recipe_file), *more, f"output={tmp_path / 'whole'}", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-m", "huarizo", "train", str(recipe_file), *more]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while (
+        process.poll() is None
+        and time.monotonic() < until
+        and not (metrics.is_file() and metrics.read_text().count("\n") > 4)
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert f"huarizo resume {tmp_path / 'run'}" in stderr
+    resumed = huarizo("resume", str(tmp_path / "run"), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+    def lines(name: str) -> list[tuple[int, float]]:
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+    assert lines("run") == lines("whole") and len(lines("run")) == 90
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["lora.rr=3"], "did you mean 'lora.r'?"),
+        (["model=/no/such/folder"], "/no/such/folder"),
+        (["data.train=missing.json"], "missing.json"),
+        (["precision=fp16"], "needs an NVIDIA card"),
+        (["lora.target_modules=q_prj"], "did you mean 'q_proj'?"),
+        (["data.max_length=8"], "data.max_length=8"),
+        (["data.eval=100"], "holds out 100 of 12 rows"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_no_traceback(
+    recipe_file: Path, tmp_path: Path, change: list[str], message: str
+) -> None:
+    done = huarizo("train", str(recipe_file), *change, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("huarizo: ")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_another_architecture_is_refused_in_words(recipe_file: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
+    config = tiny_model_folder / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "gpt2"'))
+    done = huarizo("train", str(recipe_file), cwd=tmp_path)
+    assert done.returncode == 2 and "architecture is 'gpt2'" in done.stderr
+
+
+def test_show_data_prints_rows_as_the_model_sees_them(recipe_file: Path, tmp_path: Path) -> None:
+    done = huarizo("train", str(recipe_file), "--show-data", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens,") == 2 and "«1" in done.stdout and "<|im_end|>»" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_skipped_on_request_and_written_down(recipe_file: Path, tmp_path: Path, alpaca_file: Path) -> None:
+    rows = json.loads(alpaca_file.read_text())
+    rows[3]["output"] = 7
+    alpaca_file.write_text(json.dumps(rows))
+    refused = huarizo("train", str(recipe_file), cwd=tmp_path)
+    assert refused.returncode == 2 and "row 4" in refused.stderr and "output" in refused.stderr
+    done = huarizo("train", str(recipe_file), "data.on_bad_row=skip", "training.max_steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (skipped,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["row"] == 4
+
+
+def test_the_recipe_command_prints_every_setting(tmp_path: Path) -> None:
+    done = huarizo("recipe", cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(key in done.stdout for key in ("data.max_length", "lora.target_modules", "trainer", "default 512"))

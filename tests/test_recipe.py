@@ -1,0 +1,104 @@
+"""The recipe: all mistakes at once, each with its key; what is written is read back the same."""
+
+from pathlib import Path
+
+import pytest
+
+from huarizo.errors import RecipeError
+from huarizo.recipe import DECIDED_ELSEWHERE, fields, load_recipe, make_recipe, to_yaml, type_of
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+MISTAKES = {
+    "modle: x": ["modle: no such key; did you mean 'model'?"],
+    "data: {evl: 3}": ["data.evl: no such key; did you mean 'data.eval'?"],
+    "learning_rate: 1e-4": ["did you mean 'training.learning_rate'?"],
+    "lora: {r: 0}": ["lora.r: input should be greater than or equal to 1, not 0"],
+    "lora: {r: many}": ["lora.r: input should be a valid integer", "not 'many'"],
+    "lora: {dropout: 1}": ["lora.dropout: input should be less than 1"],
+    "lora: {options: {r: 3}}": ["is set by `lora.r`"],
+    "lora: {options: {use_rslra: true}}": ["did you mean 'use_rslora'?"],
+    "precision: int9": ["precision: input should be"],
+    "data: {prompt: alpacca}": ["data.prompt: not one of", "did you mean 'alpaca'?"],
+    "data: {eval: -1}": ["data.eval: a share lies between 0 and 1"],
+    "data: {eval: true}": ["data.eval: write a share"],
+    "data: {eval: 1.5}": ["data.eval: a share lies between 0 and 1"],
+    "data: {columns: {question: x}}": ["data.columns: 'question' is not a field of ours"],
+    "data: {prompt: chat, eos: false}": ["data.eos=false needs data.prompt"],
+    "data: {max_length: .inf}": ["data.max_length"],
+    "training: {learning_rate: .nan}": ["training.learning_rate"],
+    "training: 3": ["training: input should be a valid dictionary"],
+    "trainer: {fp16: true}": ["'fp16' is decided by the recipe; use `precision`"],
+    "trainer: {hub_token: x}": ["a recipe never holds a token"],
+    "trainer: {warmup_stps: 3}": ["did you mean 'warmup_steps'?"],
+    "samples: -1": ["samples: input should be greater than or equal to 0"],
+    "model: a\nmodel: b": ["the key 'model' stands twice"],
+    "model: [": ["not valid YAML"],
+    "- a": ["a recipe is a mapping"],
+    "model: !!python/object/apply:os.system [true]": ["not valid YAML"],
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_told_with_its_key(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file)
+    assert all(part in str(error.value) for part in MISTAKES[text]), error.value
+    assert error.value.exit_code == 2
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("modle: x\nlora: {r: 0}\ntrainer: {fp16: true}")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file, ["data.max_length=1", "oops", "samples=[Hi?, You?]"])
+    assert str(error.value).startswith("r.yaml: 6 mistakes")
+
+
+@pytest.mark.parametrize("name", sorted(DECIDED_ELSEWHERE))
+def test_fields_that_contradict_the_recipe_are_refused_by_name(name: str) -> None:
+    from transformers import TrainingArguments
+
+    assert name in TrainingArguments.__dataclass_fields__
+    with pytest.raises(RecipeError, match=f"'{name}' is decided by the recipe"):
+        make_recipe(trainer={name: 1})
+
+
+def test_overrides_are_typed_as_in_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("lora: {r: 4}")
+    overrides = [
+        "lora.r=16",
+        "training.learning_rate=2e-4",
+        "lora.target_modules=q_proj,k_proj",
+        "data.eval=other.json",
+    ]
+    recipe = load_recipe(
+        file, [*overrides, "samples=['Hi?', 'Who are you?']", "trainer.warmup_steps=3", "training.max_steps=null"]
+    )
+    assert (recipe.lora.r, recipe.training.learning_rate, recipe.data.eval) == (16, 2e-4, "other.json")
+    assert recipe.lora.target_modules == ["q_proj", "k_proj"] and recipe.samples == ["Hi?", "Who are you?"]
+    assert recipe.trainer == {"warmup_steps": 3}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_the_recipes_that_ship_are_right_and_survive_a_round_trip(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(recipe))
+    assert load_recipe(copy) == recipe
+
+
+def test_every_setting_has_a_type_and_a_line_of_help() -> None:
+    settings = dict(fields())
+    assert {"model", "data.train", "lora.r", "training.seed", "precision", "output", "trainer"} <= settings.keys()
+    for key, field in settings.items():
+        assert field.description and type_of(field), key
+
+
+def test_a_missing_recipe_names_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(RecipeError, match="no such recipe file.*recipes/quickstart.yaml"):
+        load_recipe("recipes/quickstrat.yaml")
