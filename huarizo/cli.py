@@ -90,12 +90,20 @@ def chat(
 
 
 @app.command("recipe")
-def show_recipe() -> None:
+def show_recipe(markdown: Annotated[bool, typer.Option("--markdown", help="as a table, for the docs")] = False) -> None:
     """Print every setting of a recipe: type, range, default, help."""
+    if markdown:
+        print(
+            "# The recipe\n\nWritten by `make docs`.\n\n| key | type and range | default | what it is |\n|---|---|---|---|"
+        )
     for key, field in fields():
         default = field.get_default(call_default_factory=True)
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        print(f"{key}  ({type_of(field)}; default {shown})\n    {field.description}")
+        if markdown:
+            cells = (f"`{key}`", type_of(field), f"`{shown}`", field.description or "")
+            print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        else:
+            print(f"{key}  ({type_of(field)}; default {shown})\n    {field.description}")
 
 
 def _console() -> Console:

@@ -5,12 +5,14 @@ the same files are found again. Only listed kinds of files are fetched, never co
 for, checked and sent only where the hub is asked, because with local files everything has to work without a network.
 """
 
+import difflib
 import hashlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +42,10 @@ QUICKSTART = "quickstart"
 QUICKSTART_DATA = Path(__file__).parent / "data" / "quickstart"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA1_OR_SHA256 = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+NO_ROWS = (
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"),
+    *("manifest.json", "metadata.json", "package.json", "croissant.json"),
+)  # descriptions of data sets
 TIMEOUT = 20.0  # seconds, for the hub's list of files
 
 
@@ -62,6 +68,11 @@ class Source:
         if self.revision:
             return f"{self.name.partition('@')[0]}@{self.revision}"
         return QUICKSTART if self.name == QUICKSTART else str(self.path)
+
+    @property
+    def reference(self) -> str:
+        """What other tools load it by: the hub id, or the absolute path."""
+        return self.name.partition("@")[0] if self.revision else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class _Kind:
 
 
 def _no_data(names: Iterable[str]) -> str | None:
-    return None if DATA_SET.used(names) else "there is no .json, .jsonl, .csv or .parquet file in it"
+    return None if DATA_SET.used(names) else f"there is no data file in it ({', '.join(DATA_SET.files)})"
 
 
 MODEL = _Kind(
@@ -101,8 +112,8 @@ MODEL = _Kind(
 DATA_SET = _Kind(
     repo_type="dataset",
     noun="data set",
-    files=("*.json", "*.jsonl", "*.csv", "*.parquet"),
-    except_files=("dataset_info*.json", "dataset_dict.json", "state.json", ".*", "*/.*"),
+    files=("*.json", "*.jsonl", "*.ndjson", "*.csv", "*.tsv", "*.parquet"),
+    except_files=(*NO_ROWS, *(f"*/{file}" for file in NO_ROWS), ".*", "*/.*"),
     error=DataError,
     lacking=_no_data,
     broken=lambda folder: _no_data(DATA_SET.used_in(folder)),
@@ -124,8 +135,10 @@ def resolve_model(name: str) -> Source:
     return _local_model(name, local) if local else _from_hub(name, MODEL)
 
 
-def resolve_data(name: str) -> Source:
+def resolve_data(name: str, heldout: bool = False) -> Source:
     """Find a data set: its file, or the folder of its files, fetching it where it is not on this machine.
+
+    `heldout` asks for the held-out rows of `quickstart`.
 
     Raises:
         HubError: no such name, no access, no network, or damaged on the way.
@@ -133,14 +146,9 @@ def resolve_data(name: str) -> Source:
         MachineError: no space on the disk.
     """
     if name == QUICKSTART:
-        return _local_data(name, QUICKSTART_DATA / "train.json")
+        return _local_data(name, QUICKSTART_DATA / ("eval.json" if heldout else "train.json"))
     local = _local(name, DATA_SET)
     return _local_data(name, local) if local else _from_hub(name, DATA_SET)
-
-
-def quickstart_eval_path() -> Path:
-    """The held-out rows of the quickstart data."""
-    return QUICKSTART_DATA / "eval.json"
 
 
 def log_in() -> Login | None:
@@ -172,21 +180,24 @@ def log_in() -> Login | None:
 def _local(name: str, kind: _Kind) -> Path | None:
     """The local path that `name` means, or None where it is a hub id."""
     path = Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
-    try:
-        if path.exists():
+    with _told(name, HubError):
+        if name and path.exists():
             return path.resolve()
-    except OSError as error:
-        raise HubError(f"{name}: can't be read: {error.strerror}") from error
-    if name.startswith(("./", "../", "~", "/")) or path.is_absolute():
-        raise HubError(f"{name}: there is no such file or folder ({path.absolute()})")
+        near = {entry.name: entry for entry in path.parent.iterdir()} if path.parent.is_dir() else {}
     if "://" in name:
         raise HubError(f"{name}: give a hub id as `owner/name` or `owner/name@revision`, not an address")
-    if not _is_hub_id(name):
-        raise HubError(
-            f"{name}: there is no such file or folder ({path.absolute()}), and an id on the hub has the form "
-            f"`owner/name` or `owner/name@revision`. A {kind.noun} can also be `quickstart`"
-        )
-    return None
+    outside = name.startswith(("./", "../", "~", "/")) or path.is_absolute()
+    if not outside and _is_hub_id(name):
+        return None
+    absent = f"{name}: there is no such file or folder ({path.absolute()})"
+    if similar := difflib.get_close_matches(path.name, near, n=1):
+        raise HubError(f"{absent}. Did you mean {near[similar[0]]}?")
+    if outside:
+        raise HubError(f"{absent}. Check the name and the folder")
+    raise HubError(
+        f"{absent}, and an id on the hub has the form `owner/name` or `owner/name@revision`. "
+        f"A {kind.noun} can also be `quickstart`"
+    )
 
 
 def _is_hub_id(name: str) -> bool:
@@ -198,31 +209,37 @@ def _is_hub_id(name: str) -> bool:
     return "/" in repo_id and bool(revision) == bool(at)
 
 
+@contextmanager
+def _told(name: str, error_type: type[UserError]) -> Iterator[None]:
+    """Tell in words what the system says about a file."""
+    try:
+        yield
+    except OSError as error:
+        raise error_type(f"{name}: {error.filename or name} can't be read: {error.strerror or error}") from error
+
+
 def _local_model(name: str, path: Path) -> Source:
-    if path.is_file():
+    if not path.is_dir():
         what = "a GGUF file, which is for running, not training" if path.suffix == ".gguf" else "a file"
         raise ModelError(f"{name} is {what}. Give the folder that holds config.json, *.safetensors and the tokenizer")
-    return _source(name, path, None, MODEL)
+    with _told(name, ModelError):
+        problem = MODEL.broken(path)
+    if problem:
+        raise ModelError(f"{name}: {problem}")
+    return _hashed(name, path, None, MODEL)
 
 
 def _local_data(name: str, path: Path) -> Source:
+    """What the path holds is judged where the rows are read; a pipe or device is not even opened here."""
     if path.is_dir():
-        return _source(name, path, None, DATA_SET)
-    try:
-        return Source(name, path, None, {path.name: sha256_of(path)})
-    except OSError as error:
-        raise DataError(f"{name}: can't be read: {error.strerror}") from error
+        return _hashed(name, path, None, DATA_SET)
+    with _told(name, DataError):
+        return Source(name, path, None, {path.name: sha256_of(path)} if path.is_file() else {})
 
 
-def _source(name: str, folder: Path, revision: str | None, kind: _Kind) -> Source:
-    """A folder as a Source, after a check that all its parts are there and whole."""
-    try:
-        problem = kind.broken(folder)
-        if problem:
-            raise kind.error(f"{name}: {problem}")
+def _hashed(name: str, folder: Path, revision: str | None, kind: _Kind) -> Source:
+    with _told(name, kind.error):
         return Source(name, folder, revision, {file: sha256_of(folder / file) for file in kind.used_in(folder)})
-    except OSError as error:
-        raise kind.error(f"{name}: {error.filename or folder} can't be read: {error.strerror or error}") from error
 
 
 def _from_hub(name: str, kind: _Kind) -> Source:
@@ -257,52 +274,52 @@ def _from_hub(name: str, kind: _Kind) -> Source:
 def _from_cache(name: str, repository: Repository, kind: _Kind) -> Source | None:
     """The snapshot in the hub's cache, where the revision is there with all the files that are used."""
     try:
-        folder = Path(
-            snapshot_download(
-                repository.repo_id,
-                repo_type=repository.kind,
-                revision=repository.revision,
-                allow_patterns=list(kind.files),
-                ignore_patterns=list(kind.except_files),
-                local_files_only=True,
-            )
-        )
+        folder = _snapshot(repository, kind, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
     if kind.broken(folder):
         return None
-    return _verified(_source(name, folder, folder.name, kind), {})
+    source = _hashed(name, folder, folder.name, kind)
+    _verify(source, {})
+    return source
+
+
+def _snapshot(repository: Repository, kind: _Kind, token: str | bool = False, local_files_only: bool = False) -> Path:
+    """The folder of one commit in the hub's cache. Unless `local_files_only`, the files that lack there are fetched."""
+    folder = snapshot_download(
+        repository.repo_id,
+        repo_type=repository.kind,
+        revision=repository.revision,
+        allow_patterns=list(kind.files),
+        ignore_patterns=list(kind.except_files),
+        token=token,
+        local_files_only=local_files_only,
+    )
+    return Path(folder)
 
 
 def _fetch(
     name: str, repository: Repository, kind: _Kind, info: ModelInfo | DatasetInfo, login: Login | None
 ) -> Source:
-    siblings = info.siblings or []
-    problem = kind.lacking(sibling.rfilename for sibling in siblings)
-    if problem:
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    if problem := kind.lacking(siblings):
         raise kind.error(f"{name}: {problem}")
-    used = set(kind.used(sibling.rfilename for sibling in siblings))
-    wanted = [sibling for sibling in siblings if sibling.rfilename in used]
-    missing = [file for file in wanted if not _in_cache(repository, info.sha, file.rfilename)]
+    wanted = {file: siblings[file] for file in kind.used(siblings)}
+    missing = [file for file in wanted if not _in_cache(repository, info.sha, file)]
     try:
         if missing:
-            check_access(repository, info, missing[0].rfilename, login)
-            _check_space(name, sum(file.size or 0 for file in missing))
-        folder = Path(
-            snapshot_download(
-                repository.repo_id,
-                repo_type=repository.kind,
-                revision=repository.revision,
-                allow_patterns=list(kind.files),
-                ignore_patterns=list(kind.except_files),
-                token=login.token if login else False,
-            )
-        )
+            check_access(repository, info, missing[0], login)
+            _check_space(name, sum(wanted[file].size or 0 for file in missing))
+        folder = _snapshot(repository, kind, token=login.token if login else False)
     except FAILURES as error:
         raise explain_download(error, repository, login) from error
     if folder.name != info.sha:
         raise HubError(f"{name}: it changed on the hub while it was fetched. Run again")
-    return _verified(_source(name, folder, info.sha, kind), {file.rfilename: file for file in wanted})
+    source = _hashed(name, folder, info.sha, kind)
+    _verify(source, wanted)
+    if problem := kind.broken(folder):
+        raise kind.error(f"{name}: {problem}")
+    return source
 
 
 def _in_cache(repository: Repository, commit: str | None, file: str) -> bool:
@@ -322,27 +339,27 @@ def _check_space(name: str, needed: int) -> None:
         )
 
 
-def _verified(source: Source, published: dict[str, RepoSibling]) -> Source:
+def _verify(source: Source, published: dict[str, RepoSibling]) -> None:
     """Compare files from the hub with the digests that it publishes: sha256 for large ones, git's sha1 for the others.
 
     Where the hub was not asked (`published` is empty) the cache itself knows them: its files are named by digest.
+
+    Raises:
+        HubError: a file is not what the hub publishes.
     """
     for file, sha256 in source.sha256.items():
         path = (source.path / file).resolve()
         digest = path.name
         if sibling := published.get(file):
             digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id or ""
-        if SHA1_OR_SHA256.fullmatch(digest) and digest not in (sha256, _git_sha1(path, digest)):
+        if SHA1_OR_SHA256.fullmatch(digest) and digest != (sha256 if len(digest) == 64 else _git_sha1(path)):
             raise HubError(
                 f"{source.name}: {file} is not the file that the hub publishes (its digest should be {digest}): it was "
                 f"damaged on the way or on this disk. Delete {path} and run again to fetch it anew"
             )
-    return source
 
 
-def _git_sha1(path: Path, digest: str) -> str | None:
-    """The name git gives to a file's content; only where `digest` is of that kind."""
-    if len(digest) != 40:
-        return None
+def _git_sha1(path: Path) -> str:
+    """The name that git gives to a file's content."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

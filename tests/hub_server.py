@@ -110,7 +110,11 @@ class HubServer:
         return self.asked[start + 1 : end]
 
     def files_sent(self, case: str) -> set[str]:
-        return {path.rsplit("/", 1)[-1] for method, path, _ in self.asked_in(case) if method == "GET" and "/api/" not in path}
+        return {
+            path.rsplit("/", 1)[-1]
+            for method, path, _ in self.asked_in(case)
+            if method == "GET" and "/api/" not in path
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -129,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = urlsplit(self.path).path
+        path = unquote(path) if path.startswith("/mark/") else path
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
         self.server_hub.asked.append((self.command, path, bearer))
         user = self.server_hub.users.get(bearer) if bearer else None
@@ -157,7 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
             if user is None:
                 return self._refuse(401, "GatedRepo", "Access is restricted. Please log in.")
             if not user.may_read(repo_id, gated=True):
-                return self._refuse(403, None, "Please enable access to public gated repositories in your token settings")
+                return self._refuse(
+                    403, None, "Please enable access to public gated repositories in your token settings"
+                )
             if user.name not in repo.readers:
                 return self._refuse(403, "GatedRepo", "Access is restricted and you are not in the authorized list.")
         return repo

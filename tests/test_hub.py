@@ -1,19 +1,17 @@
 """Names to files, with the real huggingface_hub client against a small hub on 127.0.0.1.
 
-The endpoint and the offline switch are read when huggingface_hub is imported, so the calls run in a few child processes,
-each with a list of cases; the tests then look at what each case gave, and at what the hub was asked meanwhile.
+The endpoint and the offline switch are read when huggingface_hub is imported, so the calls run in a few child
+processes, each with a list of cases; the tests then look at what each case gave, and what the hub was asked meanwhile.
 """
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import socket
 import struct
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,10 @@ from typing import Any
 import pytest
 
 from huarizo.errors import DataError, HubError, ModelError
-from huarizo.hub import Source, quickstart_eval_path, resolve_data, resolve_model
+from huarizo.data.files import MANIFESTS, SUFFIXES
+from huarizo.hub import DATA_SET, NO_ROWS, Source, resolve_data, resolve_model
 from tests.hub_server import HubServer, Repo, User, commit_of
+from tests.tiny import make_model, make_tokenizer
 
 TOKENS = {
     "ann": "hf_annsSecretTokenAnnsSecretToken",
@@ -36,7 +36,7 @@ TOKENS = {
 ROW = {"instruction": "Say hello.", "output": "Hello!"}
 
 CHILD = """
-import errno, json, logging, os, sys, urllib.request
+import errno, json, logging, os, sys, urllib.parse, urllib.request
 logging.basicConfig(level=logging.INFO)
 import huggingface_hub.file_download
 from huarizo.errors import HuarizoError
@@ -49,7 +49,7 @@ http_get = huggingface_hub.file_download.http_get
 home = os.getcwd()
 for case in json.load(open(sys.argv[1])):
     if sys.argv[2]:
-        urllib.request.urlopen(sys.argv[2] + "/mark/" + case["case"]).read()
+        urllib.request.urlopen(sys.argv[2] + "/mark/" + urllib.parse.quote(case["case"])).read()
     os.environ.pop("HF_TOKEN", None)
     if case["token"]:
         os.environ["HF_TOKEN"] = case["token"]
@@ -114,23 +114,10 @@ def run_cases(cases: list[dict[str, Any]], home: Path, endpoint: str, mark: str 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with random weights, and a tokenizer trained on three words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    """A Llama of two layers with random weights, and a tokenizer of one token a byte."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator(["llama alpaca huarizo"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -170,7 +157,12 @@ def hub_server(model_bytes: dict[str, bytes]) -> Iterator[HubServer]:
         "alpaca/shaky": Repo(dict(model), drops={"model.safetensors": 1}),
         "alpaca/broken": Repo(dict(model), drops={"model.safetensors": 6}),
         "alpaca/rows": Repo(
-            {"data/train.json": rows, "more.csv": b"instruction,output\n", "dataset_infos.json": b"{}", "run.py": b"1/0"},
+            {
+                "data/train.json": rows,
+                "more.csv": b"instruction,output\n",
+                "dataset_infos.json": b"{}",
+                "run.py": b"1/0",
+            },
             kind="dataset",
         ),
         "alpaca/pictures": Repo({"cat.png": b"PNG"}, kind="dataset"),
@@ -246,8 +238,431 @@ def online(hub_server: HubServer, home: Path) -> Outcome:
         case("token in HF_TOKEN and .env", "alpaca/tiny@dev", token="bob", cwd=str(dotenv)),
         case(".env is no text", "alpaca/tiny", cwd=str(garbage)),
     ]
-    for step in cases:
-        step["case"] = step["case"].replace(" ", "_").replace(",", "")
-    outcome = run_cases(cases, home, hub_server.url, mark=hub_server.url)
-    outcome.results = {step: outcome.results[step] for step in outcome.results}
-    return outcome
+    return run_cases(cases, home, hub_server.url, mark=hub_server.url)
+
+
+@pytest.fixture(scope="module")
+def offline(online: Outcome, hub_server: HubServer, home: Path, tiny_model: Path) -> Outcome:
+    """The same home with HF_HUB_OFFLINE=1. The token is one that the hub would refuse."""
+    (home / "damage").mkdir()
+    cases = [
+        case("offline, public", "alpaca/tiny", token="unknown"),
+        case("offline, commit", f"alpaca/pinned@{commit_of('alpaca/pinned main')}", token="blank"),
+        case("offline, rows", "alpaca/rows", call="resolve_data"),
+        case("offline, half", "alpaca/cut"),
+        case("offline, never seen", "alpaca/never"),
+        case("offline, damaged", "alpaca/shaky"),
+        case("offline, local", str(tiny_model), token="blank"),
+    ]
+    blob = (Path(online.ok("shaky")["path"]) / "model.safetensors").resolve()
+    content = blob.read_bytes()
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return run_cases(cases, home, hub_server.url, mark="", HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def unplugged(online: Outcome, home: Path, tiny_model: Path) -> Outcome:
+    """The same home with a hub that nobody answers for."""
+    cases = [
+        case("unplugged, public", "alpaca/tiny", token="ann"),
+        case("unplugged, commit", f"alpaca/pinned@{commit_of('alpaca/pinned main')}"),
+        case("unplugged, never seen", "alpaca/never", token="ann"),
+        case("unplugged, local", str(tiny_model), token="blank"),
+    ]
+    return run_cases(cases, home, f"http://127.0.0.1:{_closed_port()}")
+
+
+def _closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+MODEL_FILES |= {"chat_template.jinja"}
+
+
+def digests(contents: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+# What a hub id gives
+
+
+def test_a_public_model_needs_no_token_and_loads(online: Outcome, model_bytes: dict[str, bytes]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = online.ok("public")
+    commit = commit_of("alpaca/tiny main")
+    assert found["revision"] == commit
+    assert found["pinned"] == f"alpaca/tiny@{commit}"
+    assert set(model_bytes) == MODEL_FILES
+    assert found["sha256"] == digests(model_bytes)
+    assert AutoModelForCausalLM.from_pretrained(found["path"]).config.hidden_size == 64
+    assert AutoTokenizer.from_pretrained(found["path"]).eos_token == "<|im_end|>"
+
+
+def test_only_listed_files_are_fetched(online: Outcome, hub_server: HubServer) -> None:
+    assert hub_server.files_sent("public") == MODEL_FILES
+    assert {file.name for file in Path(online.ok("public")["path"]).rglob("*")} == MODEL_FILES
+    assert all(token is None for _, _, token in hub_server.asked_in("public"))
+
+
+def test_a_second_call_fetches_nothing(online: Outcome, hub_server: HubServer) -> None:
+    assert online.ok("again") == online.ok("public") | {"case": "again"}
+    assert not hub_server.files_sent("again")
+
+
+def test_revisions_are_kept_apart(online: Outcome) -> None:
+    found = online.ok("branch")
+    assert found["revision"] == commit_of("alpaca/tiny dev")
+    assert found["sha256"]["generation_config.json"] == hashlib.sha256(b'{"eos_token_id": 2}').hexdigest()
+    assert found["sha256"]["model.safetensors"] == online.ok("public")["sha256"]["model.safetensors"]
+
+
+def test_a_pinned_commit_in_the_cache_asks_nobody(online: Outcome, hub_server: HubServer) -> None:
+    found = online.ok("commit")
+    assert found["pinned"] == f"alpaca/pinned@{commit_of('alpaca/pinned main')}"
+    assert hub_server.files_sent("commit") == MODEL_FILES
+    assert online.ok("commit again") == found | {"case": "commit again"}
+    assert hub_server.asked_in("commit again") == []
+
+
+def test_a_data_set_is_a_folder_of_rows(online: Outcome) -> None:
+    found = online.ok("rows")
+    contents = {"data/train.json": json.dumps([ROW]).encode(), "more.csv": b"instruction,output\n"}
+    assert found["sha256"] == digests(contents)
+    assert {name: (Path(found["path"]) / name).read_bytes() for name in found["sha256"]} == contents
+    assert not (Path(found["path"]) / "run.py").exists()
+    online.failure("pictures", "DataError", "alpaca/pictures", ".jsonl")
+
+
+# Names that lead nowhere
+
+
+def test_names_that_are_not_on_the_hub(online: Outcome, home: Path) -> None:
+    said = online.failure("misspelt", "HubError", "alpaca/tinny", "no such model", "spelling", "private", "log in")
+    assert f"{home / 'alpaca/tinny'} does not exist" in said
+    online.failure("misspelt, logged in", "HubError", "no such model", "spelling", "belongs to someone without access")
+    online.failure("data set as model", "HubError", "alpaca/rows", "no such model")
+    online.failure("no revision", "HubError", "alpaca/tiny", "no revision 'nope'", "branch, tag or commit")
+
+
+def test_repositories_without_a_trainable_model(online: Outcome, hub_server: HubServer) -> None:
+    online.failure("pickle", "ModelError", "alpaca/pickle", "pickle", "never reads", "save_pretrained")
+    online.failure("gguf", "ModelError", "alpaca/gguf", "GGUF", "safetensors")
+    online.failure("adapter", "ModelError", "alpaca/adapter", "LoRA adapter", "base_model_name_or_path")
+    online.failure("mute", "ModelError", "alpaca/mute", "tokenizer", "save_pretrained")
+    for nothing in ("pickle", "gguf", "adapter", "mute"):
+        assert not hub_server.files_sent(nothing)
+
+
+# Tokens
+
+
+def test_an_invalid_token_is_told_before_anything_is_fetched(online: Outcome, hub_server: HubServer) -> None:
+    said = online.failure("public, bad token", "HubError", "HF_TOKEN", "not valid", "/settings/tokens", "hf auth login")
+    assert "Public models need no token" in said
+    assert hub_server.url in said
+    assert not hub_server.files_sent("public, bad token")
+    online.failure("blank in token", "HubError", "HF_TOKEN", "blank")
+    assert hub_server.asked_in("blank in token") == []
+
+
+def test_private_models(online: Outcome, hub_server: HubServer) -> None:
+    online.failure("private, nobody", "HubError", "alpaca/private", "If it is private, log in", "hf auth login")
+    online.failure("private, stranger", "HubError", "belongs to someone without access")
+    assert online.ok("private")["revision"] == commit_of("alpaca/private main")
+    assert online.ok("private data")["sha256"].keys() == {"rows.json"}
+    for case_of, user in (("private", "ann"), ("private data", "bob")):
+        asked = hub_server.asked_in(case_of)
+        paths = [path for _, path, _ in asked]
+        first_file = next(index for index, path in enumerate(paths) if "/api/" not in path)
+        assert "/api/whoami-v2" in paths[:first_file]
+        assert {token for _, path, token in asked if not path.startswith("/cdn/")} == {TOKENS[user]}
+
+
+def test_fine_grained_tokens_are_asked_for_their_right_to_read(online: Outcome, hub_server: HubServer) -> None:
+    online.failure("private, no right", "HubError", "bob/own", "valid, but has no right to read", "Read access")
+    online.failure("private, gated right only", "HubError", "valid, but has no right to read")
+    assert online.ok("private, right")["pinned"].startswith("bob/own@")
+    online.failure("gated, no right", "HubError", "alpaca/gated", "no right to read", "public gated repos")
+    assert online.ok("gated, granted")["pinned"].startswith("alpaca/gated@")
+    assert online.ok("public, token without rights")["revision"] == commit_of("alpaca/tiny dev")
+    for refused in ("private, no right", "private, gated right only", "gated, no right"):
+        assert not hub_server.files_sent(refused)
+
+
+def test_gated_models(online: Outcome, hub_server: HubServer) -> None:
+    page = f"{hub_server.url}/alpaca/gated"
+    online.failure("gated, nobody", "HubError", "is gated", f"Request access at {page};", "log in", "/settings/tokens")
+    online.failure("gated, not granted", "HubError", "is gated", "bob", "no access to it yet", page)
+    assert not hub_server.files_sent("gated, not granted")
+
+
+def test_where_the_token_is_looked_for(online: Outcome, hub_server: HubServer) -> None:
+    def sent(name: str) -> set[str | None]:
+        online.ok(name)
+        return {token for _, path, token in hub_server.asked_in(name) if not path.startswith("/cdn/")}
+
+    assert sent("token in .env") == {TOKENS["ann"]}
+    assert sent("token in HF_TOKEN and .env") == {TOKENS["bob"]}
+    online.failure(".env is no text", "HubError", ".env can't be read")
+
+
+def test_the_stored_token_comes_last(online: Outcome, hub_server: HubServer, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_text(TOKENS["bob"] + "\n")
+    cases = [
+        case("stored", "alpaca/private-data", call="resolve_data"),
+        case("stored and .env", "alpaca/private-data", call="resolve_data", cwd=str(home / "project")),
+    ]
+    outcome = run_cases(cases, tmp_path, hub_server.url, mark=hub_server.url)
+    outcome.ok("stored"), outcome.ok("stored and .env")
+    assert {token for _, _, token in hub_server.asked_in("stored")} == {TOKENS["bob"]}
+    assert {token for _, _, token in hub_server.asked_in("stored and .env")} == {TOKENS["ann"]}
+
+
+def test_no_token_is_ever_shown_or_sent_elsewhere(
+    online: Outcome, offline: Outcome, unplugged: Outcome, hub_server: HubServer
+) -> None:
+    for outcome in (online, offline, unplugged):
+        for token in TOKENS.values():
+            assert token not in outcome.output
+    storage = [token for _, path, token in hub_server.asked if path.startswith("/cdn/")]
+    assert storage
+    assert set(storage) == {None}
+
+
+# The disk and the network
+
+
+def test_a_full_disk(online: Outcome, hub_server: HubServer, home: Path) -> None:
+    said = online.failure("huge", "MachineError", "alpaca/huge", "10,000,000.0 GB", "HF_HOME", exit_code=3)
+    assert str(home / "hf" / "hub") in said
+    assert not hub_server.files_sent("huge")
+    online.failure("enospc", "MachineError", "alpaca/enospc", "is full", "HF_HOME", "are kept", exit_code=3)
+
+
+def test_a_hub_in_trouble(online: Outcome, hub_server: HubServer) -> None:
+    online.failure("down", "HubError", "alpaca/down", "could not be reached", "503")
+    online.failure("busy", "HubError", "alpaca/busy", "too many requests")
+    online.failure("portal", "HubError", "alpaca/portal", "could not be reached", hub_server.url)
+
+
+def test_an_interrupted_download_goes_on(online: Outcome, hub_server: HubServer) -> None:
+    assert online.ok("shaky")["revision"] == commit_of("alpaca/shaky main")
+    online.failure("broken", "HubError", "alpaca/broken", "broke off", "Run the same command again", "are kept")
+    assert online.ok("broken, again")["revision"] == commit_of("alpaca/broken main")
+    assert hub_server.files_sent("broken, again") == {"model.safetensors"}
+    online.failure("cut", "HubError", "alpaca/cut", "broke off", "Run the same command again")
+
+
+def test_damaged_files_are_found(online: Outcome, hub_server: HubServer, home: Path) -> None:
+    said = online.failure("damaged", "HubError", "model.safetensors is not the file that the hub publishes", "Delete")
+    online.failure("damaged small", "HubError", "config.json is not the file that the hub publishes", "Delete")
+    named = Path(said.split("Delete ")[1].split(" and run again")[0])
+    named.unlink()
+    mended = run_cases([case("mended", "alpaca/damaged")], home, hub_server.url, mark=hub_server.url)
+    assert mended.ok("mended")["sha256"] == online.ok("public")["sha256"]
+    assert hub_server.files_sent("mended") == {"model.safetensors"}
+
+
+def test_offline_mode_uses_the_cache_and_asks_nobody(
+    online: Outcome, offline: Outcome, hub_server: HubServer, tiny_model: Path
+) -> None:
+    asked = len(hub_server.asked)
+    for name, as_online in (("public", "public"), ("commit", "commit"), ("rows", "rows")):
+        found = offline.ok(f"offline, {name}")
+        assert found == online.ok(as_online) | {"case": found["case"]}
+    for name in ("half", "never seen"):
+        offline.failure(f"offline, {name}", "HubError", "no whole copy is in the cache", "HF_HUB_OFFLINE")
+    offline.failure("offline, damaged", "HubError", "model.safetensors is not the file that the hub publishes")
+    assert offline.ok("offline, local")["pinned"] == str(tiny_model)
+    assert len(hub_server.asked) == asked
+
+
+def test_without_a_network_the_cache_serves_with_a_note(online: Outcome, unplugged: Outcome, tiny_model: Path) -> None:
+    found = unplugged.ok("unplugged, public")
+    assert found == online.ok("public") | {"case": found["case"]}
+    commit = commit_of("alpaca/tiny main")
+    assert "alpaca/tiny: no answer from the hub" in unplugged.output
+    assert f"Using the copy in the cache, alpaca/tiny@{commit}" in unplugged.output
+    assert unplugged.ok("unplugged, commit")["sha256"] == online.ok("commit")["sha256"]
+    assert "alpaca/pinned: no answer" not in unplugged.output
+    unplugged.failure("unplugged, never seen", "HubError", "could not be reached", "Check the network", "local folder")
+    assert unplugged.ok("unplugged, local")["pinned"] == str(tiny_model)
+
+
+# Local files, in this process, where no connection can be made
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a local name must not need the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_TOKEN", TOKENS["blank"])
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path, no_network: None) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "llama"))
+
+
+def test_a_local_folder(folder: Path, model_bytes: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "notes.txt").write_text("not used")
+    (folder / "pytorch_model.bin").write_bytes(b"not used")
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"not used")
+    found = resolve_model(str(folder))
+    assert found == Source(str(folder), folder, None, digests(model_bytes))
+    assert found.pinned == str(folder)
+    monkeypatch.chdir(folder.parent)
+    assert resolve_model("./llama").path == folder
+    assert resolve_model("llama").pinned == str(folder)
+    (folder.parent / "owner").mkdir()
+    folder.rename(folder.parent / "owner" / "llama")
+    assert resolve_model("owner/llama").path == folder.parent / "owner" / "llama"
+
+
+def test_a_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve_model("~/llama").path == folder
+
+
+def _shards(folder: Path, *names: str) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(["a"], "model-1.safetensors") | {name: name for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_weights_in_several_files(folder: Path) -> None:
+    _shards(folder)
+    assert "model-1.safetensors" in resolve_model(str(folder)).sha256
+
+
+def _only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _lfs_pointer(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "model.safetensors").write_text(pointer)
+
+
+def _cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _bad_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"nope" + bytes(10))
+
+
+def _header_beyond_end(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+def _bad_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+DAMAGE = {
+    "only pickle": (_only_pickle, "never reads"),
+    "LFS pointer": (_lfs_pointer, "git lfs pull"),
+    "cut off": (_cut_off, "it was cut off"),
+    "bad header": (_bad_header, "not a whole safetensors file"),
+    "header beyond the end": (_header_beyond_end, "not a whole safetensors file"),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+    "bad index": (_bad_index, "weight_map"),
+    "missing part": (lambda folder: _shards(folder, "model-2.safetensors"), "model-2.safetensors"),
+    "part outside": (lambda folder: _shards(folder, "../llama/model-1.safetensors"), "../llama/model-1.safetensors"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer is missing"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], "no weights"),
+    "only an adapter": (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "LoRA adapter"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_local_folder_that_is_no_whole_model(damage: str, folder: Path) -> None:
+    change, said = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(ModelError, match=f"^{folder}: ") as error:
+        resolve_model(str(folder))
+    assert said in str(error.value)
+
+
+NO_NAMES = {
+    "./nowhere": "no such file or folder",
+    "../nowhere": "no such file or folder",
+    "~/nowhere": "no such file or folder",
+    "/no/where": "no such file or folder",
+    "nowhere": "owner/name",
+    "no/where/at-all": "owner/name",
+    "owner/name@": "owner/name@revision",
+    "owner/na--me": "owner/name",
+    "owner/na me": "owner/name",
+    "https://hub.example/owner/name": "not an address",
+    "": "owner/name",
+    "x" * 5000: "name",
+    "a/" + "x" * 200: "owner/name",
+}
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=lambda name: name[:30])
+@pytest.mark.parametrize("resolve", [resolve_model, resolve_data])
+def test_names_that_can_not_be(name: str, resolve: Any, no_network: None) -> None:
+    with pytest.raises(HubError) as error:
+        resolve(name)
+    assert str(error.value).startswith(f"{name}: ")
+    assert NO_NAMES[name] in str(error.value)
+
+
+def test_a_name_that_is_nearly_right(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    for name in ("./lama", "lama", str(folder.parent / "lama")):
+        with pytest.raises(HubError, match=r"Did you mean .*llama\?$"):
+            resolve_model(name)
+
+
+def test_files_that_are_no_models(folder: Path) -> None:
+    gguf = folder / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="GGUF file, which is for running"):
+        resolve_model(str(gguf))
+    with pytest.raises(ModelError, match="Give the folder"):
+        resolve_model(str(folder / "model.safetensors"))
+
+
+def test_local_data(tmp_path: Path, no_network: None) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([ROW]))
+    found = resolve_data(str(file))
+    assert (found.path, found.revision, found.pinned) == (file, None, str(file))
+    assert found.sha256 == digests({"rows.json": file.read_bytes()})
+    (tmp_path / ".hidden").mkdir()
+    for name in (".hidden/rows.json", "dataset_infos.json", "readme.txt", "b.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    assert resolve_data(str(tmp_path)).sha256.keys() == {"rows.json", "b.parquet"}
+
+
+def test_pipes_are_not_opened(tmp_path: Path, no_network: None) -> None:
+    os.mkfifo(tmp_path / "rows.json")
+    assert resolve_data(str(tmp_path / "rows.json")).sha256 == {}
+    assert resolve_data(str(tmp_path)).sha256 == {}
+
+
+def test_files_are_fetched_that_the_reader_of_rows_takes() -> None:
+    assert set(DATA_SET.files) == {f"*{suffix}" for suffix in SUFFIXES}
+    assert set(NO_ROWS) == set(MANIFESTS)
+
+
+def test_the_quickstart_data(no_network: None) -> None:
+    assert resolve_data("quickstart").pinned == "quickstart"
+    assert resolve_data("quickstart").sha256.keys() == {"train.json"}
+    assert resolve_data("quickstart", heldout=True).sha256.keys() == {"eval.json"}

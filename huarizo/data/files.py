@@ -24,10 +24,14 @@ MANIFESTS = (
 )
 
 
+def printable(text: str) -> str:
+    """The text with everything escaped that a terminal can't show."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def shown(path: Path) -> str:
     """A path as it can be printed anywhere."""
-    text = str(path)
-    return text if text.isprintable() else repr(text)[1:-1]
+    return printable(str(path))
 
 
 def excerpt(text: str, limit: int = 40) -> str:
