@@ -7,12 +7,11 @@
 """
 
 import sys
-from pathlib import Path
 
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder, tokenise
-from huarizo.hub import resolve_data, resolve_model
+from huarizo.hub.names import resolve_data, resolve_model
 from huarizo.machine import cache_folder, choose_precision, device
 from huarizo.model.load import load_base, load_tokenizer
 from huarizo.model.lora import add_lora

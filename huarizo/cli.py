@@ -94,7 +94,8 @@ def show_recipe(markdown: Annotated[bool, typer.Option("--markdown", help="as a 
     """Print every setting of a recipe: type, range, default, help."""
     if markdown:
         print(
-            "# The recipe\n\nWritten by `make docs`.\n\n| key | type and range | default | what it is |\n|---|---|---|---|"
+            "# The recipe\n\nWritten by `make docs`.\n\n"
+            "| key | type and range | default | what it is |\n|---|---|---|---|"
         )
     for key, field in fields():
         default = field.get_default(call_default_factory=True)

@@ -18,7 +18,7 @@ from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, UserError
 from huarizo.files import whole_folder, write_whole
-from huarizo.hub import Source, resolve_data, resolve_model
+from huarizo.hub.names import Source, resolve_data, resolve_model
 from huarizo.machine import Choice, cache_folder, choose_precision, device, micro_batch_tokens, rank
 from huarizo.model.load import activation_bytes_per_token, load_base, load_tokenizer, read_config
 from huarizo.model.lora import add_lora
@@ -158,7 +158,7 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     tokens = sum(len(ids) for batch in lengths.iter(1000) for ids in batch["input_ids"])
     notes = [f"{len(data.train.cut)} cut at {recipe.data.max_length} tokens" if data.train.cut else ""]
     notes += [f"{len(data.train.left_out)} left out (no response within that)" if data.train.left_out else ""]
-    notes += [f"{len(data.problems)} bad rows skipped, see {run.skipped}" if data.problems else ""]
+    notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
     lines = {
         "model": recipe.model,
         "data": f"{recipe.data.train}: {len(data.train.dataset)} rows ({data.format}), {tokens:,} tokens"

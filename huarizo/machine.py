@@ -40,9 +40,9 @@ def world_size() -> int:
 
 
 def cache_folder() -> Path:
-    """Where prepared models and token files are kept between runs."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "huarizo"
+    """Where prepared models and tokens are kept: $XDG_CACHE_HOME/huarizo, if absolute, or ~/.cache/huarizo."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (root if root.is_absolute() else Path.home() / ".cache") / "huarizo"
 
 
 def device() -> torch.device:

@@ -18,10 +18,6 @@ from huarizo.errors import RecipeError, listed
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 PROMPT_NAMES = ("auto", "chat", "alpaca", "stanford")
-COLUMN_NAMES = (
-    "instruction", "input", "output", "system", "history", "conversations", "messages", "prompt", "completion",
-)  # fmt: skip
-
 # TrainingArguments fields that the recipe, or Huarizo's own loop, already decides: field -> what to use instead.
 DECIDED_ELSEWHERE = {
     "output_dir": "`output`",
@@ -65,22 +61,22 @@ class DataRecipe(Section):
     """Which rows are trained on, and how they become tokens."""
 
     train: str = Field(
-        "quickstart", min_length=1, description="file, folder, hub data set id[@revision], or quickstart"
+        default="quickstart", min_length=1, description="file, folder, hub data set id[@revision], or quickstart"
     )
     eval: float | str = Field(
-        0.02, description="share held out (0.02), a number of rows (100), another file, or quickstart; 0 = none"
+        default=0.02, description="share held out (0.02), a number of rows (100), another file, or quickstart; 0 = none"
     )
     prompt: str = Field(
-        "auto",
+        default="auto",
         description="alpaca | stanford | chat (the model's own template) | a Jinja template with {{ instruction }} and "
         "{{ input }}; auto = chat where the model has a template, alpaca otherwise",
     )
-    labels: Literal["response", "all"] = Field("response", description="which tokens are learnt")
-    eos: bool = Field(True, description="end every response with the end-of-sequence token, so that the model stops")
-    max_length: int = Field(512, ge=8, le=1_000_000, description="tokens; a longer row is cut")
-    on_bad_row: Literal["fail", "skip"] = Field("fail", description="skip writes the bad rows to a file of the run")
+    labels: Literal["response", "all"] = Field(default="response", description="which tokens are learnt")
+    eos: bool = Field(default=True, description="end every response with the end-of-sequence token, so that the model stops")
+    max_length: int = Field(default=512, ge=8, le=1_000_000, description="tokens; a longer row is cut")
+    on_bad_row: Literal["fail", "skip"] = Field(default="fail", description="skip writes the bad rows to a file of the run")
     columns: dict[str, str] = Field(
-        default_factory=dict,
+       default= default_factory=dict,
         description="names in the file, where they differ: data.columns.instruction=question",
     )
 
@@ -105,14 +101,6 @@ class DataRecipe(Section):
             )
         return value
 
-    @field_validator("columns")
-    @classmethod
-    def _columns_are_known(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if name not in COLUMN_NAMES:
-                raise ValueError(f"{name!r} is not a field of ours ({', '.join(COLUMN_NAMES)})")
-        return value
-
     @model_validator(mode="after")
     def _chat_ends_its_turns(self) -> "DataRecipe":
         if not self.eos and self.prompt == "chat":
@@ -123,14 +111,14 @@ class DataRecipe(Section):
 class LoraRecipe(Section):
     """The adapter (LoRA, arXiv 2106.09685)."""
 
-    r: int = Field(8, ge=1, le=4096, description="rank")
-    alpha: float = Field(16, gt=0, description="scale: the adapter's output is multiplied by alpha / r")
-    dropout: float = Field(0.05, ge=0, lt=1, description="share of the adapter's inputs dropped in training")
+    r: int = Field(default=8, ge=1, le=4096, description="rank")
+    alpha: float = Field(default=16, gt=0, description="scale: the adapter's output is multiplied by alpha / r")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="share of the adapter's inputs dropped in training")
     target_modules: list[str] | Literal["all-linear"] = Field(
-        ["q_proj", "v_proj"], min_length=1, description="linear layers that get an adapter, or all-linear"
+        default=["q_proj", "v_proj"], min_length=1, description="linear layers that get an adapter, or all-linear"
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="any other field of peft.LoraConfig, such as use_rslora or init_lora_weights"
+       default= default_factory=dict, description="any other field of peft.LoraConfig, such as use_rslora or init_lora_weights"
     )
 
     @field_validator("target_modules", mode="before")
@@ -144,15 +132,15 @@ class LoraRecipe(Section):
 class TrainingRecipe(Section):
     """How long, how fast, in which order. Counts are in optimizer steps."""
 
-    epochs: float = Field(1, gt=0, description="passes over the rows")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps; null = by epochs")
-    batch_size: int = Field(4, ge=1, description="examples of one optimizer step, over all devices together")
-    learning_rate: float = Field(2e-4, gt=0, lt=10, description="peak of the schedule")
-    seed: int = Field(42, ge=0, lt=2**32, description="order of the rows, initial adapter, dropout")
-    eval_every: int | None = Field(None, ge=1, description="held-out loss every so many steps; null = first and last")
-    save_every: int | None = Field(None, ge=1, description="checkpoint every so many steps; null = at each epoch's end")
+    epochs: float = Field(default=1, gt=0, description="passes over the rows")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps; null = by epochs")
+    batch_size: int = Field(default=4, ge=1, description="examples of one optimizer step, over all devices together")
+    learning_rate: float = Field(default=2e-4, gt=0, lt=10, description="peak of the schedule")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="order of the rows, initial adapter, dropout")
+    eval_every: int | None = Field(default=None, ge=1, description="held-out loss every so many steps; null = first and last")
+    save_every: int | None = Field(default=None, ge=1, description="checkpoint every so many steps; null = at each epoch's end")
     micro_batch_tokens: int | None = Field(
-        None, ge=1, description="tokens computed at once; null = chosen for this machine. Changes no result"
+        default=None, ge=1, description="tokens computed at once; null = chosen for this machine. Changes no result"
     )
 
 
@@ -160,21 +148,21 @@ class Recipe(Section):
     """What is trained. The machine changes only how fast."""
 
     model: str = Field(
-        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", min_length=1, description="hub id[@revision], local folder, or quickstart"
+        default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", min_length=1, description="hub id[@revision], local folder, or quickstart"
     )
     data: DataRecipe = Field(default_factory=DataRecipe)
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
-    precision: Precision = Field("auto", description="of the frozen base model; the adapter is always fp32")
+    precision: Precision = Field(default="auto", description="of the frozen base model; the adapter is always fp32")
     samples: Annotated[int, Field(ge=0, le=100)] | list[str] = Field(
-        3, description="prompts answered before and after: so many held-out rows, or a list of prompts"
+        default=3, description="prompts answered before and after: so many held-out rows, or a list of prompts"
     )
-    output: str | None = Field(None, description="run folder; null = runs/NAME-TIME, from the recipe's name")
+    output: str | None = Field(default=None, description="run folder; null = runs/NAME-TIME, from the recipe's name")
     trainer: dict[str, Any] = Field(
-        default_factory=dict, description="any other field of transformers.TrainingArguments"
+       default= default_factory=dict, description="any other field of transformers.TrainingArguments"
     )
     pinned: dict[str, dict[str, str]] = Field(
-        default_factory=dict, description="written by Huarizo: sha256 of each file used. Checked where present"
+       default= default_factory=dict, description="written by Huarizo: sha256 of each file used. Checked where present"
     )
 
     @field_validator("trainer")

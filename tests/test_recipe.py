@@ -23,7 +23,6 @@ MISTAKES = {
     "data: {eval: -1}": ["data.eval: a share lies between 0 and 1"],
     "data: {eval: true}": ["data.eval: write a share"],
     "data: {eval: 1.5}": ["data.eval: a share lies between 0 and 1"],
-    "data: {columns: {question: x}}": ["data.columns: 'question' is not a field of ours"],
     "data: {prompt: chat, eos: false}": ["data.eos=false needs data.prompt"],
     "data: {max_length: .inf}": ["data.max_length"],
     "training: {learning_rate: .nan}": ["training.learning_rate"],

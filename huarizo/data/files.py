@@ -42,7 +42,7 @@ def excerpt(text: str, limit: int = 40) -> str:
 def enumerated(names: Collection[str], limit: int = 20) -> str:
     """Names of fields, quoted and parted by commas."""
     quoted = [excerpt(name) for name in list(names)[:limit]]
-    return ", ".join(quoted) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return (", ".join(quoted) or "none") + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def refusal(path: Path, what: str, remedy: str) -> DataError:

@@ -51,7 +51,7 @@ class Fields:
 
     def checked(self, label: str, value: object, may_be_empty: bool = False) -> str:
         """The value if it is a sound text; a flaw at `label` and "" otherwise."""
-        wrong = _wrong_text(value, may_be_empty) if isinstance(value, str) else _not_a_text(value)
+        wrong = _wrong_text(value, may_be_empty) if isinstance(value, str) else _not_a_text(value, may_be_empty)
         if wrong:
             self.flaw(label, *wrong)
         return value if isinstance(value, str) else ""
@@ -64,7 +64,8 @@ def _wrong_text(text: str, may_be_empty: bool) -> tuple[str, str] | None:
     if not may_be_empty and (not text or text.isspace()):
         return f"is empty{' (only white space)' if text else ''}", "Write a text, or delete the row"
     if "\0" in text:
-        return f"has a NUL character at character {text.index(chr(0)) + 1}", "Delete it (\\u0000) from the text"
+        at = text.index("\0") + 1
+        return f"has a NUL character (\\u0000) at character {at}", "Delete it from the text"
     if not text.isascii():
         try:
             text.encode("utf-8")
@@ -93,7 +94,7 @@ def kind_of(value: object) -> str:
     return f"of the type {type(value).__name__}"
 
 
-def _not_a_text(value: object) -> tuple[str, str]:
+def _not_a_text(value: object, may_be_empty: bool) -> tuple[str, str]:
     if isinstance(value, bool) or (isinstance(value, int | float) and math.isfinite(value)):
         remedy = f'Write it as a string: "{json.dumps(value)[:40]}"'
     elif isinstance(value, list | dict):
@@ -101,7 +102,7 @@ def _not_a_text(value: object) -> tuple[str, str]:
     elif value is MISSING:
         remedy = "Add it, or delete the row"
     else:
-        remedy = "Write a text, or delete the row"
+        remedy = 'Write a text, or "" for none' if may_be_empty else "Write a text, or delete the row"
     return f"is {kind_of(value)}", remedy
 
 

@@ -22,6 +22,7 @@ class Data:
     heldout_rows: list[Row]
     heldout: TokenisedRows | None
     problems: list[Problem]
+    bad_row_count: int
     format: str
 
 
@@ -52,11 +53,15 @@ def prepare_data(
     encoder = Encoder(tokenizer, prompt_format(recipe.prompt, tokenizer, recipe.eos), recipe.labels, recipe.max_length)
     read = read_rows(train_file, recipe.columns)
     rows, heldout_rows, problems = require_good(read, recipe.on_bad_row), [], list(read.problems)
+    bad_row_count = read.bad_row_count
     if eval_file is not None:
         read_eval = read_rows(eval_file, recipe.columns)
         heldout_rows = require_good(read_eval, recipe.on_bad_row)
         problems += read_eval.problems
+        bad_row_count += read_eval.bad_row_count
     elif isinstance(recipe.eval, int | float) and recipe.eval:
         rows, heldout_rows = split(rows, recipe.eval, seed)
     heldout = tokenise(heldout_rows, encoder, cache) if heldout_rows else None
-    return Data(encoder, rows, tokenise(rows, encoder, cache), heldout_rows, heldout, problems, read.format)
+    return Data(
+        encoder, rows, tokenise(rows, encoder, cache), heldout_rows, heldout, problems, bad_row_count, read.format
+    )

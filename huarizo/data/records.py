@@ -23,7 +23,7 @@ JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
 BATCH = 1000  # Parquet rows converted at a time
 
 DISGUISES = (  # how the file begins, what it is, what to do
-    (b"\x1f\x8b", "is packed with gzip", "Unpack it first: gunzip"),
+    (b"\x1f\x8b", "is packed with gzip", "Unpack it first: gunzip < FILE > NEW_FILE"),
     (b"PK\x03\x04", "is a ZIP archive (or an Excel file)", "Unpack it first, or save the sheet as CSV"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the data", "Fetch the data: git lfs pull"),
     (b"<!DOCTYPE", "is a web page", "Download the file itself (the 'raw' or 'resolve' link)"),
@@ -43,6 +43,7 @@ JSON_REMEDIES = (  # how the message of the json module begins, what to do
     ("Invalid control character", "Write line breaks and tabs inside texts as \\n and \\t"),
     ("Invalid \\", "Write a backslash inside a text as \\\\"),
     ("Expecting property name", "Put names between double quotes, and no comma after the last one"),
+    ("Illegal trailing comma", "Delete the comma before the closing bracket"),
     ("Expecting ',' delimiter", 'Part values by commas, and write quotation marks inside texts as \\"'),
     ("Unterminated string", 'Close the text with a quotation mark, and write those inside it as \\"'),
 )
@@ -118,9 +119,8 @@ def _check_encoding(path: Path, head: bytes) -> None:
     if b"\0" in head[:2]:
         offset = head.index(b"\0")
         encoding = "UTF-16LE" if offset else "UTF-16BE"
-        raise refusal(
-            path, f"looks like UTF-16, not UTF-8 (zero byte at offset {offset}, line 1)", _iconv(path, encoding)
-        )
+        what = f"looks like UTF-16, not UTF-8 (zero byte at offset {offset}, line 1)"
+        raise refusal(path, what, _iconv(path, encoding))
     if len(head) < LINE_LIMIT and not head.removeprefix(codecs.BOM_UTF8).strip():
         raise refusal(path, "is empty (only white space)", "Write rows into it, or download it again")
 
@@ -136,7 +136,8 @@ def _decode(path: Path, data: bytes, offset: int = 0, line: int = 1) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         at = error.start
-        place = f"at byte offset {offset + at}, line {line + data.count(bytes([10]), 0, at)}"
+        line += data.count(b"\n", 0, at)
+        place = f"at byte offset {offset + at}, line {line}"
         if error.reason == "unexpected end of data":
             raise refusal(path, f"ends in the middle of a character, {place}", "Download or copy it again") from None
         try:
@@ -162,16 +163,13 @@ def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterato
         size = os.fstat(file.fileno()).st_size
         if size > JSON_LIMIT:
             raise _too_large(path, size)
-        data = file.read()
-    text = _decode(path, data).removeprefix("\ufeff")
+        text = _decode(path, file.read()).removeprefix("\ufeff")
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
-        raise _broken_json(path, text, len(data), error) from None
+        raise _broken_json(path, text, size, error) from None
     except RecursionError:
-        raise refusal(
-            path, "is nested too deeply", "A row needs no more than lists of flat objects: flatten it"
-        ) from None
+        raise refusal(path, "is nested too deeply", "Write rows as flat objects, or lists of turns in them") from None
     return enumerate(_list_of_rows(path, value, is_row), start=1)
 
 
@@ -194,14 +192,13 @@ def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
 
 def _broken_json(path: Path, text: str, size: int, error: json.JSONDecodeError) -> DataError:
     if _is_cut(text, error):
-        what = f"ends in the middle of a JSON value, after {size} bytes (line {1 + text.count(chr(10))})"
+        line = 1 + text.count("\n")
+        what = f"ends in the middle of a JSON value, after {size} bytes (line {line})"
         return refusal(path, what, "The download may be incomplete: fetch it again")
     around = text[max(0, error.pos - 20) : error.pos + 20]
     what = f"is not JSON: {_reason(error)}, line {error.lineno}, column {error.colno}, near {around!r}"
     if error.msg == "Extra data":
-        return refusal(
-            path, what, "Put the rows into one list, [row, row], or each on a line of its own in a .jsonl file"
-        )
+        return refusal(path, what, "Put the rows into one list, [row, row], or one on each line of a .jsonl file")
     return refusal(path, what, _json_remedy(error, "Mend it there, or write the file anew with a JSON library"))
 
 
@@ -244,7 +241,7 @@ def _lines(path: Path) -> Iterator[str]:
         while line := file.readline(LINE_LIMIT + 1):
             if len(line) > LINE_LIMIT:
                 what = f"line {number} is longer than {LINE_LIMIT // 2**20} MiB"
-                raise refusal(path, what, "Write one row a line; is this really a file of rows?")
+                raise refusal(path, what, "Write one row a line, or check that this is a file of rows")
             text = _decode(path, line, offset, number)
             yield text.removeprefix("\ufeff") if number == 1 else text
             number, offset = number + 1, offset + len(line)
@@ -336,7 +333,9 @@ def _cells(header: list[str], cells: list[str], delimiter: str) -> object:
     mark = "tabs" if delimiter == "\t" else "commas"
     more = len(cells) > len(header)
     remedy = (
-        f"Put texts with {mark} between quotation marks" if more else f"Add the missing cells, empty ones as {mark}"
+        f"Put texts with {mark} between quotation marks"
+        if more
+        else f"Add the missing ones; empty cells are parted by {mark} too"
     )
     return Flaw("", f"has {len(cells)} cells where the header has {len(header)}", remedy)
 

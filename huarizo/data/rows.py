@@ -115,11 +115,12 @@ def _no_format(path: Path, fields: Collection[str], columns: Mapping[str, str]) 
     )
     if None in guesses.values() or not mapping:
         mapping = "data.columns.instruction=question data.columns.output=answer"
+    header = "Name them in the first line" if path.suffix.lower() in (".csv", ".tsv") else "Rename the fields"
     known = "; ".join(f"{name}: {' and '.join(each.required)}" for name, each in FORMATS.items())
     return refusal(
         path,
         f"fits no format. Its fields are: {enumerated(fields)}. Needed are, for {known}",
-        f"Rename the fields, or say which is which, like: {mapping}",
+        f"{header}, or say which is which, like: {mapping}",
     )
 
 
@@ -135,21 +136,20 @@ class _Reading:
 
     def file(self, path: Path) -> str:
         """Read one file and return its format."""
-        wanted = _names(self.columns).values()
-        records = read_records(path, frozenset(wanted), lambda fields: _fitting(fields, self.columns) is not None)
+        names = _names(self.columns)
+        records = read_records(path, set(names.values()), lambda fields: _fitting(fields, self.columns) is not None)
         first, fields = _peek(records)
         if not first:
             raise refusal(path, "has no rows", "Write rows into it, or leave it out")
+        file = shown(path)
+        if fields is None:
+            problems = [str(Problem(file, number, *_no_object(value))) for number, value in first[:MAX_LISTED]]
+            raise DataError(f"{file}: has no row that can be read.\n{_told(problems, len(first))}")
         format = _fitting(fields, self.columns)
-        if any(isinstance(value, dict) for _, value in first) and (
-            format is None or not fields.keys() >= set(self.columns.values())
-        ):
+        if format is None or not fields.keys() >= set(self.columns.values()):
             raise _no_format(path, fields, self.columns)
-        names, shown_path = _names(self.columns), shown(path)
         for number, value in itertools.chain(first, records):
-            self.record(shown_path, number, value, names, FORMATS[format or "alpaca"].read)
-        if format is None:
-            raise DataError(f"{shown_path}: has no row that can be read.\n{_told(self.problems, self.problem_count)}")
+            self.record(file, number, value, names, FORMATS[format].read)
         return format
 
     def record(
@@ -163,29 +163,33 @@ class _Reading:
                 self.rows.append(Row(file, number, system, exchanges))
                 return
             flaws = fields.flaws
-        elif isinstance(value, Flaw):
-            flaws = [value]
         else:
-            remedy = 'Write an object: {"instruction": "...", "output": "..."}'
-            flaws = [Flaw("", f"is {kind_of(value)}, not an object", remedy)]
+            flaws = [_no_object(value)]
         self.bad_row_count += 1
         self.problem_count += len(flaws)
         room = max(0, MAX_PROBLEMS - len(self.problems))
         self.problems.extend(Problem(file, number, *flaw) for flaw in flaws[:room])
 
 
-def _peek(records: Iterator[Record]) -> tuple[list[Record], dict[str, None]]:
-    """Records up to the thousandth object, and the fields of these objects in the order in which they appear."""
+def _no_object(value: object) -> Flaw:
+    if isinstance(value, Flaw):
+        return value
+    return Flaw("", f"is {kind_of(value)}, not an object", 'Write an object: {"instruction": "...", "output": "..."}')
+
+
+def _peek(records: Iterator[Record]) -> tuple[list[Record], dict[str, None] | None]:
+    """The first records, and the fields of the objects among them in order; None where there is no object."""
     first: list[Record] = []
-    fields: dict[str, None] = {}
+    fields: dict[str, None] | None = None
     objects = 0
     for record in records:
         first.append(record)
         if isinstance(record[1], dict):
+            fields = {} if fields is None else fields
             fields |= dict.fromkeys(record[1])
             objects += 1
-            if objects == PEEK:
-                break
+        if objects == PEEK or len(first) == MAX_PROBLEMS:
+            break
     return first, fields
 
 
@@ -218,15 +222,17 @@ def require_good(rows: Rows, on_bad_row: Literal["fail", "skip"]) -> list[Row]:
     if rows.rows and (on_bad_row == "skip" or not rows.problems):
         return rows.rows
     total = len(rows.rows) + rows.bad_row_count
-    head = f"{rows.bad_row_count} of {total} rows can't be used:\n{_told(rows.problems, rows.problem_count)}\n"
+    problems = [str(problem) for problem in rows.problems[:MAX_LISTED]]
+    head = f"{rows.bad_row_count} of {total} rows can't be used:\n{_told(problems, rows.problem_count)}\n"
     if not rows.rows:
         raise DataError(f"{head}No good row is left. Mend them in the file.")
     raise DataError(f"{head}Mend them in the file, or leave them out: data.on_bad_row=skip")
 
 
-def _told(problems: Sequence[Problem], count: int) -> str:
-    told = listed([str(problem) for problem in problems[:MAX_LISTED]])
-    return told + (f"\n  ... and {count - MAX_LISTED} more" if count > MAX_LISTED else "")
+def _told(problems: Sequence[str], count: int) -> str:
+    """The first of `count` problems, and how many more there are."""
+    more = f"\n  ... and {count - len(problems)} more" if count > len(problems) else ""
+    return listed(problems, MAX_LISTED) + more
 
 
 def write_skipped(problems: Iterable[Problem], target: Path) -> None:

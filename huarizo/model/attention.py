@@ -1,11 +1,15 @@
 """Causal attention over packed examples, each one isolated exactly, registered with Transformers as `huarizo_packed`.
 
 The examples of a packed row are told apart by `cu_seqlens`, which travels through the model's keyword arguments. Every
-example is attended to on its own slice, so no mask is made, no token of another example is ever read, and the values
-of one example can't depend on another's. It needs no FlashAttention and runs on every device.
+example is attended to on its own slice, so no mask of the whole row is made, no token of another example is ever read,
+and the values of one example can't depend on another's. It needs no FlashAttention and runs on every device: on a CPU
+by plain batched products on blocks that stay in the cache, which beats torch's own CPU kernel several times at the
+lengths of instruction data, elsewhere by torch's scaled_dot_product_attention.
 Seen with transformers 5.17 to 5.23; tests/model/test_attention.py fails when the hooks move.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +17,10 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "huarizo_packed"
+BLOCK = 64  # queries at a time: scores of one block fit the cache, and what lies above the diagonal is skipped
+
+# Shapes: H heads on K key/value heads, G = H / K of them sharing one; T tokens of the packed row, D a head's size;
+# an example has tokens s to e, a block of its queries B of them, which see the N keys up to the block's end.
 
 
 def reference(
@@ -20,7 +28,7 @@ def reference(
 ) -> torch.Tensor:
     """The definition of correct: softmax over one [T, T] score matrix with a block-diagonal causal mask.
 
-    q: [H, T, D]; k, v: [K, T, D] with H a multiple of K; cu_seqlens: [n + 1]. Returns [H, T, D].
+    q: [H, T, D]; k, v: [K, T, D] with H a multiple of K; cu_seqlens: [n + 1]. Returns [T, H, D].
     """
     groups, length = q.shape[0] // k.shape[0], q.shape[1]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
@@ -28,7 +36,88 @@ def reference(
     example = torch.searchsorted(cu_seqlens[1:].to(at.dtype), at, right=True)
     allowed = (example[:, None] == example[None]) & (at[:, None] >= at[None])
     scores = (q.float() @ k.float().transpose(1, 2) * scale).masked_fill(~allowed, float("-inf"))
-    return (scores.softmax(-1) @ v.float()).to(q.dtype)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype).transpose(0, 1)
+
+
+def _blocks(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """(s, a, b) for each block of queries: where its example begins, where it begins, and where it ends."""
+    for s, e in itertools.pairwise(cu_seqlens.tolist()):
+        for a in range(s, e, BLOCK):
+            yield s, a, min(a + BLOCK, e)
+
+
+def _folded(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """[H, B, D] -> [K, G * B, D]: the queries that share a key/value head, one below the other."""
+    return states.reshape(heads, -1, states.shape[-1])
+
+
+def _probabilities(q_KxD: torch.Tensor, k_KND: torch.Tensor, queries: int, mask: torch.Tensor) -> torch.Tensor:
+    """Softmax of the causal scores of one block: [K, G * B, N]."""
+    scores = torch.bmm(q_KxD, k_KND.transpose(1, 2))
+    diagonal = scores.view(k_KND.shape[0], -1, queries, k_KND.shape[1])[..., -queries:]
+    diagonal += mask[:queries, :queries]
+    return torch.softmax(scores, -1)
+
+
+def _causal(like: torch.Tensor) -> torch.Tensor:
+    return torch.full((BLOCK, BLOCK), float("-inf"), dtype=like.dtype).triu(1)
+
+
+@torch.library.custom_op("huarizo::packed_attention", mutates_args=())
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float) -> torch.Tensor:
+    """q: [H, T, D]; k, v: [K, T, D]. Returns [T, H, D]."""
+    heads, mask = k.shape[0], _causal(q)
+    out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
+    for s, a, b in _blocks(cu_seqlens):
+        p = _probabilities(_folded(q[:, a:b] * scale, heads), k[:, s:b], b - a, mask)
+        out[a:b] = torch.bmm(p, v[:, s:b]).view(q.shape[0], b - a, -1).transpose(0, 1)
+    return out
+
+
+@_attend.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float) -> torch.Tensor:
+    return q.new_empty(q.shape[1], q.shape[0], q.shape[2])
+
+
+@torch.library.custom_op("huarizo::packed_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, the probabilities made again block by block. grad: [T, H, D].
+
+    With P the probabilities and dP = dO V': dV = P' dO, dS = P * (dP - rowsum(P * dP)), dQ = dS K, dK = dS' Q.
+    """
+    heads, mask = k.shape[0], _causal(q)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+    for s, a, b in _blocks(cu_seqlens):
+        q_block, g_block = _folded(q[:, a:b] * scale, heads), _folded(grad[a:b].transpose(0, 1), heads)
+        p = _probabilities(q_block, k[:, s:b], b - a, mask)
+        grad_v[:, s:b] += torch.bmm(p.transpose(1, 2), g_block)
+        grad_p = torch.bmm(g_block, v[:, s:b].transpose(1, 2))
+        grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, q.dtype)
+        grad_q[:, a:b] = torch.bmm(grad_s, k[:, s:b]).mul_(scale).view(q.shape[0], b - a, -1)
+        grad_k[:, s:b] += torch.bmm(grad_s.transpose(1, 2), q_block)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+@_attend_backward.register_fake
+def _(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # pyright: ignore
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return (*_attend_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
+
+
+_attend.register_autograd(_backward, setup_context=_save)
 
 
 def packed_attention(
@@ -51,6 +140,9 @@ def packed_attention(
     """
     if cu_seqlens is None:
         raise ValueError(f"{NAME} needs cu_seqlens; call model.set_attn_implementation('sdpa') to generate")
+    if query.device.type == "cpu":
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _attend(query[0], key[0], value[0], cu_seqlens, scale)[None], None
     lengths = cu_seqlens.diff().tolist()
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 from huarizo.data.prompts import OpenExchange, Turn, prompt_format
 from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
-from huarizo.hub import resolve_model
+from huarizo.hub.names import resolve_model
 from huarizo.machine import choose_precision, device
 from huarizo.model.load import load_base, load_tokenizer
 from huarizo.model.lora import load_adapter

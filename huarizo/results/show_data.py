@@ -19,7 +19,9 @@ def show_examples(console: Console, data: Data, count: int) -> None:
         row = data.rows[example["row"]]
         tokens = list(zip(example["input_ids"], example["labels"], strict=True))
         learnt = sum(label != IGNORED for _, label in tokens)
-        console.print(Text(f"\n--- {row.file}, row {row.number}: {len(tokens)} tokens, {learnt} of them learnt", "bold"))
+        console.print(
+            Text(f"\n--- {row.file}, row {row.number}: {len(tokens)} tokens, {learnt} of them learnt", "bold")
+        )
         text = Text()
         for is_learnt, run in groupby(tokens, key=lambda token: token[1] != IGNORED):
             shown = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)

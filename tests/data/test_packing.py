@@ -1,5 +1,6 @@
 """Packing: no token is lost or doubled, positions restart, targets are the next tokens inside an example."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ EXAMPLE = st.integers(1, 40).flatmap(
 def test_a_pack_holds_its_examples_exactly(examples: list[dict[str, Any]]) -> None:
     batch = pack(examples)
     bounds = batch["cu_seqlens"].tolist()
-    seen = [batch["input_ids"][0, a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    seen = [batch["input_ids"][0, a:b].tolist() for a, b in itertools.pairwise(bounds)]
     assert seen == [example["input_ids"] for example in examples]
     assert batch["position_ids"][0].tolist() == [i for example in examples for i in range(len(example["input_ids"]))]
     expected = []
@@ -37,7 +38,7 @@ def test_cutting_keeps_order_and_budget(lengths: list[int], budget: int) -> None
     assert [i for part in parts for i in part] == list(range(len(lengths)))
     for part in parts:
         assert len(part) == 1 or sum(lengths[i] for i in part) <= budget
-    for a, b in zip(parts, parts[1:], strict=False):
+    for a, b in itertools.pairwise(parts):
         assert sum(lengths[i] for i in a) + lengths[b[0]] > budget  # as few as can be in this order
 
 

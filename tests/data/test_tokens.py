@@ -17,10 +17,20 @@ from tests.tiny import make_tokenizer
 TINY = make_tokenizer()
 FORMATS = ["alpaca", "stanford", "chat", "Q: {{ instruction }} {{ input }}\nA:"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=60)
-TRICKY = ["안녕하세요, 라마와 알파카입니다.", "a\nb\n\n", "  two spaces", "\tTab", "🦙 emoji 🏔️", "</s> in the text", "x</s>", "ﬁ ½", "\n"]
+TRICKY = [
+    "안녕하세요, 라마와 알파카입니다.",
+    "a\nb\n\n",
+    "  two spaces",
+    "\tTab",
+    "🦙 emoji 🏔️",
+    "</s> in the text",
+    "x</s>",
+    "ﬁ ½",
+    "\n",
+]
 
 
-def row(output: str, instruction: str = "Say it", input: str = "", system: str = "") -> Row:  # noqa: A002
+def row(output: str, instruction: str = "Say it", input: str = "", system: str = "") -> Row:
     return Row("rows.json", 1, system, (Exchange(instruction, input, output),))
 
 
@@ -39,7 +49,9 @@ def learnt_text(encoder: Encoder, example: Any) -> str:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("output", TRICKY)
-def test_labels_decode_to_the_response_with_tinyllamas_tokenizer(name: str, output: str, tinyllama_tokenizer: Any) -> None:
+def test_labels_decode_to_the_response_with_tinyllamas_tokenizer(
+    name: str, output: str, tinyllama_tokenizer: Any
+) -> None:
     encoder = Encoder(tinyllama_tokenizer, prompt_format(name, tinyllama_tokenizer))
     (example,) = encode(encoder, row(output, "지시", "입력 <|user|>"))
     assert learnt_text(encoder, example) == output
@@ -47,9 +59,13 @@ def test_labels_decode_to_the_response_with_tinyllamas_tokenizer(name: str, outp
 
 
 @pytest.mark.parametrize("name", ["alpaca", "chat"])
-def test_labels_of_999_real_rows_decode_to_the_response(name: str, tinyllama_tokenizer: Any, real_rows_file: Path) -> None:
+def test_labels_of_999_real_rows_decode_to_the_response(
+    name: str, tinyllama_tokenizer: Any, real_rows_file: Path
+) -> None:
     data = json.loads(real_rows_file.read_text())
-    rows = [Row("real", i, "", (Exchange(r["instruction"], r.get("input", ""), r["output"]),)) for i, r in enumerate(data)]
+    rows = [
+        Row("real", i, "", (Exchange(r["instruction"], r.get("input", ""), r["output"]),)) for i, r in enumerate(data)
+    ]
     encoder = Encoder(tinyllama_tokenizer, prompt_format(name, tinyllama_tokenizer), max_length=100_000)
     examples = encode(encoder, *rows)
     assert len(examples) == 999
@@ -58,7 +74,9 @@ def test_labels_of_999_real_rows_decode_to_the_response(name: str, tinyllama_tok
 
 @settings(max_examples=60, deadline=None)
 @given(TEXT, TEXT, st.one_of(st.just(""), TEXT), st.sampled_from(FORMATS[:3]))
-def test_any_response_is_learnt_whole_and_nothing_else_is(output: str, instruction: str, given_input: str, name: str) -> None:
+def test_any_response_is_learnt_whole_and_nothing_else_is(
+    output: str, instruction: str, given_input: str, name: str
+) -> None:
     encoder = Encoder(TINY, prompt_format(name, TINY), max_length=10_000)
     (example,) = encode(encoder, row(output, instruction, given_input))
     assert learnt_text(encoder, example) == output
@@ -84,14 +102,20 @@ def test_the_chat_format_renders_what_the_template_renders() -> None:
     turns = [Exchange("a", "b", "c"), Exchange("d", "", "e")]
     pieces = ChatFormat(TINY).pieces("s", turns)
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a\n\nb"}]
-    messages += [{"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]
+    messages += [
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ]
     assert "".join(p.text for p in pieces) == TINY.apply_chat_template(messages, tokenize=False).rstrip("\n")
 
 
 @pytest.mark.parametrize("max_length", [1, 30, 64, 75, 500])
 def test_long_rows_are_cut_or_left_out(max_length: int) -> None:
     encoder = Encoder(TINY, prompt_format("alpaca", TINY), max_length=max_length)
-    whole = encode(Encoder(TINY, prompt_format("alpaca", TINY), max_length=10_000), row("an answer of some length" * 3))[0]
+    whole = encode(
+        Encoder(TINY, prompt_format("alpaca", TINY), max_length=10_000), row("an answer of some length" * 3)
+    )[0]
     (example,) = encode(encoder, row("an answer of some length" * 3))
     prompt_length = whole.labels.count(IGNORED)
     if max_length <= prompt_length:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from huarizo.quickstart import quickstart_model
+from huarizo.hub.quickstart import quickstart_model
 
 ROOT = Path(__file__).parents[2]
 STOCK = """

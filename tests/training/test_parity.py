@@ -118,7 +118,9 @@ def test_the_seed_recipe_follows_the_tutorials_own_run(
 ) -> None:
     rows = json.loads(real_rows_file.read_text())[:100]
     folder = tmp_path / "model"
-    make_model(vocab_size=32000, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.2).save_pretrained(folder)
+    make_model(vocab_size=32000, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.2).save_pretrained(
+        folder
+    )
     stock_losses, stock_weights = tutorial_run(
         folder, rows, tinyllama_tokenizer, tmp_path / "stock", steps=20, dropout=0.0
     )

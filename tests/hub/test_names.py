@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from huarizo.errors import DataError, HubError, ModelError
 from huarizo.data.files import MANIFESTS, SUFFIXES
-from huarizo.hub import DATA_SET, NO_ROWS, Source, resolve_data, resolve_model
-from tests.hub_server import HubServer, Repo, User, commit_of
+from huarizo.errors import HubError, ModelError
+from huarizo.hub.names import DATA_SET, NO_ROWS, Source, resolve_data, resolve_model
+from tests.hub.server import HubServer, Repo, User, commit_of
 from tests.tiny import make_model, make_tokenizer
 
 TOKENS = {
@@ -244,16 +244,21 @@ def online(hub_server: HubServer, home: Path) -> Outcome:
 @pytest.fixture(scope="module")
 def offline(online: Outcome, hub_server: HubServer, home: Path, tiny_model: Path) -> Outcome:
     """The same home with HF_HUB_OFFLINE=1. The token is one that the hub would refuse."""
-    (home / "damage").mkdir()
     cases = [
         case("offline, public", "alpaca/tiny", token="unknown"),
         case("offline, commit", f"alpaca/pinned@{commit_of('alpaca/pinned main')}", token="blank"),
         case("offline, rows", "alpaca/rows", call="resolve_data"),
         case("offline, half", "alpaca/cut"),
+        case("offline, half without a list", "alpaca/enospc"),
         case("offline, never seen", "alpaca/never"),
         case("offline, damaged", "alpaca/shaky"),
         case("offline, local", str(tiny_model), token="blank"),
     ]
+    half = home / "hf" / "hub" / "models--alpaca--enospc"
+    commit = commit_of("alpaca/enospc main")
+    shutil.rmtree(half / "trees")  # the client's list of what a whole copy holds
+    (half / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+    (half / "snapshots" / commit / "config.json").write_text("{}")
     blob = (Path(online.ok("shaky")["path"]) / "model.safetensors").resolve()
     content = blob.read_bytes()
     blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -445,9 +450,9 @@ def test_a_full_disk(online: Outcome, hub_server: HubServer, home: Path) -> None
 
 
 def test_a_hub_in_trouble(online: Outcome, hub_server: HubServer) -> None:
-    online.failure("down", "HubError", "alpaca/down", "could not be reached", "503")
+    online.failure("down", "HubError", "alpaca/down", "is in trouble", "503", "Try again later")
     online.failure("busy", "HubError", "alpaca/busy", "too many requests")
-    online.failure("portal", "HubError", "alpaca/portal", "could not be reached", hub_server.url)
+    online.failure("portal", "HubError", "alpaca/portal", "what answers there is no hub", hub_server.url)
 
 
 def test_an_interrupted_download_goes_on(online: Outcome, hub_server: HubServer) -> None:
@@ -475,7 +480,7 @@ def test_offline_mode_uses_the_cache_and_asks_nobody(
     for name, as_online in (("public", "public"), ("commit", "commit"), ("rows", "rows")):
         found = offline.ok(f"offline, {name}")
         assert found == online.ok(as_online) | {"case": found["case"]}
-    for name in ("half", "never seen"):
+    for name in ("half", "half without a list", "never seen"):
         offline.failure(f"offline, {name}", "HubError", "no whole copy is in the cache", "HF_HUB_OFFLINE")
     offline.failure("offline, damaged", "HubError", "model.safetensors is not the file that the hub publishes")
     assert offline.ok("offline, local")["pinned"] == str(tiny_model)

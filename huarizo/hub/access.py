@@ -1,21 +1,30 @@
 """Who asks the hub, what they may read, and what a refusal or a failure of the hub means.
 
-In go a repository, the token in use and an exception of huggingface_hub; out comes the error to raise, whose message
-names the cause and the remedy. A token is sent to the hub and nowhere else: no message and no log line holds it.
+In go the places where a token may stand, a repository, and exceptions of huggingface_hub; out come the token to use and
+the error to raise, whose message names the cause and the remedy. A token is sent to the hub and nowhere else: no
+message and no log line holds it.
 """
 
 import errno
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+import dotenv
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from huarizo.errors import HuarizoError, HubError, MachineError
+
+try:  # the client that huggingface_hub itself speaks through
+    import httpx2 as httpx
+except ImportError:
+    import httpx  # pyright: ignore[reportMissingImports]
 
 LOG_IN = (
     "make a token with read right at {endpoint}/settings/tokens, then run `hf auth login`, or set the environment "
@@ -23,7 +32,7 @@ LOG_IN = (
 )
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RuntimeError)
+FAILURES = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError)
 """What huggingface_hub raises when the hub, the network or the disk fails (RuntimeError: from its Xet client)."""
 
 
@@ -51,6 +60,31 @@ class Repository:
     def page(self) -> str:
         """The page for people, where access is requested and revisions are listed."""
         return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo_id}"
+
+
+def log_in() -> Login | None:
+    """The token for the hub, from HF_TOKEN, a file .env in the current folder, or `hf auth login`; None without one.
+
+    Raises:
+        HubError: what was found there can't be a token.
+    """
+    token, origin = (os.environ.get("HF_TOKEN") or "").strip(), "the environment variable HF_TOKEN"
+    if not token:
+        token, origin = _token_in_dotenv(), str(Path(".env").absolute())
+    if not token:
+        token, origin = get_token() or "", "what `hf auth login` stored"
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise HubError(f"The token in {origin} holds a blank or a letter that no token has. Copy it again, whole")
+    return Login(token, origin) if token else None
+
+
+def _token_in_dotenv() -> str:
+    try:
+        values = dotenv.dotenv_values(".env", encoding="utf-8-sig") if Path(".env").is_file() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        cause = type(error).__name__
+        raise HubError(f".env can't be read as UTF-8 text ({cause}). Save it anew, or remove it") from None
+    return (values.get("HF_TOKEN") or "").strip()
 
 
 def check_login(login: Login) -> dict[str, Any]:
@@ -109,6 +143,23 @@ def check_access(repository: Repository, info: ModelInfo | DatasetInfo, file: st
     get_hf_file_metadata(url, token=login.token if login else False)
 
 
+def check_space(repository: Repository, needed: int) -> None:
+    """Before anything is fetched: are `needed` bytes free where the cache is?
+
+    Raises:
+        MachineError: they are not.
+    """
+    place = Path(constants.HF_HUB_CACHE)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise MachineError(
+            f"{repository.repo_id}: {needed / 1e9:,.1f} GB are to be fetched, but the disk of {constants.HF_HUB_CACHE} "
+            f"has only {free / 1e9:,.1f} GB free. Free some space, or set HF_HOME to a folder on another disk"
+        )
+
+
 def no_right(repository: Repository, login: Login, gated: bool) -> HubError:
     """The error of a valid token that was made without the right to read this repository."""
     box = "Read access to contents of all public gated repos you can access" if gated else "Read access to contents"
@@ -132,10 +183,16 @@ def explain(error: Exception, repository: Repository, login: Login | None) -> Hu
         return HubError(
             f"{name}: the hub has had too many requests from here. Wait some minutes; being logged in helps"
         )
-    if unreachable(error):
+    if status >= 500 or status == 408:
         return HubError(
-            f"{name}: {constants.ENDPOINT} could not be reached ({reason(error, login)}), and no whole copy is in the "
-            f"cache. Check the network, the proxy and HF_ENDPOINT, or give a local folder instead of a hub id"
+            f"{name}: {constants.ENDPOINT} is in trouble ({reason(error, login)}), and no whole copy is in the cache. "
+            "Try again later, or give a local folder instead of a hub id"
+        )
+    if unreachable(error):
+        cause = "what answers there is no hub" if isinstance(error, ValueError) else reason(error, login)
+        return HubError(
+            f"{name}: {constants.ENDPOINT} could not be reached ({cause}), and no whole copy is in the cache. Check "
+            "the network, the proxy and HF_ENDPOINT, or give a local folder instead of a hub id"
         )
     return HubError(f"{name}: could not be fetched ({reason(error, login)}). Try again later")
 
@@ -194,7 +251,7 @@ def unreachable(error: Exception) -> bool:
     """Whether no hub answered: no network, a time-out, an overloaded server, or a page that is no hub's answer."""
     if isinstance(error, HfHubHTTPError):
         return _status(error) in (408, 429) or _status(error) >= 500
-    return isinstance(error, httpx2.TransportError | httpx2.InvalidURL | OSError | ValueError)
+    return isinstance(error, httpx.TransportError | httpx.InvalidURL | OSError | ValueError)
 
 
 def reason(error: BaseException, login: Login | None) -> str:
