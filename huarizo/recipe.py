@@ -72,11 +72,15 @@ class DataRecipe(Section):
         "{{ input }}; auto = chat where the model has a template, alpaca otherwise",
     )
     labels: Literal["response", "all"] = Field(default="response", description="which tokens are learnt")
-    eos: bool = Field(default=True, description="end every response with the end-of-sequence token, so that the model stops")
+    eos: bool = Field(
+        default=True, description="end every response with the end-of-sequence token, so that the model stops"
+    )
     max_length: int = Field(default=512, ge=8, le=1_000_000, description="tokens; a longer row is cut")
-    on_bad_row: Literal["fail", "skip"] = Field(default="fail", description="skip writes the bad rows to a file of the run")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        default="fail", description="skip writes the bad rows to a file of the run"
+    )
     columns: dict[str, str] = Field(
-       default= default_factory=dict,
+        default_factory=dict,
         description="names in the file, where they differ: data.columns.instruction=question",
     )
 
@@ -118,7 +122,7 @@ class LoraRecipe(Section):
         default=["q_proj", "v_proj"], min_length=1, description="linear layers that get an adapter, or all-linear"
     )
     options: dict[str, Any] = Field(
-       default= default_factory=dict, description="any other field of peft.LoraConfig, such as use_rslora or init_lora_weights"
+        default_factory=dict, description="any other field of peft.LoraConfig, such as use_rslora or init_lora_weights"
     )
 
     @field_validator("target_modules", mode="before")
@@ -133,12 +137,18 @@ class TrainingRecipe(Section):
     """How long, how fast, in which order. Counts are in optimizer steps."""
 
     epochs: float = Field(default=1, gt=0, description="passes over the rows")
-    max_steps: int | None = Field(default=None, ge=1, description="stop after so many optimizer steps; null = by epochs")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="stop after so many optimizer steps; null = by epochs"
+    )
     batch_size: int = Field(default=4, ge=1, description="examples of one optimizer step, over all devices together")
     learning_rate: float = Field(default=2e-4, gt=0, lt=10, description="peak of the schedule")
     seed: int = Field(default=42, ge=0, lt=2**32, description="order of the rows, initial adapter, dropout")
-    eval_every: int | None = Field(default=None, ge=1, description="held-out loss every so many steps; null = first and last")
-    save_every: int | None = Field(default=None, ge=1, description="checkpoint every so many steps; null = at each epoch's end")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="held-out loss every so many steps; null = first and last"
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="checkpoint every so many steps; null = at each epoch's end"
+    )
     micro_batch_tokens: int | None = Field(
         default=None, ge=1, description="tokens computed at once; null = chosen for this machine. Changes no result"
     )
@@ -148,7 +158,9 @@ class Recipe(Section):
     """What is trained. The machine changes only how fast."""
 
     model: str = Field(
-        default="TinyLlama/TinyLlama-1.1B-Chat-v1.0", min_length=1, description="hub id[@revision], local folder, or quickstart"
+        default="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        min_length=1,
+        description="hub id[@revision], local folder, or quickstart",
     )
     data: DataRecipe = Field(default_factory=DataRecipe)
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
@@ -159,10 +171,10 @@ class Recipe(Section):
     )
     output: str | None = Field(default=None, description="run folder; null = runs/NAME-TIME, from the recipe's name")
     trainer: dict[str, Any] = Field(
-       default= default_factory=dict, description="any other field of transformers.TrainingArguments"
+        default_factory=dict, description="any other field of transformers.TrainingArguments"
     )
     pinned: dict[str, dict[str, str]] = Field(
-       default= default_factory=dict, description="written by Huarizo: sha256 of each file used. Checked where present"
+        default_factory=dict, description="written by Huarizo: sha256 of each file used. Checked where present"
     )
 
     @field_validator("trainer")
