@@ -40,7 +40,7 @@ import errno, json, logging, os, sys, urllib.parse, urllib.request
 logging.basicConfig(level=logging.INFO)
 import huggingface_hub.file_download
 from huarizo.errors import HuarizoError
-from huarizo import hub
+from huarizo.hub import names as hub
 
 def disk_full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from huarizo import quickstart
+from huarizo.hub import quickstart
 from huarizo.errors import HubError, MachineError
 from huarizo.hub.names import resolve_model
 from huarizo.hub.quickstart import Wheel, quickstart_digests, quickstart_model
@@ -175,7 +175,7 @@ def test_a_cache_that_can_not_be_made(wheel: Wheel, tmp_path: Path) -> None:
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
-from huarizo import quickstart
+from huarizo.hub import quickstart
 
 def convert(gguf, folder):
     Path(os.environ["LOG"]).open("a").write("converted\\n")
