@@ -14,7 +14,7 @@ train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it 
 	$(BIN)/huarizo train recipes/quickstart.yaml $(ARGS)
 
 test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name"); make slow runs the long ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 slow: $(VENV)/dev-ready  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

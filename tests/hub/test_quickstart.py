@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from huarizo.hub import quickstart
 from huarizo.errors import HubError, MachineError
+from huarizo.hub import quickstart
 from huarizo.hub.names import resolve_model
 from huarizo.hub.quickstart import Wheel, quickstart_digests, quickstart_model
 
