@@ -1,5 +1,5 @@
 # `make train` and `make test` do everything on a machine with Python 3.11 or newer and make.
-.PHONY: help train test slow check format bench docs clean
+.PHONY: help train test check format bench docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,11 +13,8 @@ help:  ## list what can be done
 train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it (ARGS="key=value ...")
 	$(BIN)/huarizo train recipes/quickstart.yaml $(ARGS)
 
-test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name"); make slow runs the long ones
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
-
-slow: $(VENV)/dev-ready  ## run the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name")
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/dev-ready  ## lint, format and types
 	$(BIN)/ruff check .

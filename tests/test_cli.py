@@ -145,3 +145,8 @@ def test_the_recipe_command_prints_every_setting(tmp_path: Path) -> None:
     done = huarizo("recipe", cwd=tmp_path)
     assert done.returncode == 0
     assert all(key in done.stdout for key in ("data.max_length", "lora.target_modules", "trainer", "default 512"))
+
+
+def test_the_docs_list_the_settings_as_they_are(tmp_path: Path) -> None:
+    done = huarizo("recipe", "--markdown", cwd=tmp_path)
+    assert done.stdout == (Path(__file__).parents[1] / "docs" / "recipe.md").read_text()
