@@ -14,7 +14,7 @@ train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it 
 	$(BIN)/huarizo train recipes/quickstart.yaml $(ARGS)
 
 test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name")
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/dev-ready  ## lint, format and types
 	$(BIN)/ruff check .
