@@ -27,14 +27,26 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Makes the parent folder, flushes it when the block has put `path` there, and tells what the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+        sync_folder(path.parent)
+    except OSError as error:
+        raise MachineError(
+            f"{path}: could not be written: {error.strerror or error}. Free some space and try again"
+        ) from error
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], None] | bytes | str) -> None:
     """Write a file in one step: `write` is its content, or is called with the open binary file.
 
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -49,11 +61,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None] | bytes | str) -> 
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise MachineError(
-            f"{path}: could not be written: {error.strerror or error}. Free some space and try again"
-        ) from error
 
 
 @contextmanager
@@ -65,8 +72,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             yield temporary
@@ -88,11 +94,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise MachineError(
-            f"{path}: could not be written: {error.strerror or error}. Free some space and try again"
-        ) from error
 
 
 def sha256_of(path: Path) -> str:

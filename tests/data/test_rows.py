@@ -315,7 +315,7 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.di
 ROWS = st.lists(st.dictionaries(NAMES, VALUES, max_size=4), max_size=4)
 
 
-def is_rows_or_a_message(path: Path) -> None:
+def assert_rows_or_a_message(path: Path) -> None:
     try:
         rows = read_rows(path)
         assert rows.problem_count >= rows.bad_row_count
@@ -337,7 +337,7 @@ def test_any_json_is_rows_or_a_message(value: object, suffix: str) -> None:
         path = Path(folder, f"a{suffix}")
         values = value if suffix == ".jsonl" and isinstance(value, list) else [value]
         path.write_text(json.dumps(value) if suffix == ".json" else "\n".join(json.dumps(each) for each in values))
-        is_rows_or_a_message(path)
+        assert_rows_or_a_message(path)
 
 
 BEGINNINGS = st.sampled_from(
@@ -352,7 +352,7 @@ def test_any_bytes_are_rows_or_a_message(beginning: bytes, data: bytes, suffix: 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"a{suffix}")
         path.write_bytes(beginning + data)
-        is_rows_or_a_message(path)
+        assert_rows_or_a_message(path)
 
 
 @settings(max_examples=100, deadline=None)
@@ -364,4 +364,4 @@ def test_damaged_parquet_is_rows_or_a_message(data: st.DataObject) -> None:
         for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
             content[place] = data.draw(st.integers(0, 255))
         path.write_bytes(content)
-        is_rows_or_a_message(path)
+        assert_rows_or_a_message(path)
