@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from huarizo.data.packing import cut, pack
 from huarizo.data.prepare import Data, prepare_data
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import write_skipped
@@ -20,6 +21,8 @@ from huarizo.errors import Interrupted, UserError
 from huarizo.files import whole_folder, write_whole
 from huarizo.hub.names import Source, resolve_data, resolve_model
 from huarizo.machine import Choice, cache_folder, choose_precision, device, micro_batch_tokens, rank
+from huarizo.model.fast import compile_layers
+from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import activation_bytes_per_token, load_base, load_tokenizer, read_config
 from huarizo.model.lora import add_lora
 from huarizo.recipe import Recipe, to_yaml
@@ -30,6 +33,8 @@ from huarizo.training.checkpoint import newest_valid
 from huarizo.training.interrupt import StopOnSignal
 from huarizo.training.progress import Metrics, ShowProgress
 from huarizo.training.trainer import LoraTrainer, training_arguments
+
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; they show which input channels of the base stand out
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,13 @@ def _check_pinned(name: str, source: Source, pinned: dict[str, str]) -> None:
 
 def load_model(prepared: Prepared) -> Any:
     """The frozen base with a new LoRA, as a PeftModel."""
-    model = load_base(prepared.model_source.path, prepared.choice.dtype, device())
+    folder, choice = prepared.model_source.path, prepared.choice
+    if choice.precision == "int8":
+        rows = prepared.data.train.dataset
+        first = cut([len(ids) for ids in rows[:CALIBRATION_ROWS]["input_ids"]], CALIBRATION_TOKENS)[0]
+        model = load_int8_base(folder, choice.dtype, device(), pack([rows[index] for index in first]))
+    else:
+        model = load_base(folder, choice.dtype, device())
     model = add_lora(model, prepared.recipe.lora, prepared.recipe.training.seed)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = prepared.model_source.reference, prepared.model_source.revision
@@ -176,11 +187,16 @@ def _train(prepared: Prepared, run: Run, console: Console, checkpoint: Path | No
     model = load_model(prepared)
     trainable = model.num_parameters(only_trainable=True)
     console.print(f"{'LoRA':<10} {trainable:,} of {model.num_parameters():,} parameters are trained", soft_wrap=True)
+    reason = compile_layers(model, device()) if recipe.training.compile else "as the recipe asks"
+    console.print(
+        f"{'layers':<10} {f'not compiled: {reason}' if reason else 'compiled with the first step'}", soft_wrap=True
+    )
     args = training_arguments(recipe, run, prepared.choice, device())
     heldout = prepared.data.heldout.dataset if prepared.data.heldout else []
     trainer = LoraTrainer(
-        model, args, prepared.data.train.dataset, heldout, recipe, run, recipe.training.micro_batch_tokens or 4096
-    )
+        model, args, prepared.data.train.dataset, heldout, recipe, run, recipe.training.micro_batch_tokens or 4096,
+        compiled=reason is None,
+    )  # fmt: skip
     step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
     metrics = Metrics(run.metrics if rank() == 0 else Path(os.devnull), keep_until=step if checkpoint else None)
     progress = ShowProgress(metrics, console, device())

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from huarizo.errors import RecipeError, listed
 
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Precision = Literal["auto", "int8", "bf16", "fp16", "fp32"]
 PROMPT_NAMES = ("auto", "chat", "alpaca", "stanford")
 # TrainingArguments fields that the recipe, or Huarizo's own loop, already decides: field -> what to use instead.
 DECIDED_ELSEWHERE = {
@@ -151,6 +151,9 @@ class TrainingRecipe(Section):
     )
     micro_batch_tokens: int | None = Field(
         default=None, ge=1, description="tokens computed at once; null = chosen for this machine. Changes no result"
+    )
+    compile: bool = Field(
+        default=True, description="compile the decoder layers where a compiler is there: faster from the second step on"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from huarizo.errors import ModelError
-from huarizo.machine import world_size
+from huarizo.machine import spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 
 
@@ -65,12 +65,11 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import LlamaForCausalLM
 
     read_config(folder)
-    spread = device.type == "cuda" and torch.cuda.device_count() > 1 and world_size() == 1
     try:
         model = LlamaForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map="auto" if spread else {"": device},
+            device_map="auto" if spread(device) else {"": device},
             attn_implementation=PACKED_ATTENTION,
             use_safetensors=True,
             local_files_only=True,

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from huarizo.errors import ModelError, RecipeError
+from huarizo.model.int8 import Int8Linear
+from huarizo.model.int8_lora import register
 from huarizo.recipe import LoraRecipe
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
     """Last parts of the names of the model's linear layers, such as q_proj, in order of appearance."""
-    names = [name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Int8Linear)]
+    names = [name.rpartition(".")[2] for name in linears]
     return list(dict.fromkeys(names))
 
 
@@ -27,15 +30,17 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    if recipe.target_modules != "all-linear":
-        known = linear_names(model)
-        for name in recipe.target_modules:
-            if name.rpartition(".")[2] not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise RecipeError(
-                    f"lora.target_modules: the model has no linear layer {name!r}{hint} It has {', '.join(known)}"
-                )
+    known = linear_names(model)
+    targets = recipe.target_modules
+    if targets == "all-linear":  # PEFT's own reading of the word does not know int8 layers
+        targets = [name for name in known if name != "lm_head"]
+    for name in targets:
+        if name.rpartition(".")[2] not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(
+                f"lora.target_modules: the model has no linear layer {name!r}{hint} It has {', '.join(known)}"
+            )
     torch.manual_seed(seed)
     try:
         config = LoraConfig(
@@ -43,10 +48,10 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
             r=recipe.r,
             lora_alpha=int(recipe.alpha) if recipe.alpha == int(recipe.alpha) else recipe.alpha,  # pyright: ignore
             lora_dropout=recipe.dropout,
-            target_modules=recipe.target_modules,
+            target_modules=targets,
             **{"bias": "none", **recipe.options},
         )
-        return get_peft_model(model, config)
+        return get_peft_model(model, register(config))
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"lora: peft refuses these settings: {str(error).strip().splitlines()[0]}") from None
 
@@ -65,8 +70,3 @@ def load_adapter(model: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:  # whatever a broken or foreign adapter sets off
         raise ModelError(f"{folder}: the adapter does not load: {str(error).strip().splitlines()[0]}") from None
-
-
-def output_head(model: Any) -> torch.nn.Module:
-    """The output head of a Llama, or of a PeftModel around one; with its LoRA, if it has one."""
-    return model.get_output_embeddings() if not hasattr(model, "get_base_model") else model.get_base_model().lm_head

@@ -5,12 +5,14 @@ and its gradient are taken at once, and the logits are let go; the backward pass
 gradient of the hidden states.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-CHUNK = 256  # labelled positions whose logits exist at the same time
+CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
 
 
 def reference(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
@@ -18,44 +20,77 @@ def reference(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
+def loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy, a float32 scalar, and its gradient softmax - onehot.
+
+    logits and gradient: [C, V]; targets: [C] int64.
+
+    Written so that a compiler makes one pass for the sums and one for the gradient.
+    """
+    x = logits.float()
+    largest = x.amax(-1, keepdim=True)
+    log_sum = (x - largest).exp().sum(-1, keepdim=True).log() + largest
+    target = targets[:, None]
+    onehot = torch.arange(x.shape[1], device=x.device) == target
+    return (log_sum - x.gather(1, target)).sum(), ((x - log_sum).exp() - onehot.float()).to(logits.dtype)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Summed loss; gradients for `hidden` and for the head's own trainable parameters, taken in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: Any, targets: torch.Tensor, *parameters: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: Any,
+        targets: torch.Tensor,
+        gradient: Callable[..., Any],
+        *parameters: torch.Tensor,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden)
         grads = [torch.zeros_like(parameter) for parameter in parameters]
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
-            with torch.enable_grad():
-                chunk = hidden[part].detach().requires_grad_()
-                loss = reference(chunk, head, targets[part])
-            total += loss.detach()
-            taken = torch.autograd.grad(loss, [chunk, *parameters])
-            if grad_hidden is not None:
+        rows = _rows(head)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            if isinstance(head, torch.nn.Linear) and not parameters:
+                loss, grad_logits = gradient(F.linear(hidden[part], head.weight, head.bias), targets[part])
+                grad_hidden[part] = grad_logits @ head.weight
+            else:
+                with torch.enable_grad():
+                    chunk = hidden[part].detach().requires_grad_()
+                    loss = reference(chunk, head, targets[part])
+                taken = torch.autograd.grad(loss, [chunk, *parameters])
                 grad_hidden[part] = taken[0]
-            for grad, more in zip(grads, taken[1:], strict=True):
-                grad += more
+                for grad, more in zip(grads, taken[1:], strict=True):
+                    grad += more
+            total += loss.detach()
         ctx.save_for_backward(grad_hidden, *grads)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, *grads = ctx.saved_tensors
-        scaled = [None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in (grad_hidden, *grads)]
-        return scaled[0], None, None, *scaled[1:]
+        scaled = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
+        return scaled[0], None, None, None, *scaled[1:]
 
 
-def summed_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
+def _rows(head: Any) -> int:
+    return max(16, CHUNK_LOGITS // head.out_features)
+
+
+def summed_loss(
+    hidden: torch.Tensor,
+    head: torch.nn.Module,
+    targets: torch.Tensor,
+    gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient,
+) -> torch.Tensor:
     """Sum of the cross-entropies of `targets` given `hidden`.
 
     Args:
         hidden: [L, H], hidden states behind the last norm at the labelled positions, any float dtype.
         head: the output head, [*, H] -> [*, vocabulary]; may hold trainable parameters (a LoRA).
         targets: [L] int64.
+        gradient: `loss_and_gradient`, or that compiled.
 
     Returns:
         A scalar, float32; zero (and still differentiable) for L = 0.
@@ -63,25 +98,46 @@ def summed_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tens
     if not len(targets):
         return hidden.sum().float() * 0
     if not torch.is_grad_enabled():
-        parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        parts = zip(hidden.split(_rows(head)), targets.split(_rows(head)), strict=True)
         return torch.stack([reference(part, head, wanted) for part, wanted in parts]).sum()
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _ChunkedLoss.apply(hidden, head, targets, *trainable)  # pyright: ignore[reportReturnType]
+    return _ChunkedLoss.apply(hidden, head, targets, gradient, *trainable)  # pyright: ignore[reportReturnType]
 
 
-def packed_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], head: torch.nn.Module) -> torch.Tensor:
-    """Summed loss of a packed batch (see `huarizo.data.packing.pack`).
+class PackedLoss:
+    """The summed loss of packed batches (see `huarizo.data.packing.pack`), through a model around the Llama `base`.
 
-    The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head; the loss
-    is made from the hidden states. `model` may be wrapped; `head` is the base model's output head.
+    compiled: whether the gradient of the logits is compiled.
     """
-    nothing = torch.empty(0, dtype=torch.long, device=batch["input_ids"].device)
-    output = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        cu_seqlens=batch["cu_seqlens"],
-        logits_to_keep=nothing,
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    return summed_loss(output.hidden_states[-1][0, batch["label_positions"]], head, batch["targets"])
+
+    def __init__(self, base: Any, compiled: bool = False) -> None:
+        self.base = base
+        self.gradient = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
+
+    def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a batch, a float32 scalar. `model` is the base, or wraps it.
+
+        The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head; the
+        loss is made from the hidden states.
+        """
+        nothing = torch.empty(0, dtype=torch.long, device=batch["input_ids"].device)
+        with _last_hidden(self.base) as states:
+            model(
+                input_ids=batch["input_ids"],
+                position_ids=batch["position_ids"],
+                cu_seqlens=batch["cu_seqlens"],
+                logits_to_keep=nothing,
+                use_cache=False,
+            )
+        return summed_loss(states[0][0, batch["label_positions"]], self.base.lm_head, batch["targets"], self.gradient)
+
+
+@contextmanager
+def _last_hidden(base: Any) -> Iterator[list[torch.Tensor]]:
+    """Collects the hidden states behind the last norm, [1, T, H], of each forward pass inside the block."""
+    states: list[torch.Tensor] = []
+    handle = base.model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        handle.remove()

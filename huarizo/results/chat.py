@@ -15,7 +15,8 @@ from huarizo.data.prompts import OpenExchange, Turn, prompt_format
 from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
 from huarizo.hub.names import resolve_model
-from huarizo.machine import choose_precision, device
+from huarizo.machine import choose_precision, device, float_precision
+from huarizo.model.fast import uncompiled
 from huarizo.model.load import load_base, load_tokenizer
 from huarizo.model.lora import load_adapter
 from huarizo.runs import Run
@@ -39,7 +40,8 @@ def open_assistant(run: Run) -> Assistant:
     folder = resolve_model(recipe.model).path
     tokenizer = load_tokenizer(folder)
     on = device()
-    model = load_base(folder, choose_precision(recipe.precision, on).dtype, on)
+    wanted = float_precision(on) if recipe.precision == "int8" else recipe.precision
+    model = load_base(folder, choose_precision(wanted, on).dtype, on)
     encoder = Encoder(tokenizer, prompt_format(recipe.data.prompt, tokenizer, recipe.data.eos))
     return Assistant(load_adapter(model, run.adapter), encoder)
 
@@ -52,7 +54,7 @@ def _generating(model: Any) -> Iterator[None]:
     base.set_attn_implementation("sdpa")
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         base.set_attn_implementation(attention)

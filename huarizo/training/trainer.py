@@ -18,8 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
 from huarizo.errors import MachineError
 from huarizo.machine import Choice, rank, world_size
-from huarizo.model.lora import output_head
-from huarizo.model.loss import packed_loss
+from huarizo.model.loss import PackedLoss
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
 from huarizo.training import checkpoint
@@ -43,7 +42,7 @@ def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.devic
         eval_steps=training.eval_every,
         save_strategy="steps" if training.save_every else "epoch",
         save_steps=training.save_every or 500,
-        fp16=choice.precision == "fp16",
+        fp16=choice.dtype == torch.float16,
         use_cpu=on.type == "cpu",
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -60,6 +59,7 @@ class LoraTrainer(Trainer):
         heldout: rows for the held-out loss; may be empty.
         recipe, run: what is trained, and where its checkpoints go.
         budget: tokens of a micro-batch.
+        compiled: whether the model's layers are compiled (see `huarizo.model.fast`).
     """
 
     def __init__(
@@ -71,12 +71,13 @@ class LoraTrainer(Trainer):
         recipe: Recipe,
         run: Run,
         budget: int,
+        compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=heldout, **kwargs)
         self.remove_callback(PrinterCallback)
         self.recipe, self.run, self.budget = recipe, run, budget
-        self.head = output_head(model)
+        self.packed_loss = PackedLoss(model.get_base_model(), compiled)
 
     def get_train_dataloader(self) -> Any:
         training = self.recipe.training
@@ -132,7 +133,7 @@ class LoraTrainer(Trainer):
         Times the number of processes, because their gradients, and their logged losses, are averaged.
         """
         with self.compute_loss_context_manager():
-            loss = packed_loss(model, self._prepare_inputs(inputs), self.head)
+            loss = self.packed_loss(model, self._prepare_inputs(inputs))
         return loss * world_size() / num_items_in_batch
 
     def heldout_batches(self, rows: Any) -> Iterable[dict[str, torch.Tensor]]:
@@ -153,7 +154,7 @@ class LoraTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.heldout_batches(rows):
             with self.compute_loss_context_manager():
-                loss = packed_loss(model, self._prepare_inputs(batch), self.head)
+                loss = self.packed_loss(model, self._prepare_inputs(batch))
             total += torch.tensor([float(loss), len(batch["targets"])], dtype=torch.float64)
         model.train(was_training)
         if world_size() > 1:
