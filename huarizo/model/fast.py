@@ -8,11 +8,14 @@ and just as right, and the reason is told.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from huarizo.files import sha256_of
 from huarizo.machine import keep_compiled_code
+from huarizo.model import int8
 from huarizo.model.dropout import hash_dropouts
 
 
@@ -47,9 +50,19 @@ def compile_layers(model: Any, on: torch.device) -> str | None:
         inner = model.get_base_model().model
         if on.type == "cpu":
             hash_dropouts(model, inner)
+        _let_int8_be_cached()
+        model.enable_input_require_grads()  # the first layer like all others: one compilation less
         for layer in inner.layers:
             layer.compile(dynamic=True)
     return reason
+
+
+def _let_int8_be_cached() -> None:
+    """Tell torch's cache of compiled graphs that `int8_linear` does what its source says and nothing else."""
+    import torch._inductor.config as inductor
+
+    name = f"{int8.int8_linear.__module__}.{int8.int8_linear.__name__}"
+    inductor.unsafe_marked_cacheable_functions[name] = sha256_of(Path(int8.__file__))
 
 
 def seconds_compiling() -> float:
@@ -61,6 +74,6 @@ def seconds_compiling() -> float:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside the block layers run as they are: for generation, whose shapes and cache would compile anew."""
+    """Inside the block layers run as they are: for what is short, or whose shapes would be compiled anew."""
     with torch.compiler.set_stance("force_eager"):
         yield

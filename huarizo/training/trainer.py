@@ -18,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
 from huarizo.errors import MachineError
 from huarizo.machine import Choice, rank, world_size
+from huarizo.model.fast import uncompiled
 from huarizo.model.loss import PackedLoss
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
@@ -153,7 +154,7 @@ class LoraTrainer(Trainer):
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.heldout_batches(rows):
-            with self.compute_loss_context_manager():
+            with uncompiled(), self.compute_loss_context_manager():
                 loss = self.packed_loss(model, self._prepare_inputs(batch))
             total += torch.tensor([float(loss), len(batch["targets"])], dtype=torch.float64)
         model.train(was_training)
