@@ -139,8 +139,14 @@ def spread(on: torch.device) -> bool:
 
 
 def keep_compiled_code() -> None:
-    """Let torch keep what it compiles in our cache folder, for the next run, unless the user chose a place."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    """Let torch keep what it compiles in our cache folder, for the next run, unless the user chose a place.
+
+    torch's own place is under /tmp, and torch writes it into the environment as soon as anything asks for it.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "compiled")
 
 
 def available_memory(on: torch.device) -> int:

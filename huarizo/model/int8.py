@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FLOAT_CHANNELS = 16
+FLOAT_CHANNELS = 32
 SMALLEST = 1e-12  # scale of a row of zeros
 
 # Shapes: T tokens, K input and N output channels, k float channels.
@@ -98,10 +98,9 @@ class Int8Linear(nn.Module):
     float_weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, linear: nn.Linear, smoothing: torch.Tensor, float_channels: torch.Tensor) -> None:
+    def __init__(self, linear: nn.Linear, inverse_smoothing: torch.Tensor, float_channels: torch.Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        inverse_smoothing = (1 / smoothing).index_fill(0, float_channels, 0)
         self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8, device=linear.weight.device))
         self.register_buffer("scale", torch.empty(self.out_features, device=linear.weight.device))
         self.register_buffer("inverse_smoothing", inverse_smoothing)
@@ -162,11 +161,12 @@ def reference_gradient(grad: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
 def quantise(linears: Sequence[nn.Linear], peaks: torch.Tensor) -> list[Int8Linear]:
     """Int8 layers for linears that share one input, so that they share its quantised form as well.
 
-    peaks: float32 [K], the largest |x_j| seen of each input channel. What the linears have in common, smoothing and
-    float channels, makes the quantised input one and the same value, which a compiled layer computes once.
+    peaks: float32 [K], the largest |x_j| seen of each input channel. The layers hold the very same tensors for smoothing
+    and float channels, by which a compiler sees that the quantised input is one value, and computes it once.
     """
     weights = torch.stack([linear.weight.detach().abs().amax(0).float() for linear in linears]).amax(0)
     smoothing = (peaks.clamp_min(1e-5) / weights.clamp_min(1e-5)).sqrt()
     count = min(FLOAT_CHANNELS, len(peaks) // 4)
     float_channels = (peaks / smoothing).topk(count).indices.sort().values
-    return [Int8Linear(linear, smoothing, float_channels) for linear in linears]
+    inverse_smoothing = (1 / smoothing).index_fill(0, float_channels, 0)
+    return [Int8Linear(linear, inverse_smoothing, float_channels) for linear in linears]

@@ -44,12 +44,16 @@ class _Weights:
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Give every parameter of `module` the tensor of its name behind `prefix`."""
         tensors = {}
-        for name, _ in module.named_parameters():
+        for name, parameter in module.named_parameters():
             full = f"{prefix}.{name}"
             if full not in self.files:
                 raise ModelError(f"{self.folder}: the weights have no {full}")
             with safe_open(self.files[full], "pt", device=str(self.device)) as file:
-                tensors[name] = file.get_tensor(full).to(self.dtype)
+                tensor = file.get_tensor(full)
+            if tensor.shape != parameter.shape:
+                shapes = f"{list(tensor.shape)}, where config.json wants {list(parameter.shape)}"
+                raise ModelError(f"{self.files[full]}: {full} has the shape {shapes}")
+            tensors[name] = tensor.to(self.dtype)
         module.load_state_dict(tensors, assign=True)
 
 

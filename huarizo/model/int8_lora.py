@@ -45,6 +45,9 @@ class Int8LoraLinear(nn.Module, LoraLayer):
         self.fan_in_fan_out = False
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> None:
         if config.lora_bias:
             raise ValueError("lora_bias is not supported with precision int8. Use precision=bf16 or fp32")

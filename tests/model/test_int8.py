@@ -1,0 +1,204 @@
+"""The int8 layer does what its float64 reference says, in both directions, and loads layer by layer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from huarizo.data.packing import pack
+from huarizo.errors import ModelError
+from huarizo.model import int8, int8_load
+from huarizo.model.int8 import Int8Linear, quantise, reference, reference_gradient
+from huarizo.model.int8_load import load_int8_base
+from huarizo.model.load import load_base
+from huarizo.model.loss import PackedLoss
+from tests.tiny import make_model
+
+CPU = torch.device("cpu")
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm())
+
+
+def outlier_rows(count: int, width: int) -> torch.Tensor:
+    """Rows with three input channels a hundred times larger than the rest."""
+    x = torch.randn(count, width)
+    x[:, [1, 5, width - 1]] *= 100
+    return x
+
+
+def made(width: int, height: int, dtype: torch.dtype = torch.float32, bias: bool = False) -> tuple[Any, Int8Linear]:
+    torch.manual_seed(width + height)
+    linear = nn.Linear(width, height, bias=bias, dtype=dtype).requires_grad_(False)
+    return linear, quantise([linear], outlier_rows(64, width).abs().amax(0))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "width", "height"), [(1, 64, 96), (7, 96, 64), (16, 40, 24), (17, 65, 33), (130, 256, 48)]
+)
+def test_both_products_equal_the_reference(rows: int, width: int, height: int, dtype: torch.dtype) -> None:
+    _, layer = made(width, height, dtype, bias=True)
+    x = outlier_rows(rows, width).to(dtype).requires_grad_()
+    grad = torch.randn(rows, height).to(dtype)
+    y = layer(x)
+    y.backward(grad)
+    assert y.dtype == dtype and x.grad is not None
+    # a value halfway between two steps may round either way in another dtype; bf16 keeps 8 bits of a result
+    tolerance = 2e-3 if dtype == torch.float32 else 8e-3
+    assert relative(y.detach(), reference(x.detach(), layer)) < tolerance
+    assert relative(x.grad, reference_gradient(grad, layer)) < tolerance
+
+
+def test_outliers_do_not_drown_the_rest() -> None:
+    linear, layer = made(256, 128)
+    x = outlier_rows(64, 256)
+    assert relative(layer(x), linear(x).double()) < 0.02
+    quiet = x.clone()
+    quiet[:, [1, 5, 255]] = 0
+    others = layer(x) - layer(x - quiet)  # what the other channels bring about beside the outliers
+    assert relative(others, linear(quiet).double()) < 0.05
+
+
+def test_leading_dimensions_zero_rows_and_nan() -> None:
+    _, layer = made(64, 32)
+    x = torch.randn(2, 3, 64)
+    x[0, 1] = 0
+    x[1, 2, 9] = float("nan")
+    y = layer(x)
+    assert y.shape == (2, 3, 32)
+    assert torch.equal(y[0, 1], torch.zeros(32))
+    assert y[1, 2].isnan().all() and not y[1, :2].isnan().any()
+
+
+def test_layers_with_one_input_share_what_quantises_it() -> None:
+    linears = [nn.Linear(64, size).requires_grad_(False) for size in (64, 16, 16)]
+    first, *others = quantise(linears, torch.rand(64) + 1)
+    for other in others:
+        assert other.inverse_smoothing is first.inverse_smoothing and other.float_channels is first.float_channels
+
+
+def test_a_stored_weight_comes_back_within_half_a_step() -> None:
+    linear, layer = made(64, 48)
+    error = (layer.dequantised() - linear.weight).abs()
+    step = layer.scale[:, None] * layer.inverse_smoothing
+    assert bool((error <= step / 2 + 1e-6).all())
+    assert error[:, layer.float_channels].max() == 0
+
+
+def calibration(lengths: tuple[int, ...] = (20, 31)) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(4, 260, (length,), generator=generator).tolist() for length in lengths]
+    return pack([{"input_ids": row, "labels": row} for row in ids])
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_the_loaded_model_is_int8_and_close_to_the_float_one(config: dict[str, Any], tmp_path: Path) -> None:
+    make_model(**config).save_pretrained(tmp_path)
+    batch = calibration()
+    quantised = load_int8_base(tmp_path, torch.float32, CPU, batch)
+    plain = load_base(tmp_path, torch.float32, CPU)
+    names = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
+    assert {name for name, module in quantised.named_modules() if isinstance(module, Int8Linear)} == names - {"lm_head"}
+    assert not any(parameter.requires_grad for parameter in quantised.parameters())
+    with torch.no_grad():
+        ours, theirs = (float(PackedLoss(model)(model, batch)) for model in (quantised, plain))
+    assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+def test_the_same_rows_give_the_same_weights(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    first, second = (load_int8_base(tmp_path, torch.bfloat16, CPU, calibration()).state_dict() for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_one_float_layer_stands_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(num_hidden_layers=4).save_pretrained(tmp_path)
+    whole: list[int] = []
+    fill = int8_load._Weights.fill
+
+    def counted(self: Any, module: nn.Module, prefix: str) -> None:
+        fill(self, module, prefix)
+        models = [m for m in alive if m.model.layers]
+        whole.append(sum(not m.weight.is_meta for model in models for m in model.model.layers.modules()
+                         if isinstance(m, nn.Linear)))  # fmt: skip
+
+    alive: list[Any] = []
+    from transformers import LlamaForCausalLM
+
+    made_of = LlamaForCausalLM.__init__
+
+    def noted(self: Any, config: Any) -> None:
+        made_of(self, config)
+        alive.append(self)
+
+    monkeypatch.setattr(int8_load._Weights, "fill", counted)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", noted)
+    load_int8_base(tmp_path, torch.float32, CPU, calibration())
+    assert max(whole) == 7
+
+
+def test_sharded_weights_load_as_one_file_does(tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
+    one, many = (
+        load_int8_base(tmp_path / name, torch.float32, CPU, calibration()).state_dict() for name in ("one", "many")
+    )
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    taken = weights.pop(name)
+    save_file(weights, file)
+    with pytest.raises(ModelError, match=name):
+        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+    save_file(weights | {name: taken[:5].clone()}, file)
+    with pytest.raises(ModelError, match=rf"{name} has the shape \[5, 64\], where config.json wants \[96, 64\]"):
+        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickle"):
+        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+
+
+def test_few_rows_on_a_card_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class OnCuda(torch.Tensor):
+        @property
+        def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+            return torch.device("cuda")
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append(a.shape[0])
+        return (a.int() @ b.int()).as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(torch.ops.aten, "_int_mm", product)
+    a, b = torch.ones(3, 8, dtype=torch.int8), torch.ones(8, 8, dtype=torch.int8)
+    assert torch.equal(int8.int8_product(a.as_subclass(OnCuda), b), torch.full((3, 8), 8, dtype=torch.int32))
+    assert seen == [17]
+
+
+def test_an_index_that_is_no_json_is_a_message(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weights": {}})[:5])
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        load_int8_base(tmp_path, torch.float32, CPU, calibration())
