@@ -89,6 +89,16 @@ def chat(
     converse(assistant, input, _write, system, max_new_tokens, temperature)
 
 
+@app.command()
+def doctor() -> None:
+    """Tell what this machine can do, measured, and what that means for training."""
+    _quiet_libraries()
+    from huarizo.doctor import diagnosis
+
+    for title, line in diagnosis().items():
+        print(f"{title:<14} {line}")
+
+
 @app.command("recipe")
 def show_recipe(markdown: Annotated[bool, typer.Option("--markdown", help="as a table, for the docs")] = False) -> None:
     """Print every setting of a recipe: type, range, default, help."""

@@ -20,11 +20,12 @@ from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, UserError
 from huarizo.files import whole_folder, write_whole
 from huarizo.hub.names import Source, resolve_data, resolve_model
-from huarizo.machine import Choice, cache_folder, choose_precision, device, micro_batch_tokens, rank
+from huarizo.machine import Choice, available_memory, cache_folder, choose_precision, device, micro_batch_tokens, rank
+from huarizo.model.dropout import hash_dropouts
 from huarizo.model.fast import compile_layers
 from huarizo.model.int8_load import load_int8_base
-from huarizo.model.load import activation_bytes_per_token, load_base, load_tokenizer, read_config
-from huarizo.model.lora import add_lora
+from huarizo.model.load import activation_bytes_per_token, load_base, load_tokenizer, read_config, weight_bytes
+from huarizo.model.lora import add_lora, count_weights
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.results.chat import Assistant, answers
 from huarizo.results.report import Sample, card, load_samples, save_loss_plot, save_samples
@@ -75,17 +76,28 @@ def prepare(recipe: Recipe) -> Prepared:
         recipe.data, recipe.training.seed, sources["train"].path, eval_file,
         load_tokenizer(sources["model"].path), cache_folder() / "tokens",
     )  # fmt: skip
-    budget = micro_batch_tokens(activation_bytes_per_token(config, choice.dtype), on)
     resolved = recipe.model_copy(deep=True)
+    _fit_memory(resolved, config, choice, available_memory(on))
     resolved.model = sources["model"].pinned
     resolved.data.train = sources["train"].pinned
     if "eval" in sources:
         resolved.data.eval = sources["eval"].pinned
     resolved.data.prompt = data.encoder.prompt.name
     resolved.precision = choice.precision
-    resolved.training.micro_batch_tokens = recipe.training.micro_batch_tokens or budget
     resolved.pinned = {name: source.sha256 for name, source in sources.items()}
     return Prepared(resolved, sources["model"], data, choice)
+
+
+def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:
+    """Choose the micro-batches, and activation checkpointing where not even the longest row fits without."""
+    if recipe.training.micro_batch_tokens is not None:
+        return
+    free = available - weight_bytes(config, choice.precision, choice.dtype)
+    tokens = micro_batch_tokens(activation_bytes_per_token(config, choice.dtype), free, device())
+    if tokens < recipe.data.max_length and "gradient_checkpointing" not in recipe.trainer:
+        recipe.trainer["gradient_checkpointing"] = True
+        tokens = recipe.data.max_length
+    recipe.training.micro_batch_tokens = max(tokens, 64)
 
 
 def _check_pinned(name: str, source: Source, pinned: dict[str, str]) -> None:
@@ -107,6 +119,8 @@ def load_model(prepared: Prepared) -> Any:
     else:
         model = load_base(folder, choice.dtype, device())
     model = add_lora(model, prepared.recipe.lora, prepared.recipe.training.seed)
+    if device().type == "cpu":
+        hash_dropouts(model, model.get_base_model().model)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = prepared.model_source.reference, prepared.model_source.revision
     return model
@@ -177,6 +191,8 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
         "held out": f"{len(data.heldout.dataset)} rows" if data.heldout else "none",
         "prompt": recipe.data.prompt.splitlines()[0],
         "precision": f"{prepared.choice.precision}: {prepared.choice.reason}",
+        "memory": f"{recipe.training.micro_batch_tokens} tokens at once"
+        + (", activation checkpointing" if recipe.trainer.get("gradient_checkpointing") else ""),
     }
     for key, value in lines.items():
         console.print(Text(f"{key:<10} {value}"), soft_wrap=True)
@@ -186,7 +202,7 @@ def _train(prepared: Prepared, run: Run, console: Console, checkpoint: Path | No
     recipe = prepared.recipe
     model = load_model(prepared)
     trainable = model.num_parameters(only_trainable=True)
-    console.print(f"{'LoRA':<10} {trainable:,} of {model.num_parameters():,} parameters are trained", soft_wrap=True)
+    console.print(f"{'LoRA':<10} {trainable:,} of {count_weights(model):,} parameters are trained", soft_wrap=True)
     reason = compile_layers(model, device()) if recipe.training.compile else "as the recipe asks"
     console.print(
         f"{'layers':<10} {f'not compiled: {reason}' if reason else 'compiled with the first step'}", soft_wrap=True

@@ -7,6 +7,7 @@ the environment.
 import functools
 import math
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,17 @@ def cpu_flags() -> set[str]:
         return set()
 
 
+def cpu_name() -> str:
+    """The processor's name, with the matrix instructions that it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = text.partition("model name")[2].partition("\n")[0].strip("\t :") or platform.machine()
+    except OSError:
+        name = platform.processor() or platform.machine()
+    flags = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"})
+    return f"{name} ({', '.join(flags)})" if flags else name
+
+
 def float_precision(on: torch.device) -> FixedPrecision:
     """The fastest float format that computes right on this device."""
     if on.type == "cuda":
@@ -80,7 +92,7 @@ def float_precision(on: torch.device) -> FixedPrecision:
 def gemm_rates(on: torch.device) -> dict[str, float]:
     """Measured 10^9 operations a second of matrix products by format, two a multiply-add; formats that fail are absent.
 
-    [512, 2048] times [2048, 2048] on a CPU and 8 times the rows on a card; the best of five, after one to warm up.
+    [512, 2048] times [2048, 2048] on a CPU and 8 times the rows on a card; the best of 16.
     """
     rows, size = (4096 if on.type == "cuda" else 512), 2048
     ints = torch.ones(rows, size, dtype=torch.int8, device=on), torch.ones(size, size, dtype=torch.int8, device=on)
@@ -91,7 +103,7 @@ def gemm_rates(on: torch.device) -> dict[str, float]:
         try:
             a, b = ints if name == "int8" else (x.to(DTYPES[name]) for x in ints)
             product = torch.ops.aten._int_mm if name == "int8" else torch.mm
-            rates[name] = 2e-9 * rows * size**2 / min(_seconds(lambda: product(a, b), on) for _ in range(6))  # noqa: B023
+            rates[name] = 2e-9 * rows * size**2 / min(_seconds(lambda: product(a, b), on) for _ in range(16))  # noqa: B023
         except (RuntimeError, NotImplementedError):
             continue
     return rates
@@ -108,20 +120,18 @@ def _seconds(function: Callable[[], object], on: torch.device) -> float:
 def choose_precision(wanted: str, on: torch.device) -> Choice:
     """The number format of the frozen base.
 
-    `auto` takes int8 where its products are measured to be INT8_GAIN times as fast as the best float's, and the
-    fastest float format otherwise.
+    `auto` takes int8 on a CPU with instructions for it, and elsewhere where int8 products are measured to be INT8_GAIN
+    times as fast as the best float's; otherwise the fastest float format.
 
     Raises:
         RecipeError: a format that this device does not have.
     """
     best = float_precision(on)
     if wanted == "auto":
-        rates = gemm_rates(on)
-        gain = rates.get("int8", 0) / rates.get(best, math.inf)
-        where = f"{on.type} products: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items()) + " GFLOP/s"
-        if gain >= INT8_GAIN and not spread(on):
-            return Choice("int8", f"{where}; {gain:.1f} times as fast as {best}", DTYPES[best])
-        return Choice(best, where, DTYPES[best])
+        int8 = not spread(on) and _reason_for_int8(on, best)
+        if int8:
+            return Choice("int8", int8, DTYPES[best])
+        return Choice(best, f"the fastest float format of {on.type}, and int8 gains nothing here", DTYPES[best])
     if wanted == "fp16" and on.type != "cuda":
         raise RecipeError("precision: fp16 needs an NVIDIA card. Use precision=auto, int8, bf16 or fp32")
     if wanted == "bf16" and on.type == "cuda" and best != "bf16":
@@ -131,6 +141,18 @@ def choose_precision(wanted: str, on: torch.device) -> Choice:
     if wanted == "int8" and spread(on):
         raise RecipeError("precision: int8 uses one card. Set CUDA_VISIBLE_DEVICES=0, start with torchrun, or use bf16")
     return Choice(wanted, "as the recipe asks", DTYPES[best if wanted == "int8" else wanted])  # pyright: ignore
+
+
+def _reason_for_int8(on: torch.device, best: str) -> str | None:
+    """Why int8 is the fastest here, in words; None if it isn't."""
+    instructions = sorted({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
+    if on.type == "cpu" and instructions:  # known, not measured: a busy machine must not change what is trained
+        return f"this CPU has int8 instructions ({', '.join(instructions)})"
+    if on.type not in ("cpu", "cuda"):
+        return None
+    rates = gemm_rates(on)
+    gain = rates.get("int8", 0) / rates.get(best, math.inf)
+    return f"its products are measured to be {gain:.1f} times as fast as {best}" if gain >= INT8_GAIN else None
 
 
 def spread(on: torch.device) -> bool:
@@ -176,8 +198,7 @@ def peak_memory(on: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def micro_batch_tokens(bytes_per_token: int, on: torch.device) -> int:
-    """How many tokens to compute at once: as many as half of the free memory holds, within what still gains speed."""
-    most = 16384 if on.type == "cuda" else 4096
-    fits = available_memory(on) // 2 // max(bytes_per_token, 1)
-    return max(256, min(most, fits // 256 * 256))
+def micro_batch_tokens(bytes_per_token: int, free: int, on: torch.device) -> int:
+    """How many tokens to compute at once: as many as 60% of the `free` bytes hold, within what still gains speed."""
+    most = 16384 if on.type == "cuda" else 1024
+    return max(0, min(most, int(0.6 * free) // max(bytes_per_token, 1) // 64 * 64))

@@ -121,6 +121,9 @@ class LoraRecipe(Section):
     target_modules: list[str] | Literal["all-linear"] = Field(
         default=["q_proj", "v_proj"], min_length=1, description="linear layers that get an adapter, or all-linear"
     )
+    loraplus_lr_ratio: float | None = Field(
+        default=None, ge=1, description="LoRA+ (arXiv 2402.12354): how many times larger B's learning rate is than A's"
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="any other field of peft.LoraConfig, such as use_rslora or init_lora_weights"
     )

@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "huarizo").rglob("*.py"))
-# cli -> finetune -> results, training -> model, data -> machine, hub, runs -> recipe, files -> errors
+# cli -> finetune -> results, training -> model, data -> kernels -> machine, hub, runs -> recipe, files -> errors
 LEVELS = [
-    {"__main__"}, {"cli"}, {"finetune"}, {"results", "training"}, {"model", "data"},
+    {"__main__"}, {"cli"}, {"finetune", "doctor"}, {"results", "training"}, {"model", "data"}, {"kernels"},
     {"hub", "machine", "runs"}, {"recipe", "files"}, {"errors"}, {""},
 ]  # fmt: skip
 

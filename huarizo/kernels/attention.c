@@ -8,22 +8,23 @@
  *     dV = P' dO        dP = dO V'          dS = P * (dP - rowsum(dO * O))        dQ = dS K scale    dK = dS' Q scale
  *
  * Every product is the same small one, `product`: ROWS rows times up to COLUMNS columns, held in registers. What stands
- * left of it is read 32 bits at a time and spread over a vector, what stands right of it 16 columns at a time. These 32
- * bits, a `word`, are two neighbours along the summed dimension in bf16 (vdpbf16ps) and one number in fp32 (fma), so one
- * code serves both: `pair` is the number of elements in a word. Sums, softmax and gradients in the making are fp32.
+ * left of it is read 32 bits at a time and spread over a vector, what stands right of it 16 columns at a time. These
+ * 32 bits, a `word`, are two neighbours along the summed dimension in bf16 (vdpbf16ps) and one number in fp32 (fma), so
+ * one code serves both: `pair` is the number of elements in a word. Sums, softmax and gradients in the making are fp32.
  *
  * Right operands are packed once for each example and key/value head, and serve all the query heads that share it:
  *     columns  [panel of COLUMNS tokens][D / pair][COLUMNS]  words along D, for Q K' and dO V'
  *     pairs    [tokens / pair][D]                            words along the tokens, for P V, dS K, P' dO and dS' Q
  * P' and dS' need no transposition: a left operand has a stride for its rows and one for its depth.
  *
- * Each product ends at the diagonal, to ROWS x 16 scores. One thread makes all of one example and key/value head, in one
- * order, on blocks counted from the example's first token: the bytes of a result depend neither on the number of threads
- * nor on the rest of the row. Padding is zeros, never a neighbour's tokens.
+ * Each product ends at the diagonal, to ROWS x 16 scores. One thread makes all of one example and key/value head, in
+ * one order, on blocks counted from the example's first token: the bytes of a result depend neither on the number of
+ * threads nor on the rest of the row. Padding is zeros, never a neighbour's tokens.
  */
 
 #include <immintrin.h>
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -122,7 +123,8 @@ INLINE void tiles(const int bf16, int64_t columns, int64_t depth, Left left, Rig
         }
 }
 
-/* c [ROWS, columns] = or += left [ROWS, depth] times right [depth, columns]; columns a multiple of 16, depth in words. */
+/* c [ROWS, columns] = or += left [ROWS, depth] times right [depth, columns].
+ * columns: a multiple of 16; depth: in words. */
 static __attribute__((noinline)) void product(int bf16, int64_t columns, int64_t depth, Left left, Right right,
                                               float *c, int64_t c_row, int add)
 {
@@ -138,7 +140,8 @@ static __attribute__((noinline)) void product(int bf16, int64_t columns, int64_t
 INLINE __m512 power_of_2(__m512 x)
 {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* in this order a NaN stays one */
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 shift = _mm512_set1_ps(12582912.0f); /* 3 << 22: adding it leaves no bits for a fraction */
+    __m512 whole = _mm512_sub_ps(_mm512_add_ps(x, shift), shift);
     __m512 rest = _mm512_sub_ps(x, whole);
     __m512 y = _mm512_set1_ps(1.5403530393e-4f);
     y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.3333558146e-3f));
@@ -191,8 +194,25 @@ static void copy_rows(const Call *call, word *to, const char *from, int64_t stri
 {
     int64_t bytes = call->size * 4 / pair_of(call);
     for (int64_t row = 0; row < count; row++)
-        memcpy((char *)to + row * bytes, from + row * stride, bytes);
+        for (int64_t at = 0; at < bytes; at += 32)
+            _mm256_storeu_si256((__m256i *)((char *)to + row * bytes + at),
+                                _mm256_loadu_si256((const __m256i *)(from + row * stride + at)));
     memset((char *)to + count * bytes, 0, (padded(count, ROWS) - count) * bytes);
+}
+
+/* Where a token of a head is. */
+INLINE char *place(Tensor tensor, int64_t head, int64_t token)
+{
+    return tensor.data + head * tensor.head + token * tensor.token;
+}
+
+/* Asks for the next ROWS tokens to read. They can be a page apart in [T, H, D], where the CPU foresees nothing. */
+INLINE void prefetch(const Call *call, Tensor tensor, int64_t head, int64_t token)
+{
+    const char *from = place(tensor, head, token);
+    for (int64_t i = 0; i < ROWS; i++)
+        for (int64_t at = 0; at < call->size * 4 / pair_of(call); at += 64)
+            _mm_prefetch(from + i * tensor.token + at, _MM_HINT_T0);
 }
 
 /* Right operand `pairs` of `count` tokens, zeros up to a multiple of ROWS. */
@@ -216,13 +236,13 @@ static void pack_pairs(const Call *call, word *to, const char *from, int64_t str
         }
 }
 
-/* Right operand `columns` of `count` tokens, zeros up to a multiple of COLUMNS. */
+/* Right operand `columns` of `count` tokens, zeros up to a multiple of ROWS and on to one of 16. */
 static void pack_columns(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
     int64_t depth = call->size / pair_of(call);
     __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     __m512i offsets = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)stride));
-    for (int64_t token = 0; token < padded(count, COLUMNS); token += LANES) {
+    for (int64_t token = 0; token < padded(count, ROWS); token += LANES) {
         word *panel = to + token / COLUMNS * COLUMNS * depth + token % COLUMNS;
         for (int64_t k = 0; k < depth; k++)
             _mm512_storeu_si512(panel + k * COLUMNS,
@@ -233,24 +253,57 @@ static void pack_columns(const Call *call, word *to, const char *from, int64_t s
 
 /* -------------------------------------------------------------------------------------------------------- forward */
 
-/* Softmax of one row of scores over its first `seen` keys, not yet divided by its sum, as elements in `p`, with zeros up
- * to `keys`. Returns the sum; *top: the largest score, in base 2. */
-static float softmax_row(int bf16, const float *scores, char *p, int64_t seen, int64_t keys, float scale, float *top)
+/* Scores j to j + 15 of row i in base 2, -inf beyond what the row sees. */
+INLINE __m512 scores_at(const float *scores, int64_t stride, int64_t i, int64_t j, int64_t seen, __m512 factor)
 {
-    __m512 factor = _mm512_set1_ps(scale), most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    int64_t j = 0;
-    for (; j + LANES <= seen; j += LANES)
-        most = _mm512_max_ps(most, _mm512_mul_ps(_mm512_loadu_ps(scores + j), factor));
-    most = _mm512_mask_max_ps(most, first(seen - j), most, _mm512_mul_ps(_mm512_loadu_ps(scores + j), factor));
-    *top = _mm512_reduce_max_ps(most);
-    most = _mm512_set1_ps(*top);
-    for (j = 0; j < keys; j += LANES) {
-        __m512 x = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j), factor, most));
-        x = _mm512_maskz_mov_ps(first(seen - j), x);
-        sum = _mm512_add_ps(sum, x);
-        store(bf16, p + j * (bf16 ? 2 : 4), x);
+    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i * stride + j), factor);
+    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), first(seen + i - j), x);
+}
+
+/* Softmax of ROWS rows of scores, not yet divided by their sums, as elements in `p`. Row i sees its first `seen` + i
+ * keys; beyond them are zeros up to `keys`. Both are [ROWS, stride] elements. All rows go on together, since the chain
+ * of one is all waiting. */
+INLINE void softmax_rows(const int bf16, const float *scores, char *p, int64_t stride, int64_t seen, int64_t keys,
+                         float scale, float *tops, float *totals)
+{
+    __m512 factor = _mm512_set1_ps(scale), top[ROWS], total[ROWS];
+    int64_t j, whole = seen / LANES * LANES, bytes = bf16 ? 2 : 4;
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++) {
+        top[i] = _mm512_set1_ps(-INFINITY);
+        total[i] = _mm512_setzero_ps();
     }
-    return _mm512_reduce_add_ps(sum);
+    for (j = 0; j < whole; j += LANES)
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+            top[i] = _mm512_max_ps(top[i], _mm512_mul_ps(_mm512_loadu_ps(scores + i * stride + j), factor));
+    for (; j < keys; j += LANES)
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++)
+            top[i] = _mm512_max_ps(top[i], scores_at(scores, stride, i, j, seen, factor));
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++) {
+        tops[i] = _mm512_reduce_max_ps(top[i]);
+        top[i] = _mm512_set1_ps(tops[i]);
+    }
+    for (j = 0; j < whole; j += LANES)
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++) {
+            __m512 x = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i * stride + j), factor, top[i]));
+            total[i] = _mm512_add_ps(total[i], x);
+            store(bf16, p + (i * stride + j) * bytes, x);
+        }
+    for (; j < keys; j += LANES)
+#pragma GCC unroll 6
+        for (int i = 0; i < ROWS; i++) {
+            __m512 x = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i * stride + j), factor, top[i]));
+            x = _mm512_maskz_mov_ps(first(seen + i - j), x);
+            total[i] = _mm512_add_ps(total[i], x);
+            store(bf16, p + (i * stride + j) * bytes, x);
+        }
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+        totals[i] = _mm512_reduce_add_ps(total[i]);
 }
 
 /* Words of one thread's workspace for an example of `length` tokens. */
@@ -269,33 +322,32 @@ static void forward_item(const Call *call, word *space, int64_t begin, int64_t e
     word *p = q + ROWS * size;
     float *scores = (float *)(p + ROWS * keys), *sums = scores + ROWS * keys;
     float scale = call->scale * 1.4426950408889634f;
-    pack_columns(call, k_columns, call->k.data + kv * call->k.head + begin * call->k.token, call->k.token, length);
-    pack_pairs(call, v_pairs, call->v.data + kv * call->v.head + begin * call->v.token, call->v.token, length);
-    for (int64_t head = kv * groups; head < (kv + 1) * groups; head++)
-        for (int64_t row = 0; row < length; row += ROWS) {
-            int64_t count = least(ROWS, length - row), token = begin + row;
-            copy_rows(call, q, call->q.data + head * call->q.head + token * call->q.token, call->q.token, count);
+    pack_columns(call, k_columns, place(call->k, kv, begin), call->k.token, length);
+    pack_pairs(call, v_pairs, place(call->v, kv, begin), call->v.token, length);
+    for (int64_t row = 0; row < length; row += ROWS)
+        for (int64_t head = kv * groups; head < (kv + 1) * groups; head++) {
+            int64_t count = least(ROWS, length - row), token = begin + row, last = head + 1 == (kv + 1) * groups;
+            copy_rows(call, q, place(call->q, head, token), call->q.token, count);
+            prefetch(call, call->q, last ? kv * groups : head + 1, last ? token + ROWS : token);
             product(call->bf16, padded(row + ROWS, LANES), depth, (Left){q, depth, 1},
                     (Right){k_columns, COLUMNS, COLUMNS * depth}, scores, keys, 0);
-            float total[ROWS];
-            for (int64_t i = 0; i < ROWS; i++) {
-                float top;
-                total[i] = softmax_row(call->bf16, scores + i * keys, (char *)(p + i * keys / pair), row + i + 1,
-                                       padded(row + ROWS, LANES), scale, &top);
-                if (i < count)
-                    call->lse[head * call->tokens + token + i] = top + log2f(total[i]);
-            }
+            float top[ROWS], total[ROWS];
+            if (call->bf16)
+                softmax_rows(1, scores, (char *)p, keys, row + 1, padded(row + ROWS, LANES), scale, top, total);
+            else
+                softmax_rows(0, scores, (char *)p, keys, row + 1, padded(row + ROWS, LANES), scale, top, total);
+            for (int64_t i = 0; i < count; i++)
+                call->lse[head * call->tokens + token + i] = top[i] + log2f(total[i]);
             product(call->bf16, size, (row + ROWS) / pair, (Left){p, keys / pair, 1}, (Right){v_pairs, size, COLUMNS},
                     sums, size, 0);
             for (int64_t i = 0; i < count; i++)
-                store_rows(call, call->out.data + head * call->out.head + (token + i) * call->out.token, 0,
-                           sums + i * size, 1, 1.0f / total[i]);
+                store_rows(call, place(call->out, head, token + i), 0, sums + i * size, 1, 1.0f / total[i]);
         }
 }
 
 /* ------------------------------------------------------------------------------------------------------- backward */
 
-/* One thread's workspace: the example's packed keys and values and their gradients, and a block of one head's queries. */
+/* One thread's workspace: the example's packed keys and values, their gradients, and a block of one head's queries. */
 typedef struct {
     word *k_columns, *k_pairs, *v_columns;
     float *grad_k, *grad_v;                     /* [length, D] */
@@ -304,6 +356,7 @@ typedef struct {
     float *scores, *grad_p;                     /* [ROWS, KEYS] */
     word *p_pairs, *grad_s_pairs, *grad_s;      /* [QUERIES / pair, KEYS] twice, and [QUERIES, KEYS / pair] */
     float lse[QUERIES], delta[QUERIES];
+    int64_t next_head, next_token;              /* where the block after this one begins */
 } Backward;
 
 static int64_t backward_words(const Call *call, int64_t length)
@@ -314,12 +367,18 @@ static int64_t backward_words(const Call *call, int64_t length)
 static void lay_out(const Call *call, word *space, int64_t length, Backward *b)
 {
     int64_t all = padded(length, KEYS) * call->size, block = QUERIES * call->size;
-    word **of_all[] = {&b->k_columns, &b->k_pairs, &b->v_columns, (word **)&b->grad_k, (word **)&b->grad_v};
-    word **of_block[] = {&b->q, &b->grad, &b->q_pairs, &b->grad_pairs, (word **)&b->grad_q};
-    for (int i = 0; i < 5; i++, space += all)
-        *of_all[i] = space;
-    for (int i = 0; i < 5; i++, space += block)
-        *of_block[i] = space;
+    b->k_columns = space;
+    b->k_pairs = space + all;
+    b->v_columns = space + 2 * all;
+    b->grad_k = (float *)(space + 3 * all);
+    b->grad_v = (float *)(space + 4 * all);
+    space += 5 * all;
+    b->q = space;
+    b->grad = space + block;
+    b->q_pairs = space + 2 * block;
+    b->grad_pairs = space + 3 * block;
+    b->grad_q = (float *)(space + 4 * block);
+    space += 5 * block;
     b->scores = (float *)space;
     b->grad_p = b->scores + ROWS * KEYS;
     b->p_pairs = space + 2 * ROWS * KEYS;
@@ -347,26 +406,40 @@ INLINE void store_pair(int bf16, word *pairs, __m512 x, __m512 y, word *row_x, w
     _mm512_storeu_ps(pairs + KEYS, y);
 }
 
-/* P and dS of ROWS queries from `row` of the block on, and the block's first `keys` keys, of which query `row` sees
- * `seen`, from their scores and dP. */
+/* P and dS of 16 keys from j on and queries `row` and `row` + 1 of the block, at `i` and `i` + 1 of scores and grad_p.
+ * Query `row` sees the block's first `seen` keys; beyond the diagonal are zeros. */
+INLINE void make_pair(const int bf16, const int whole, const Backward *b, int64_t row, int64_t i, int64_t j,
+                      int64_t seen, __m512 factor)
+{
+    __m512 p[2], grad_s[2];
+#pragma GCC unroll 2
+    for (int y = 0; y < 2; y++) {
+        int64_t at = (i + y) * KEYS + j;
+        __m512 lse = _mm512_set1_ps(b->lse[row + y]), delta = _mm512_set1_ps(b->delta[row + y]);
+        p[y] = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(b->scores + at), factor, lse));
+        if (!whole)
+            p[y] = _mm512_maskz_mov_ps(first(seen + y - j), p[y]);
+        grad_s[y] = _mm512_mul_ps(p[y], _mm512_sub_ps(_mm512_loadu_ps(b->grad_p + at), delta));
+    }
+    int64_t at = row / (bf16 ? 2 : 1) * KEYS + j;
+    word *left = b->grad_s + row * (KEYS / 2) + j / 2;
+    store_pair(bf16, b->p_pairs + at, p[0], p[1], NULL, NULL);
+    store_pair(bf16, b->grad_s_pairs + at, grad_s[0], grad_s[1], left, left + KEYS / 2);
+}
+
+/* P and dS of ROWS queries from `row` of the block on and the block's first `keys` keys, from their scores and dP. */
 INLINE void make_rows(const int bf16, const Backward *b, int64_t row, int64_t keys, int64_t seen, float scale)
 {
     __m512 factor = _mm512_set1_ps(scale);
-    for (int64_t i = 0; i < ROWS; i += 2)
-        for (int64_t j = 0; j < keys; j += LANES) {
-            __m512 p[2], grad_s[2];
-            for (int y = 0; y < 2; y++) {
-                int64_t at = (i + y) * KEYS + j;
-                __m512 lse = _mm512_set1_ps(b->lse[row + i + y]), delta = _mm512_set1_ps(b->delta[row + i + y]);
-                p[y] = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(b->scores + at), factor, lse));
-                p[y] = _mm512_maskz_mov_ps(first(seen + i + y - j), p[y]);
-                grad_s[y] = _mm512_mul_ps(p[y], _mm512_sub_ps(_mm512_loadu_ps(b->grad_p + at), delta));
-            }
-            int64_t at = (row + i) / (bf16 ? 2 : 1) * KEYS + j;
-            word *left = b->grad_s + (row + i) * (KEYS / 2) + j / 2;
-            store_pair(bf16, b->p_pairs + at, p[0], p[1], NULL, NULL);
-            store_pair(bf16, b->grad_s_pairs + at, grad_s[0], grad_s[1], left, left + KEYS / 2);
-        }
+    int64_t j, whole = least(keys, seen / LANES * LANES);
+    for (j = 0; j < whole; j += LANES)
+#pragma GCC unroll 3
+        for (int64_t i = 0; i < ROWS; i += 2)
+            make_pair(bf16, 1, b, row + i, i, j, seen + i, factor);
+    for (; j < keys; j += LANES)
+#pragma GCC unroll 3
+        for (int64_t i = 0; i < ROWS; i += 2)
+            make_pair(bf16, 0, b, row + i, i, j, seen + i, factor);
 }
 
 /* What `count` queries at `query` and the keys from `key` on give to all three gradients. Both count from the example's
@@ -380,6 +453,11 @@ static void backward_block(const Call *call, const Backward *b, int64_t query, i
     Right k_pairs = {b->k_pairs + key / pair * size, size, COLUMNS};
     for (int64_t row = 0; row < rows; row += ROWS) {
         int64_t keys = least(KEYS, padded(ahead + row + ROWS, LANES));
+        if (key == 0) {
+            prefetch(call, call->q, b->next_head, b->next_token + row);
+            prefetch(call, call->grad, b->next_head, b->next_token + row);
+            prefetch(call, call->out, b->next_head, b->next_token + row);
+        }
         product(call->bf16, keys, depth, (Left){b->q + row * depth, depth, 1}, k, b->scores, KEYS, 0);
         product(call->bf16, keys, depth, (Left){b->grad + row * depth, depth, 1}, v, b->grad_p, KEYS, 0);
         if (call->bf16)
@@ -402,9 +480,9 @@ static void backward_block(const Call *call, const Backward *b, int64_t query, i
 /* Brings `count` queries of `head` from `token` of the row on, their gradients, lse and rowsum(dO * O) together. */
 static void read_queries(const Call *call, Backward *b, int64_t head, int64_t token, int64_t count)
 {
-    const char *q = call->q.data + head * call->q.head + token * call->q.token;
-    const char *grad = call->grad.data + head * call->grad.head + token * call->grad.token;
-    const char *out = call->out.data + head * call->out.head + token * call->out.token;
+    const char *q = place(call->q, head, token);
+    const char *grad = place(call->grad, head, token);
+    const char *out = place(call->out, head, token);
     copy_rows(call, b->q, q, call->q.token, count);
     copy_rows(call, b->grad, grad, call->grad.token, count);
     pack_pairs(call, b->q_pairs, q, call->q.token, count);
@@ -429,26 +507,26 @@ static void backward_item(const Call *call, word *space, int64_t begin, int64_t 
     int64_t length = end - begin, groups = call->heads / call->kv_heads;
     Backward b;
     lay_out(call, space, length, &b);
-    const char *k = call->k.data + kv * call->k.head + begin * call->k.token;
-    const char *v = call->v.data + kv * call->v.head + begin * call->v.token;
+    const char *k = place(call->k, kv, begin);
+    const char *v = place(call->v, kv, begin);
     pack_columns(call, b.k_columns, k, call->k.token, length);
     pack_columns(call, b.v_columns, v, call->v.token, length);
     pack_pairs(call, b.k_pairs, k, call->k.token, length);
     memset(b.grad_k, 0, padded(length, ROWS) * call->size * sizeof(float));
     memset(b.grad_v, 0, padded(length, ROWS) * call->size * sizeof(float));
-    for (int64_t head = kv * groups; head < (kv + 1) * groups; head++)
-        for (int64_t query = 0; query < length; query += QUERIES) {
-            int64_t count = least(QUERIES, length - query);
+    for (int64_t query = 0; query < length; query += QUERIES)
+        for (int64_t head = kv * groups; head < (kv + 1) * groups; head++) {
+            int64_t count = least(QUERIES, length - query), last = head + 1 == (kv + 1) * groups;
             read_queries(call, &b, head, begin + query, count);
+            b.next_head = last ? kv * groups : head + 1;
+            b.next_token = begin + (last ? query + QUERIES : query);
             for (int64_t key = 0; key <= query; key += KEYS)
                 backward_block(call, &b, query, count, key);
-            store_rows(call, call->grad_q.data + head * call->grad_q.head + (begin + query) * call->grad_q.token,
-                       call->grad_q.token, b.grad_q, count, call->scale);
+            store_rows(call, place(call->grad_q, head, begin + query), call->grad_q.token, b.grad_q, count,
+                       call->scale);
         }
-    store_rows(call, call->grad_k.data + kv * call->grad_k.head + begin * call->grad_k.token, call->grad_k.token,
-               b.grad_k, length, call->scale);
-    store_rows(call, call->grad_v.data + kv * call->grad_v.head + begin * call->grad_v.token, call->grad_v.token,
-               b.grad_v, length, 1.0f);
+    store_rows(call, place(call->grad_k, kv, begin), call->grad_k.token, b.grad_k, length, call->scale);
+    store_rows(call, place(call->grad_v, kv, begin), call->grad_v.token, b.grad_v, length, 1.0f);
 }
 
 /* -------------------------------------------------------------------------------------------------------- threads */
@@ -467,7 +545,7 @@ static int run(const Call *call, int64_t (*words)(const Call *, int64_t),
                void (*item)(const Call *, word *, int64_t, int64_t, int64_t))
 {
     int64_t count = call->examples;
-    if (call->cu_seqlens[0] != 0 || call->cu_seqlens[count] != call->tokens)
+    if (count < 0 || call->cu_seqlens[0] != 0 || call->cu_seqlens[count] != call->tokens)
         return BAD_BOUNDARIES;
     Example *examples = malloc((count + 1) * sizeof *examples);
     if (!examples)
@@ -488,12 +566,7 @@ static int run(const Call *call, int64_t (*words)(const Call *, int64_t),
     }
 #pragma omp parallel num_threads(call->threads)
     {
-#ifdef _OPENMP
-        extern int omp_get_thread_num(void);
         word *own = space + each * omp_get_thread_num();
-#else
-        word *own = space;
-#endif
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count * call->kv_heads; i++) {
             Example example = examples[i / call->kv_heads];

@@ -3,8 +3,9 @@
 The examples of a packed row are told apart by `cu_seqlens`, which travels through the model's keyword arguments. Every
 example is attended to on its own slice, so no mask of the whole row is made, no token of another example is ever read,
 and the values of one example can't depend on another's. It needs no FlashAttention and runs on every device: on a CPU
-by plain batched products on blocks that stay in the cache, which beats torch's own CPU kernel several times at the
-lengths of instruction data, elsewhere by torch's scaled_dot_product_attention.
+by a kernel in C where kernels/attention.py can have one, and otherwise by plain batched products on blocks that stay in
+the cache, which beat torch's own CPU kernel several times at the lengths of instruction data; elsewhere by torch's
+scaled_dot_product_attention.
 Seen with transformers 5.17 to 5.23; tests/model/test_attention.py fails when the hooks move.
 """
 
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from huarizo.kernels import attention as kernel
 
 NAME = "huarizo_packed"
 BLOCK = 64  # queries at a time: scores of one block fit the cache, and what lies above the diagonal is skipped
@@ -63,9 +66,9 @@ def _causal(like: torch.Tensor) -> torch.Tensor:
     return torch.full((BLOCK, BLOCK), float("-inf"), dtype=like.dtype).triu(1)
 
 
-@torch.library.custom_op("huarizo::packed_attention", mutates_args=())
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float) -> torch.Tensor:
-    """q: [H, T, D]; k, v: [K, T, D]. Returns [T, H, D]."""
+def _attend_in_torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> torch.Tensor:
     heads, mask = k.shape[0], _causal(q)
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     for s, a, b in _blocks(cu_seqlens):
@@ -74,16 +77,10 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch
     return out
 
 
-@_attend.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float) -> torch.Tensor:
-    return q.new_empty(q.shape[1], q.shape[0], q.shape[2])
-
-
-@torch.library.custom_op("huarizo::packed_attention_backward", mutates_args=())
-def _attend_backward(
+def _gradients_in_torch(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, the probabilities made again block by block. grad: [T, H, D].
+    """The probabilities are made again block by block.
 
     With P the probabilities and dP = dO V': dV = P' dO, dS = P * (dP - rowsum(P * dP)), dQ = dS K, dK = dS' Q.
     """
@@ -101,19 +98,69 @@ def _attend_backward(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
+def _in_c(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    same = q.dtype == k.dtype == v.dtype
+    return same and kernel.reason_against(q.dtype, q.shape[-1]) is None
+
+
+@torch.library.custom_op("huarizo::packed_attention", mutates_args=())
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q: [H, T, D]; k, v: [K, T, D]. Returns out [T, H, D] and what the backward pass in C wants, fp32 [H, T].
+
+    In torch the latter is zeros: its backward pass doesn't read them.
+    """
+    if _in_c(q, k, v):
+        return kernel.forward(q, k, v, cu_seqlens, scale)
+    return _attend_in_torch(q, k, v, cu_seqlens, scale), q.new_zeros(q.shape[:2], dtype=torch.float32)
+
+
+@_attend.register_fake
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape[1], q.shape[0], q.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("huarizo::packed_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v. grad, out: [T, H, D]; lse: the second result of the forward pass."""
+    if _in_c(q, k, v):
+        return kernel.backward(grad, q, k, v, out, lse, cu_seqlens, scale)
+    return _gradients_in_torch(grad, q, k, v, cu_seqlens, scale)
+
+
 @_attend_backward.register_fake
 def _(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # pyright: ignore
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, cu_seqlens, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output, cu_seqlens)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return (*_attend_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
 
 
@@ -142,7 +189,7 @@ def packed_attention(
         raise ValueError(f"{NAME} needs cu_seqlens; call model.set_attn_implementation('sdpa') to generate")
     if query.device.type == "cpu":
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _attend(query[0], key[0], value[0], cu_seqlens, scale)[None], None
+        return _attend(query[0], key[0], value[0], cu_seqlens, scale)[0][None], None
     lengths = cu_seqlens.diff().tolist()
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])

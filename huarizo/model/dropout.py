@@ -1,9 +1,8 @@
-"""Dropout whose mask is a hash of position and seed, for compiled layers on a CPU.
+"""Dropout whose mask is a hash of place and seed, for training on a CPU.
 
-torch draws its masks number by number on a CPU, compiled or not, and at a rank of 8 that costs more than LoRA's own
-products. A hash is integer arithmetic on whole vectors, is fused with what surrounds it, and is made again in the
-backward pass instead of being kept: 20 times faster at 773 tokens of TinyLlama's hidden size. Not compiled it is slower
-than torch's, so `huarizo.model.fast` puts it in place only where it compiles.
+torch draws its masks number by number on a CPU, and at a rank of 8 that costs more than LoRA's own products. A hash is
+integer arithmetic on whole vectors, and the backward pass makes the mask again instead of keeping it. It takes the
+place of torch's dropout where there is a C kernel for it.
 """
 
 from typing import Any
@@ -11,19 +10,51 @@ from typing import Any
 import torch
 from torch import nn
 
+from huarizo.kernels import dropout as kernel
+
 MASK = 2**32 - 1
 
 
 def hashed(count: int, seed: torch.Tensor) -> torch.Tensor:
-    """Uniform integers below 2^32, int64 [count], a pure function of position and seed (int64 [1]).
+    """Uniform integers below 2^32, int64 [count], a pure function of place and seed (int64 [1]).
 
-    Rounds of xor-shift and multiply modulo 2^32 (constants from C. Wellons' hash prospector), the seed between them.
+    Rounds of xor-shift and multiply modulo 2^32, the seed between them; dropout.c has the same.
     """
     x = torch.arange(count, device=seed.device)
     for multiplier in (0x21F0AAAD, 0x735A2D97, 0x21F0AAAD):
         x = (x ^ (x >> 16)) * multiplier & MASK
         x = (x ^ (x >> 15)) + seed & MASK
     return x
+
+
+def reference(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """The definition of correct: x / (1 - p) where the hash is at least p 2^32, and 0 elsewhere."""
+    keep = hashed(x.numel(), seed).view(x.shape) >= int(p * 2**32)
+    scale = torch.tensor(1 / (1 - p), dtype=torch.float32)
+    return torch.where(keep, (x.float() * scale).to(x.dtype), 0)
+
+
+@torch.library.custom_op("huarizo::hashed_dropout", mutates_args=())
+def _dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """x: any shape, contiguous in the result; seed: int64 [1]."""
+    return kernel.dropped(x, int(seed), int(p * 2**32), 1 / (1 - p))
+
+
+@_dropped.register_fake
+def _(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _dropped(grad, *ctx.saved_tensors, ctx.p), None, None
+
+
+_dropped.register_autograd(_backward, setup_context=_save)
 
 
 class HashedDropout(nn.Module):
@@ -37,10 +68,7 @@ class HashedDropout(nn.Module):
         self.register_buffer("seed", seed, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return x
-        keep = hashed(x.numel(), self.seed).view(x.shape) >= int(self.p * 2**32)
-        return torch.where(keep, x * (1 / (1 - self.p)), 0)
+        return _dropped(x, self.seed, self.p) if self.training else x
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -49,8 +77,11 @@ class HashedDropout(nn.Module):
 def hash_dropouts(model: nn.Module, root: nn.Module) -> None:
     """Replace every nn.Dropout of `model` by a HashedDropout; each forward of `root` in training draws new seeds.
 
-    The seeds come from torch's generator, so a run with the same seed, or gone on with, has the same masks.
+    The seeds come from torch's generator, so a run with the same seed, or gone on with, has the same masks. Without a
+    kernel nothing is replaced.
     """
+    if kernel.reason_against() is not None:
+        return
     places = [
         (parent, name, child)
         for parent in model.modules()

@@ -16,7 +16,6 @@ import torch
 from huarizo.files import sha256_of
 from huarizo.machine import keep_compiled_code
 from huarizo.model import int8
-from huarizo.model.dropout import hash_dropouts
 
 
 def why_not(on: torch.device) -> str | None:
@@ -48,8 +47,6 @@ def compile_layers(model: Any, on: torch.device) -> str | None:
     reason = why_not(on)
     if reason is None:
         inner = model.get_base_model().model
-        if on.type == "cpu":
-            hash_dropouts(model, inner)
         _let_int8_be_cached()
         model.enable_input_require_grads()  # the first layer like all others: one compilation less
         for layer in inner.layers:

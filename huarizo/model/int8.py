@@ -86,8 +86,8 @@ def int8_linear(
 class Int8Linear(nn.Module):
     """x W' + b with a frozen int8 weight.
 
-    weight: int8 [N, K], zero in the float channels; scale: float32 [N]; inverse_smoothing: float32 [K], 1 / s_j, zero in
-    the float channels; float_channels: int64 [k], ascending; float_weight: [N, k] in the dtype of the activations.
+    weight: int8 [N, K], zero in the float channels; scale: float32 [N]; inverse_smoothing: float32 [K], 1 / s_j, zero
+    in the float channels; float_channels: int64 [k], ascending; float_weight: [N, k] in the activations' dtype.
     Not an nn.Linear, so that nothing takes it for one and adds floats to its int8 weight.
     """
 
@@ -161,8 +161,8 @@ def reference_gradient(grad: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
 def quantise(linears: Sequence[nn.Linear], peaks: torch.Tensor) -> list[Int8Linear]:
     """Int8 layers for linears that share one input, so that they share its quantised form as well.
 
-    peaks: float32 [K], the largest |x_j| seen of each input channel. The layers hold the very same tensors for smoothing
-    and float channels, by which a compiler sees that the quantised input is one value, and computes it once.
+    peaks: float32 [K], the largest |x_j| seen of each input channel. The layers hold the very same tensors for
+    smoothing and float channels, by which a compiler sees that the quantised input is one value, and computes it once.
     """
     weights = torch.stack([linear.weight.detach().abs().amax(0).float() for linear in linears]).amax(0)
     smoothing = (peaks.clamp_min(1e-5) / weights.clamp_min(1e-5)).sqrt()

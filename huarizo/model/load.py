@@ -93,11 +93,22 @@ def _first_line(error: Exception) -> str:
 
 
 def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
-    """Estimate of what one token keeps in memory for the backward pass, in bytes.
+    """Estimate of what one token keeps in memory for the backward pass, in bytes, uncompiled and with LoRA everywhere.
 
     Per layer the norms keep their input and its fp32 copy (12 hidden sizes in all), attention q, k, v, the output and
     rope's products (8), the MLP gate, up, silu and their product (6 intermediate sizes), LoRA fp32 inputs (8).
+    Compiled layers keep less than half of that.
     """
     size = torch.finfo(dtype).bits // 8
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     return config["num_hidden_layers"] * (20 * hidden * size + 6 * inner * size + 8 * hidden * 4)
+
+
+def weight_bytes(config: dict[str, Any], precision: str, dtype: torch.dtype) -> int:
+    """What the frozen base occupies, in bytes: decoder layers in `precision`, embedding and head in `dtype`."""
+    size = torch.finfo(dtype).bits // 8
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    shared = (config.get("num_key_value_heads") or heads) / heads
+    layer = hidden * hidden * (2 + 2 * shared) + 3 * hidden * config["intermediate_size"]
+    ends = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return int(config["num_hidden_layers"] * layer * (1 if precision == "int8" else size) + ends * size)

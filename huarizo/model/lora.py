@@ -56,6 +56,12 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
         raise RecipeError(f"lora: peft refuses these settings: {str(error).strip().splitlines()[0]}") from None
 
 
+def count_weights(model: Any) -> int:
+    """All weights of a model: its parameters, and what is kept in int8."""
+    quantised = sum(module.weight.numel() for module in model.modules() if isinstance(module, Int8Linear))
+    return quantised + sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_adapter(model: Any, folder: Path) -> Any:
     """A PeftModel of `model` with the adapter of a folder, for use, not for training.
 

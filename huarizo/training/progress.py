@@ -1,7 +1,7 @@
 """What a run shows while it goes: a live line on a terminal, plain lines elsewhere, and metrics.jsonl as it happens.
 
 Tokens are those of the rows, which is all there are: nothing is padded. Tokens a second count the time inside
-optimizer steps, without evaluation and saving.
+optimizer steps, without evaluation and saving, and without the first step as soon as there is a second: it compiles.
 """
 
 import json
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from huarizo.machine import peak_memory
+from huarizo.model.fast import seconds_compiling
 from huarizo.runs import read_jsonl
 
 PLAIN_SECONDS = 10  # between two lines where there is no terminal
@@ -69,9 +70,13 @@ class ShowProgress(TrainerCallback):
         self.step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.steps == 1:
+            self.seconds, self.tokens_before = 0.0, self.tokens_before + self.tokens
         self.seconds += time.perf_counter() - self.step_began
         self.steps += 1
         self.tokens = state.num_input_tokens_seen - self.tokens_before
+        if self.steps == 1 and (compiling := seconds_compiling()) >= 1:
+            self.console.print(f"{'compiled':<10} in {compiling:.0f} s, which the next run saves for the most part")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or not ({"loss", "eval_loss"} & logs.keys()):
@@ -87,9 +92,7 @@ class ShowProgress(TrainerCallback):
                 "tokens": state.num_input_tokens_seen,
                 "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
                 "elapsed_s": round(time.perf_counter() - self.began, 1),
-                "eta_s": round((state.max_steps - state.global_step) * self.seconds / self.steps, 1)
-                if self.steps
-                else None,
+                "eta_s": round((state.max_steps - state.global_step) * self.seconds / max(self.steps - 1, 1), 1),
                 "memory_gb": round(peak_memory(self.device) / 1e9, 2),
             }
         self.metrics.add(row)

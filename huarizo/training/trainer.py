@@ -19,6 +19,7 @@ from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pac
 from huarizo.errors import MachineError
 from huarizo.machine import Choice, rank, world_size
 from huarizo.model.fast import uncompiled
+from huarizo.model.lora import count_weights
 from huarizo.model.loss import PackedLoss
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
@@ -78,7 +79,20 @@ class LoraTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=heldout, **kwargs)
         self.remove_callback(PrinterCallback)
         self.recipe, self.run, self.budget = recipe, run, budget
+        self.num_weights = count_weights(model)
         self.packed_loss = PackedLoss(model.get_base_model(), compiled)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with B's own learning rate if the recipe asks for LoRA+."""
+        ratio = self.recipe.lora.loraplus_lr_ratio
+        if ratio is not None and self.optimizer is None:
+            from peft.optimizers import create_loraplus_optimizer
+
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # pyright: ignore
+            decay = {"loraplus_weight_decay": self.args.weight_decay}
+            peft_model: Any = self.model
+            self.optimizer = create_loraplus_optimizer(peft_model, kind, loraplus_lr_ratio=ratio, **decay, **options)
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> Any:
         training = self.recipe.training
@@ -92,7 +106,7 @@ class LoraTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """4 FLOP a frozen base weight and token: forward and input gradient."""
-        return 4 * inputs.num_tokens * self.model.num_parameters()  # pyright: ignore
+        return 4 * inputs.num_tokens * self.num_weights
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of one optimizer step; returns its loss. Out of memory halves the micro-batches and tries again."""

@@ -4,15 +4,146 @@ import pytest
 import torch
 
 from huarizo.data.packing import pack
+from huarizo.kernels import attention as kernel
 from huarizo.model import attention
 from tests.tiny import make_model
 
 LENGTHS = [1, 2, 63, 64, 65, 511, 512]
+# the norm of what may be wrong over the norm of what is right; fp32 adds up a few hundred rounded numbers, bf16 rounds
+# probabilities, their gradient and the result
+TOLERANCE = {torch.float32: 16 * torch.finfo(torch.float32).eps, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps}
+
+
+def in_c(dtype: torch.dtype, size: int) -> None:
+    """Skips where the kernel in C can't be had."""
+    if reason := kernel.reason_against(dtype, size):
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["c", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two ways to compute on a CPU is taken."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernel, "reason_against", lambda *_: "not in this test")
+    return request.param
+
+
+def boundaries(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def value_and_gradients(
+    states: list[torch.Tensor], weight: torch.Tensor, cu_seqlens: torch.Tensor
+) -> list[torch.Tensor]:
+    """Of (result * weight).sum(); states: q, k, v as [heads, T, D] of any strides, which stay as they are."""
+    leaves = [t.detach().requires_grad_() for t in states]
+    out, _ = attention.packed_attention(torch.nn.Module(), *(t[None] for t in leaves), None, cu_seqlens=cu_seqlens)
+    return [out[0].detach(), *torch.autograd.grad((out[0] * weight).sum(), leaves)]
+
+
+def plain_value_and_gradients(
+    states: list[torch.Tensor], weight: torch.Tensor, cu_seqlens: torch.Tensor
+) -> list[torch.Tensor]:
+    leaves = [t.detach().float().requires_grad_() for t in states]
+    out = attention.reference(*leaves, cu_seqlens, states[0].shape[-1] ** -0.5)
+    return [out.detach(), *torch.autograd.grad((out * weight.float()).sum(), leaves)]
+
+
+def random_states(heads: tuple[int, int], total: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.randn(count, total, size).to(dtype) for count in (heads[0], heads[1], heads[1])]
+
+
+def assert_near(ours: list[torch.Tensor], plain: list[torch.Tensor], dtype: torch.dtype) -> None:
+    for name, a, b in zip(("out", "grad_q", "grad_k", "grad_v"), ours, plain, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        assert float((a.float() - b).norm() / b.norm()) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize(
+    ("heads", "lengths"), [((6, 2), [7, 1, 97, 5]), ((4, 4), [33, 64]), ((8, 1), [191, 193, 2]), ((3, 3), [385])]
+)
+def test_value_and_gradient_equal_the_reference(
+    way: str, dtype: torch.dtype, size: int, heads: tuple[int, int], lengths: list[int]
+) -> None:
+    if way == "c":
+        in_c(dtype, size)
+    torch.manual_seed(size)
+    states, cu_seqlens = random_states(heads, sum(lengths), size, dtype), boundaries(lengths)
+    weight = torch.randn(sum(lengths), heads[0], size).to(dtype)
+    ours = value_and_gradients(states, weight, cu_seqlens)
+    assert_near(ours, plain_value_and_gradients(states, weight, cu_seqlens), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_strides_change_nothing(way: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    lengths, size = [40, 61], 32
+    cu_seqlens, weight = boundaries(lengths), torch.randn(6, 101, size).to(dtype).transpose(0, 1)
+    fused = torch.randn(101, 6 + 3 + 3, size).to(dtype).transpose(0, 1)
+    states = [*fused.split([6, 3, 3])]
+    states[2] = torch.randn(3, 101, 2 * size).to(dtype)[..., ::2]
+    ours = value_and_gradients(states, weight, cu_seqlens)
+    straight = value_and_gradients([t.contiguous() for t in states], weight.contiguous(), cu_seqlens)
+    assert all(torch.equal(a, b) for a, b in zip(ours, straight, strict=True))
+    assert_near(ours, plain_value_and_gradients(states, weight, cu_seqlens), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
+    in_c(dtype, 64)
+    torch.manual_seed(0)
+    lengths, before = [300, 5, 120, 64, 1], torch.get_num_threads()
+    states, weight = random_states((6, 3), sum(lengths), 64, dtype), torch.randn(sum(lengths), 6, 64).to(dtype)
+    results = []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(value_and_gradients(states, weight, boundaries(lengths)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gradients_of_an_example_do_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    in_c(dtype, 64)
+    torch.manual_seed(0)
+    lengths = [97, 203, 31]
+    states, weight = random_states((4, 2), sum(lengths), 64, dtype), torch.randn(sum(lengths), 4, 64).to(dtype)
+    alone = value_and_gradients([t[:, 97:300] for t in states], weight[97:300], boundaries([203]))
+    for t in (*states, weight.transpose(0, 1)):
+        t[:, :97], t[:, 300:] = float("nan"), float("inf")
+    packed = value_and_gradients(states, weight, boundaries(lengths))
+    assert torch.equal(packed[0][97:300], alone[0])
+    assert all(torch.equal(a[:, 97:300], b) for a, b in zip(packed[1:], alone[1:], strict=True))
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 5], [1, 8], [0, 9, 8], [0, 6, 4, 8]])
+def test_boundaries_outside_the_row_are_refused(cu_seqlens: list[int]) -> None:
+    in_c(torch.float32, 16)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        kernel.forward(*random_states((2, 1), 8, 16, torch.float32), torch.tensor(cu_seqlens), 1.0)
+
+
+@pytest.mark.parametrize("heads", [(3, 2), (2, 4)])
+def test_heads_that_do_not_divide_are_refused(heads: tuple[int, int]) -> None:
+    in_c(torch.float32, 16)
+    with pytest.raises(ValueError, match="fit each other"):
+        kernel.forward(*random_states(heads, 8, 16, torch.float32), torch.tensor([0, 8]), 1.0)
+
+
+def test_what_the_kernel_does_not_do_is_done_in_torch() -> None:
+    assert "float64" in str(kernel.reason_against(torch.float64, 64))
+    for size in (8, 40, 272):
+        assert "multiple of 16" in str(kernel.reason_against(torch.float32, size))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("lengths", [[1], [5, 1, 2], [64, 63, 65, 1]])
-def test_equals_the_reference(heads: tuple[int, int], lengths: list[int]) -> None:
+def test_equals_the_reference(way: str, heads: tuple[int, int], lengths: list[int]) -> None:
     torch.manual_seed(0)
     total, dim = sum(lengths), 16
     shapes = [(1, heads[0], total, dim), (1, heads[1], total, dim), (1, heads[1], total, dim)]
@@ -69,8 +200,9 @@ def test_bf16_is_as_near_as_its_rounding(lengths: list[int]) -> None:
         assert float((rounded.double() - true).norm() / true.norm()) < 4 * 2**-8
 
 
-def test_the_operator_is_known_to_compile() -> None:
-    args = (torch.randn(4, 70, 8), torch.randn(2, 70, 8), torch.randn(2, 70, 8))
+@pytest.mark.parametrize("size", [8, 16])
+def test_the_operator_is_known_to_compile(size: int) -> None:
+    args = (torch.randn(4, 70, size), torch.randn(2, 70, size), torch.randn(2, 70, size))
     args = tuple(t.requires_grad_() for t in args)
     torch.library.opcheck(torch.ops.huarizo.packed_attention.default, (*args, torch.tensor([0, 3, 70]), 0.3))
 

@@ -59,7 +59,7 @@ def make_trainer(
 ) -> LoraTrainer:
     model.get_base_model().set_attn_implementation(PACKED)
     run, cpu = Run(tmp_path / "run"), torch.device("cpu")
-    args = training_arguments(recipe, run, Choice("fp32", "test"), cpu)
+    args = training_arguments(recipe, run, Choice("fp32", "test", torch.float32), cpu)
     trainer = LoraTrainer(model, args, rows, [], recipe, run, budget)
     if console is not None:
         trainer.add_callback(ShowProgress(Metrics(tmp_path / "metrics.jsonl"), console, cpu))
@@ -151,3 +151,16 @@ def test_the_order_of_rows_is_a_pure_function_of_seed_and_epoch() -> None:
     assert order(50, 1, 0) == order(50, 1, 0)
     assert sorted(order(50, 1, 0)) == list(range(50))
     assert order(50, 1, 0) != order(50, 2, 0) and order(50, 1, 0) != order(50, 1, 1)
+
+
+def test_loraplus_gives_b_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    recipe = make_recipe(lora={"loraplus_lr_ratio": 16}, training={"learning_rate": 1e-4, "max_steps": 2})
+    model = lora_model(recipe)
+    trainer = make_trainer(model, recipe, random_examples([20, 30]), tmp_path)
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, rate in rates.items():
+        assert rate == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4), name
+    assert trainer.train().global_step == 2

@@ -1,0 +1,37 @@
+"""What `huarizo doctor` tells: the machine, what runs fast on it, and what that means for TinyLlama."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+from huarizo.machine import available_memory, choose_precision, cpu_name, device, gemm_rates
+from huarizo.model.fast import why_not
+
+# Frozen linear weights of TinyLlama-1.1B: 22 layers of q, k, v, o, gate, up, down, and the output head.
+TINYLLAMA_WEIGHTS = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32000 * 2048
+FLOP_PER_TOKEN = 4 * TINYLLAMA_WEIGHTS  # forward and input gradient, two operations a multiply-add; no weight gradient
+VERSIONS = ("huarizo", "torch", "transformers", "peft")
+
+
+def diagnosis() -> dict[str, str]:
+    """Lines to show, by their title. Takes a second or two: the products are measured, and a compilation is tried."""
+    on = device()
+    rates = gemm_rates(on)
+    choice = choose_precision("auto", on)
+    reason = why_not(on)
+    name = torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name()
+    lines = {
+        "device": f"{on}: {name}",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "memory": f"{available_memory(on) / 1e9:.1f} GB free",
+        "versions": ", ".join(f"{package} {version(package)}" for package in VERSIONS)
+        + f", Python {platform.python_version()}",
+        "compiler": f"none: {reason}; training runs uncompiled" if reason else "works: decoder layers are compiled",
+        "precision": f"auto takes {choice.precision}",
+    }
+    for precision, rate in rates.items():
+        limit = rate * 1e9 / FLOP_PER_TOKEN
+        lines[f"{precision} products"] = f"{rate:,.0f} GFLOP/s: at most {limit:,.0f} tokens/s of TinyLlama"
+    return lines

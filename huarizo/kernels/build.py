@@ -1,0 +1,82 @@
+"""Compiles a C source of this package at its first use and loads it; says in words why, where that can't be.
+
+The library is made for this very CPU by the machine's own compiler and kept in the cache folder under a name that
+changes with all that it depends on, so no binary is shipped and none is used where it doesn't belong. Every kernel is
+beside a way in plain torch: a reason instead of a library is no error.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from huarizo.machine import cache_folder, cpu_flags  # loads torch, and with it the OpenMP runtime to share
+
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+TIME_LIMIT = 120  # seconds for one compilation
+REQUIRED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})  # of every kernel
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL | str:
+    """The library made from `{name}.c`, compiled if it isn't in the cache, or the reason why there is none."""
+    if missing := REQUIRED - cpu_flags():
+        return f"this CPU has no {', '.join(sorted(missing))}"
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        return f"no C compiler: none of {', '.join(COMPILERS)} is on the PATH"
+    try:
+        return _loaded(_compiled(Path(__file__).with_name(f"{name}.c"), compiler))
+    except subprocess.TimeoutExpired:
+        return f"{compiler} took longer than {TIME_LIMIT} seconds"
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} failed: {(error.stderr or '').strip()[-500:] or error.returncode}"
+    except OSError as error:
+        return f"no kernel from {compiler}: {error}"
+
+
+def _compiled(source: Path, compiler: str) -> Path:
+    """The library's file: as an earlier process left it, or new and put in its place in one step."""
+    folder = cache_folder() / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    # the runtime that torch has loaded comes first, so that the compiler's own isn't needed
+    flags = [*FLAGS, "-Wl,--as-needed", *_openmp_runtimes()[:1]]
+    version = _run([compiler, "--version"], folder)
+    parts = (source.read_text(), *flags, version, *sorted(cpu_flags()))
+    library = folder / f"{source.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as made:
+            new = Path(made) / library.name
+            _run([compiler, *flags[: len(FLAGS)], str(source), "-o", str(new), *flags[len(FLAGS) :], "-lm"], Path(made))
+            new.replace(library)
+    return library
+
+
+def _run(command: list[str], scratch: Path) -> str:
+    """What the command prints. Of the environment it sees where programs lie and where to put what it needs itself."""
+    path = os.pathsep.join((str(Path(command[0]).parent), os.defpath))
+    environment = {"PATH": path, "LC_ALL": "C", "TMPDIR": str(scratch)}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=TIME_LIMIT, errors="replace"
+    ).stdout
+
+
+def _loaded(library: Path) -> ctypes.CDLL | str:
+    """The library, unless it brings an OpenMP runtime of its own: two of them fight over the cores."""
+    before = _openmp_runtimes()
+    loaded = ctypes.CDLL(str(library))
+    if more := sorted(set(_openmp_runtimes()) - set(before)):
+        return f"the compiler uses another OpenMP runtime than torch: {', '.join(more)}"
+    return loaded
+
+
+def _openmp_runtimes() -> list[str]:
+    """Files of the OpenMP runtimes that this process has loaded, torch's own first."""
+    found = set(re.findall(r"/.*/lib(?:gomp|i?omp)[^/\n]*\.so[^/\n]*", Path("/proc/self/maps").read_text()))
+    return sorted(found, key=lambda file: ("/torch/" not in file, file))

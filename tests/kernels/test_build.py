@@ -1,0 +1,128 @@
+"""Kernels are compiled once, by whichever process comes first; where they can't be, a reason says so."""
+
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from huarizo.kernels import attention as kernel
+from huarizo.kernels import build
+from huarizo.model import attention
+from tests.model.test_attention import boundaries, in_c, random_states, value_and_gradients
+
+load = build.load.__wrapped__  # as a new process would
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and nothing remembered of earlier loads."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build.load.cache_clear()
+    kernel.reason_against.cache_clear()
+    yield tmp_path / "cache" / "huarizo" / "kernels"
+    build.load.cache_clear()
+    kernel.reason_against.cache_clear()
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is all of the PATH."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr(build, "cpu_flags", lambda: set(build.REQUIRED))
+    return folder
+
+
+def compiler(folder: Path, script: str) -> None:
+    (folder / "cc").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "cc").chmod(0o755)
+
+
+def attend(cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    states = random_states((4, 2), int(cu_seqlens[-1]), 32, torch.float32)
+    return value_and_gradients(states, torch.ones(int(cu_seqlens[-1]), 4, 32), cu_seqlens)
+
+
+def test_without_a_compiler_torch_does_it(cache: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no C compiler" in load("attention")
+    assert "no C compiler" in str(kernel.reason_against(torch.float32, 32))
+    fallen_back = attend(boundaries([3, 70]))
+    monkeypatch.setattr(attention, "_in_c", lambda *_: False)
+    assert all(torch.equal(a, b) for a, b in zip(fallen_back, attend(boundaries([3, 70])), strict=True))
+
+
+def test_a_broken_compiler_is_a_reason(cache: Path, programs: Path) -> None:
+    compiler(programs, 'case "$1" in --version) echo 1.0;; *) echo no such flag >&2; exit 1;; esac')
+    assert "no such flag" in load("attention")
+    assert not list(cache.iterdir()), "nothing of it is left"
+
+
+def test_a_compiler_that_makes_no_library_is_a_reason(cache: Path, programs: Path) -> None:
+    compiler(programs, "exit 0")
+    assert "no kernel from" in load("attention")
+
+
+def test_a_compiler_that_hangs_is_a_reason(cache: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(programs, "exec sleep 60")
+    monkeypatch.setattr(build, "TIME_LIMIT", 0.2)
+    assert "longer than 0.2 seconds" in load("attention")
+
+
+def test_an_unfit_cpu_is_a_reason(cache: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "cpu_flags", set)
+    assert "this CPU has no avx512" in load("attention")
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(cache: Path, programs: Path) -> None:
+    compiler(programs, "exit 0")
+    cache.parent.parent.write_text("a file where a folder should be")
+    assert "no kernel from" in load("attention")
+
+
+def test_the_second_load_does_not_compile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_c(torch.float32, 32)
+    (library,) = cache.iterdir()
+    made = library.stat()
+    commands = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: commands.append(command) or run(command, **kwargs))
+    assert not isinstance(load("attention"), str)
+    assert [command[1:] for command in commands] == [["--version"]]
+    assert [file.stat() for file in cache.iterdir()] == [made]
+
+
+def test_another_source_is_another_library(cache: Path, tmp_path: Path) -> None:
+    in_c(torch.float32, 32)
+    other = tmp_path / "attention.c"
+    other.write_text("int one(void) { return 1; }")
+    library = build._compiled(other, str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")))
+    assert len(list(cache.iterdir())) == 2 and library.parent == cache
+
+
+def test_no_second_openmp_runtime_is_loaded() -> None:
+    in_c(torch.float32, 32)
+    code = "from huarizo.kernels import build; build.load('attention'); print(len(build._openmp_runtimes()))"
+    root = Path(__file__).parents[2]
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "1"
+
+
+def _build_and_attend() -> bytes:
+    assert kernel.reason_against(torch.float32, 32) is None
+    return b"".join(t.numpy().tobytes() for t in attend(boundaries([3, 70])))
+
+
+def test_two_processes_build_at_once(cache: Path) -> None:
+    if missing := build.REQUIRED - build.cpu_flags():
+        pytest.skip(f"this CPU has no {missing}")
+    if not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("no C compiler")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = (pool.apply_async(_build_and_attend) for _ in range(2))
+        assert first.get(300) == second.get(300) == _build_and_attend()
+    assert [file.suffix for file in cache.iterdir()] == [".so"]

@@ -1,0 +1,81 @@
+"""The choice of precision: what is fastest and right, with the reason in words."""
+
+import pytest
+import torch
+
+from huarizo import machine
+from huarizo.errors import RecipeError
+from huarizo.machine import choose_precision
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+def with_card(monkeypatch: pytest.MonkeyPatch, bf16: bool, rates: dict[str, float], count: int = 1) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(machine, "gemm_rates", lambda on: rates)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "dtype"),
+    [({"avx512_vnni", "avx512_bf16"}, "int8", torch.bfloat16), ({"avx_vnni"}, "int8", torch.float32),
+     ({"amx_int8", "amx_bf16"}, "int8", torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
+def test_a_cpu_with_int8_instructions_takes_int8(
+    flags: set[str], precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(machine, "gemm_rates", lambda on: pytest.fail("known, not measured"))
+    choice = choose_precision("auto", CPU)
+    assert (choice.precision, choice.dtype) == (precision, dtype)
+    assert any(flag in choice.reason for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("int8", "precision"), [(100.0, "fp32"), (149.0, "fp32"), (150.0, "int8"), (400.0, "int8")]
+)  # fmt: skip
+def test_an_unknown_cpu_is_measured(int8: float, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", lambda: set())
+    monkeypatch.setattr(machine, "gemm_rates", lambda on: {"int8": int8, "fp32": 100.0})
+    choice = choose_precision("auto", CPU)
+    assert choice.precision == precision and choice.dtype == torch.float32
+    assert (f"{int8 / 100:.1f} times" in choice.reason) == (precision == "int8")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "rates", "precision", "dtype"),
+    [(True, {"int8": 1200.0, "bf16": 600.0}, "int8", torch.bfloat16),
+     (True, {"int8": 700.0, "bf16": 600.0}, "bf16", torch.bfloat16),
+     (True, {"bf16": 600.0}, "bf16", torch.bfloat16),
+     (False, {"int8": 50.0, "fp16": 45.0, "fp32": 8.0}, "fp16", torch.float16),
+     (False, {"int8": 90.0, "fp16": 45.0, "fp32": 8.0}, "int8", torch.float16)],
+    ids=str,
+)  # fmt: skip
+def test_a_card_is_measured(
+    bf16: bool, rates: dict[str, float], precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_card(monkeypatch, bf16, rates)
+    choice = choose_precision("auto", CUDA)
+    assert (choice.precision, choice.dtype) == (precision, dtype)
+
+
+def test_several_cards_in_one_process_stay_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_card(monkeypatch, True, {"int8": 1200.0, "bf16": 600.0}, count=2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert choose_precision("auto", CUDA).precision == "bf16"
+    with pytest.raises(RecipeError, match="one card"):
+        choose_precision("int8", CUDA)
+
+
+def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_card(monkeypatch, False, {})
+    for wanted, on in (("fp16", CPU), ("bf16", CUDA), ("int8", MPS)):
+        with pytest.raises(RecipeError, match="precision: .*(Use|use)"):
+            choose_precision(wanted, on)
+    assert choose_precision("int8", CPU).precision == "int8"
+
+
+def test_rates_are_measured_on_this_machine() -> None:
+    rates = machine.gemm_rates(CPU)
+    assert {"int8", "bf16", "fp32"} <= rates.keys() and min(rates.values()) > 0
