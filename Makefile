@@ -25,8 +25,8 @@ format: $(VENV)/dev-ready  ## put the code into its format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/train-ready  ## a short comparison with the tutorial's recipe on this machine
-	$(BIN)/python benchmarks/train_speed.py --model quickstart --steps 8
+bench: $(VENV)/train-ready  ## a short comparison of speed on this machine (benchmarks/README.md has the long ones)
+	$(BIN)/python benchmarks/train_speed.py --quick
 
 docs: $(VENV)/train-ready  ## write docs/recipe.md from the recipe's own help
 	$(BIN)/huarizo recipe --markdown > docs/recipe.md

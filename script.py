@@ -11,10 +11,11 @@ import sys
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder, tokenise
+from huarizo.finetune import load_frozen
 from huarizo.hub.names import resolve_data, resolve_model
 from huarizo.machine import cache_folder, choose_precision, device
-from huarizo.model.load import load_base, load_tokenizer
-from huarizo.model.lora import add_lora
+from huarizo.model.load import load_tokenizer
+from huarizo.model.lora import add_lora, count_weights
 from huarizo.recipe import make_recipe
 from huarizo.runs import new_run
 from huarizo.training.trainer import LoraTrainer, training_arguments
@@ -32,22 +33,22 @@ def main(model_name: str, data_name: str) -> None:
     # 1. Log in, where it is needed, and fetch the model: HF_TOKEN, a .env file, or `hf auth login`.
     model_folder = resolve_model(recipe.model).path
 
-    # 2. Load the base model, frozen, in the number format that this machine is fastest in.
-    precision = choose_precision("auto", device())
-    model = load_base(model_folder, precision.dtype, device())
-    tokenizer = load_tokenizer(model_folder)
-
-    # 3. Read the rows and choose the prompt: "### Instruction:", "### Input:" where there is one, "### Response:".
+    # 2. Read the rows and choose the prompt: "### Instruction:", "### Input:" where there is one, "### Response:".
     rows = require_good(read_rows(resolve_data(recipe.data.train).path), "fail")
+    tokenizer = load_tokenizer(model_folder)
     prompt = prompt_format(recipe.data.prompt, tokenizer)
 
-    # 4. Add LoRA: two small trained matrices beside each chosen layer.
-    model = add_lora(model, recipe.lora, recipe.training.seed)
-    model.print_trainable_parameters()
-
-    # 5. Tokenise: the response is learnt, with the token that ends it; the prompt is only read.
+    # 3. Tokenise: the response is learnt, with the token that ends it; the prompt is only read.
     encoder = Encoder(tokenizer, prompt, labels="response", max_length=recipe.data.max_length)
     data = tokenise(rows, encoder, cache_folder() / "tokens").dataset
+
+    # 4. Load the base model, frozen, in 8 bit or in the number format that this machine is fastest in.
+    precision = choose_precision("auto", device())
+    model = load_frozen(model_folder, precision, data)
+
+    # 5. Add LoRA: two small trained matrices beside each chosen layer.
+    model = add_lora(model, recipe.lora, recipe.training.seed)
+    print(f"{model.num_parameters(only_trainable=True):,} of {count_weights(model):,} parameters are trained")
 
     # 6. Train, and save the adapter. Rows of a step are packed without padding.
     run = new_run(recipe.output, "script")

@@ -1,134 +1,143 @@
-"""Tokens a second of a LoRA training step: the tutorial's recipe, stock bf16, and Huarizo, on the same rows.
+"""Tokens a second of LoRA training: the tutorial's Trainer, stock bf16, TRL and Huarizo, on the same rows.
 
-    python benchmarks/train_speed.py --model quickstart --steps 8 [--data FILE] [--write]
+    python benchmarks/train_speed.py --model quickstart --data FILE [--steps N] [--rounds R] [--write]
+    python benchmarks/train_speed.py --model tinyllama-shape --tokenizer FOLDER --data FILE
 
-The contenders take turns at every step (A B C A B C), so that a noisy machine is noisy for all. Tokens are those of
-the rows; padding is not counted, though its time is. The first two rounds warm up. The last line on stdout is one JSON
-object; --write also keeps it under benchmarks/results/. What it leaves out: the Trainer's own work between steps,
-which is a few milliseconds and the same for all.
+Each contender is a whole training run in a process of its own (`contenders.py`), and they take turns (A B C, B C A, C A
+B), so that a noisy machine is noisy for all. Tokens are those of the rows: padding is not counted, though its time is.
+The first two steps of a run warm up, or compile, and are told apart. Between rounds the machine's matrix products are
+timed (`gemm.py`), which says how near a run comes to what the machine can do. A table goes to stdout, and as its last
+line one JSON object, which --write keeps under benchmarks/results/.
 """
 
 import argparse
 import json
-import platform
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
+from contenders import CONTENDERS, MAX_LENGTH, ROWS_A_STEP, SEED, Task
+from processes import ContenderError, measure_gemm, random_model, run_contender, why_left_out
+from summary import Facts, summary, table
 
-from huarizo.data.packing import pack
+from huarizo.data.packing import num_labels, order
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
-from huarizo.data.tokens import Encoder
-from huarizo.hub.names import resolve_data, resolve_model
-from huarizo.model.load import load_base, load_tokenizer
-from huarizo.model.lora import add_lora, output_head
-from huarizo.model.loss import packed_loss
-from huarizo.recipe import LoraRecipe
+from huarizo.data.tokens import Encoder, Example
+from huarizo.hub.names import QUICKSTART, resolve_data, resolve_model
+from huarizo.model.load import load_tokenizer, read_config
 
-ROWS = 4  # of a step
-WARM_UP = 2
-CPU = torch.device("cpu")
+WARM_UP = 2  # steps of each run
+QUICK_STEPS = 3
 
 
-def padded(examples: list[dict[str, Any]], width: int) -> dict[str, torch.Tensor]:
-    def column(values: list[list[int]], fill: int) -> torch.Tensor:
-        return torch.tensor([row + [fill] * (width - len(row)) for row in values])
-
-    ids = [list(example["input_ids"]) for example in examples]
-    return {
-        "input_ids": column(ids, 0),
-        "attention_mask": column([[1] * len(row) for row in ids], 0),
-        "labels": column([list(example["labels"]) for example in examples], -100),
-    }
-
-
-def stock(folder: Path, dtype: torch.dtype, width: int | None) -> Callable[[list[dict[str, Any]]], torch.Tensor]:
-    """Transformers and PEFT as they come: all logits, rows padded to `width`, or to the longest."""
-    model = add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), LoraRecipe(), seed=0).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-
-    def step(examples: list[dict[str, Any]]) -> torch.Tensor:
-        batch = padded(examples, width or max(len(example["input_ids"]) for example in examples))
-        return finish(model(**batch).loss, optimizer)
-
-    return step
-
-
-def huarizo(folder: Path, dtype: torch.dtype) -> Callable[[list[dict[str, Any]]], torch.Tensor]:
-    model = add_lora(load_base(folder, dtype, CPU), LoraRecipe(), seed=0).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    head = output_head(model)
-
-    def step(examples: list[dict[str, Any]]) -> torch.Tensor:
-        batch = pack(examples)
-        return finish(packed_loss(model, batch, head) / len(batch["targets"]), optimizer)
-
-    return step
+def options_given() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[QUICKSTART, "tinyllama-shape"], default=QUICKSTART)
+    parser.add_argument("--tokenizer", type=Path, help="folder of TinyLlama's tokenizer, for tinyllama-shape")
+    parser.add_argument("--data", default=QUICKSTART, help="file of Alpaca rows")
+    parser.add_argument("--steps", type=int, default=10, help=f"timed steps of a run, after {WARM_UP} to warm up")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, such as tutorial,huarizo_bf16")
+    parser.add_argument("--trl-path", help="folder that holds TRL, where it is not installed")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one round, without the tutorial")
+    parser.add_argument("--write", action="store_true", help="keep the result under benchmarks/results/")
+    options = parser.parse_args()
+    options.only = options.only.split(",")
+    if unknown := set(options.only) - set(CONTENDERS):
+        parser.error(f"--only: no contender {', '.join(sorted(unknown))}; there are {', '.join(CONTENDERS)}")
+    if options.model == "tinyllama-shape" and options.tokenizer is None:
+        parser.error("--model tinyllama-shape needs --tokenizer, the folder of TinyLlama's tokenizer")
+    if options.quick:
+        options.steps, options.rounds = QUICK_STEPS, 1
+        options.only = [name for name in options.only if name != "tutorial"]
+    return options
 
 
-def finish(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+def usable_rows(file: Path, folder: Path) -> tuple[list[dict[str, str]], list[Example]]:
+    """The rows that every contender can train on, so that all draw the same ones, and what Huarizo makes of them.
+
+    Left out are conversations of several turns or with a system text, and rows without a response within the length.
+    """
+    tokenizer = load_tokenizer(folder)
+    rows = [r for r in require_good(read_rows(file), "skip") if len(r.exchanges) == 1 and not r.system]
+    examples = list(Encoder(tokenizer, prompt_format("alpaca", tokenizer), max_length=MAX_LENGTH).encode(rows))
+    kept = [(row.exchanges[0], example) for row, example in zip(rows, examples, strict=True) if example]
+    alpaca = [{"instruction": e.instruction, "input": e.input, "output": e.output} for e, _ in kept]
+    return alpaca, [example for _, example in kept]
+
+
+def rates_of_steps(examples: list[Example], steps: int) -> tuple[int, float]:
+    """Tokens of an average timed step, and the share of them that is learnt from."""
+    drawn = order(len(examples), SEED, 0)[WARM_UP * ROWS_A_STEP : (WARM_UP + steps) * ROWS_A_STEP]
+    chosen = [examples[index] for index in drawn]
+    if not chosen:
+        raise SystemExit(f"{len(examples)} rows are too few: give a larger file, or fewer --steps")
+    tokens = sum(len(example.input_ids) for example in chosen)
+    labels = num_labels([{"labels": example.labels} for example in chosen])
+    return round(tokens * ROWS_A_STEP / len(chosen)), labels / tokens
+
+
+def timed_rounds(task: Task, names: list[str], rounds: int, tokens: int) -> tuple[dict[str, list[Any]], list[Any]]:
+    """Every contender's runs, and the matrix products of each round. Who goes first changes from round to round."""
+    runs: dict[str, list[Any]] = {name: [] for name in names}
+    products = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            products.append(measure_gemm(task.model, tokens))
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                if name not in runs:
+                    continue
+                print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
+                try:
+                    runs[name].append(run_contender(name, task, Path(folder)))
+                except ContenderError as error:
+                    print(f"{name} is left out: {error}", file=sys.stderr)
+                    del runs[name]
+    return runs, products
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="quickstart")
-    parser.add_argument("--data", default="quickstart")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    folder = resolve_model(options.model).path
-    tokenizer = load_tokenizer(folder)
-    encoder = Encoder(tokenizer, prompt_format("alpaca", tokenizer))
-    rows = require_good(read_rows(resolve_data(options.data).path), "fail")[: (options.steps + WARM_UP) * ROWS]
-    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoder.encode(rows) if e]
-    contenders = {
-        "tutorial": stock(folder, torch.float32, 512),
-        "trainer_bf16": stock(folder, torch.bfloat16, None),
-        "huarizo_fp32": huarizo(folder, torch.float32),
-        "huarizo_bf16": huarizo(folder, torch.bfloat16),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for start in range(0, len(examples) - ROWS + 1, ROWS):
-        chosen = examples[start : start + ROWS]
-        tokens = sum(len(example["input_ids"]) for example in chosen)
-        for name, step in contenders.items():
-            began = time.perf_counter()
-            step(chosen)
-            if start >= WARM_UP * ROWS:
-                speeds[name].append(tokens / (time.perf_counter() - began))
-    medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
-    ours = max(medians["huarizo_fp32"], medians["huarizo_bf16"])
-    result = {
-        "model": options.model,
-        "rows": options.data if options.data == "quickstart" else Path(options.data).name,
-        "steps": len(speeds["tutorial"]),
-        "tokens_per_second": medians,
-        "ratio_to_tutorial": round(ours / medians["tutorial"], 2),
-        "ratio_to_best_peer": round(ours / max(medians["tutorial"], medians["trainer_bf16"]), 2),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
-    }
-    for name, value in medians.items():
-        print(f"{name:<14} {value:>8.1f} tokens/s")
+    options = options_given()
+    names = []
+    for name in CONTENDERS:
+        reason = why_left_out(name, options.only, options.trl_path)
+        if reason:
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+        else:
+            names.append(name)
+    if not names:
+        raise SystemExit("no contender is left")
+    folder = resolve_model(QUICKSTART).path if options.model == QUICKSTART else random_model(options.tokenizer)
+    rows, examples = usable_rows(resolve_data(options.data).path, folder)
+    tokens, labelled = rates_of_steps(examples, options.steps)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary, "rows.json")
+        file.write_text(json.dumps(rows), encoding="utf-8")
+        task = Task(str(folder), str(file), options.steps + WARM_UP, options.trl_path)
+        runs, products = timed_rounds(task, names, options.rounds, tokens)
+    if not runs:
+        raise SystemExit("every contender failed")
+    gflops = {dtype: statistics.median(p[dtype] for p in products if dtype in p) for dtype in products[0]}
+    date = time.strftime("%Y-%m-%d")
+    rows_name = QUICKSTART if options.data == QUICKSTART else Path(options.data).name
+    facts = Facts(
+        options.model, rows_name, date, options.steps, options.rounds, tokens, labelled, options.trl_path, WARM_UP
+    )
+    result = summary(facts, runs, gflops, read_config(folder))
+    print(table(result))
+    if max(result["ceiling_share"].values(), default=0) > 1:
+        print("a share above 1: something else slowed the matrix products down. Measure again", file=sys.stderr)
     if options.write:
-        target = Path(__file__).parent / "results" / f"train_speed-{options.model}-{result['date']}.json"
+        target = Path(__file__).parent / "results" / f"train_speed-{options.model}-{date}.json"
         target.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+    if len(runs) < len(names):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

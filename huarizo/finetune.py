@@ -109,15 +109,20 @@ def _check_pinned(name: str, source: Source, pinned: dict[str, str]) -> None:
             )
 
 
+def load_frozen(folder: Path, choice: Choice, rows: Any) -> Any:
+    """The frozen base on this device, in the chosen precision.
+
+    rows: the tokenised training rows; the first few of them show an int8 base which input channels stand out.
+    """
+    if choice.precision != "int8":
+        return load_base(folder, choice.dtype, device())
+    first = cut([len(ids) for ids in rows[:CALIBRATION_ROWS]["input_ids"]], CALIBRATION_TOKENS)[0]
+    return load_int8_base(folder, choice.dtype, device(), pack([rows[index] for index in first]))
+
+
 def load_model(prepared: Prepared) -> Any:
     """The frozen base with a new LoRA, as a PeftModel."""
-    folder, choice = prepared.model_source.path, prepared.choice
-    if choice.precision == "int8":
-        rows = prepared.data.train.dataset
-        first = cut([len(ids) for ids in rows[:CALIBRATION_ROWS]["input_ids"]], CALIBRATION_TOKENS)[0]
-        model = load_int8_base(folder, choice.dtype, device(), pack([rows[index] for index in first]))
-    else:
-        model = load_base(folder, choice.dtype, device())
+    model = load_frozen(prepared.model_source.path, prepared.choice, prepared.data.train.dataset)
     model = add_lora(model, prepared.recipe.lora, prepared.recipe.training.seed)
     if device().type == "cpu":
         hash_dropouts(model, model.get_base_model().model)

@@ -24,7 +24,8 @@ def huarizo(*arguments: str, cwd: Path, **kwargs: Any) -> subprocess.CompletedPr
 def recipe_file(tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path) -> Path:
     recipe = {
         "model": str(tiny_model_folder), "data": {"train": str(alpaca_file), "eval": 2}, "precision": "fp32", "samples": 1,
-        "training": {"epochs": 2, "save_every": 2, "learning_rate": 1e-3}, "output": str(tmp_path / "run"),
+        "training": {"epochs": 2, "save_every": 2, "learning_rate": 1e-3, "compile": False},
+        "output": str(tmp_path / "run"),
     }  # fmt: skip
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(recipe))
@@ -61,8 +62,11 @@ def test_a_run_from_start_to_answer(recipe_file: Path, tmp_path: Path) -> None:
     assert complete.returncode == 2 and "complete" in complete.stderr
 
 
-def test_ctrl_c_saves_and_resume_ends_as_if_never_stopped(recipe_file: Path, tmp_path: Path) -> None:
-    more = ["training.epochs=30", "samples=0", "data.eval=0"]
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("int8", True)])
+def test_ctrl_c_saves_and_resume_ends_as_if_never_stopped(
+    precision: str, compiled: bool, recipe_file: Path, tmp_path: Path
+) -> None:
+    more = ["training.epochs=30", "samples=0", "data.eval=0", f"precision={precision}", f"training.compile={compiled}"]
     whole = huarizo("train", str(recipe_file), *more, f"output={tmp_path / 'whole'}", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-m", "huarizo", "train", str(recipe_file), *more]
@@ -139,6 +143,21 @@ def test_bad_rows_are_skipped_on_request_and_written_down(recipe_file: Path, tmp
     assert done.returncode == 0, done.stderr
     (skipped,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["row"] == 4
+
+
+def test_the_doctor_tells_what_the_machine_can_do(tmp_path: Path) -> None:
+    done = huarizo("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "device",
+        "threads",
+        "GB free",
+        "torch 2.",
+        "compiler",
+        "precision      auto takes ",
+        "tokens/s of TinyLlama",
+    ):
+        assert word in done.stdout
 
 
 def test_the_recipe_command_prints_every_setting(tmp_path: Path) -> None:

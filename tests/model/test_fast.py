@@ -1,5 +1,6 @@
 """Compiled layers give what uncompiled ones give, and where nothing compiles the reason is told."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,6 @@ def test_compiled_code_is_kept_in_our_cache(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch itself sets it
     fast.keep_compiled_code()
-    import os
-
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "huarizo" / "compiled")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen/by/the/user")
     fast.keep_compiled_code()

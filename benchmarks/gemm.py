@@ -1,0 +1,85 @@
+"""How fast this machine multiplies matrices of a model's own shapes, by dtype: the ceiling of a training step.
+
+    python benchmarks/gemm.py MODEL_FOLDER TOKENS
+
+In goes a model folder and the tokens of a step, out comes one JSON object of 10^9 operations a second, two a
+multiply-add. A step with a frozen base computes two products of every linear: the layer's output and its input's
+gradient. Each is timed in both memory layouts of its right-hand side, and the faster one counts, for a ceiling should
+not hang on a choice. It runs in a process of its own between the rounds of `train_speed.py`, because Linux counts a
+parent's memory towards the peak of the processes that it starts.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPEATS = 10  # after one to warm up; the best counts, for a ceiling is what the machine can do undisturbed
+DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def linears(config: dict[str, Any]) -> Counter[tuple[int, int]]:
+    """(input, output) channels of a decoder layer's linears, and how many there are of each."""
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    query, key = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+    shapes = [(hidden, query), (hidden, key), (hidden, key), (query, hidden)]
+    return Counter([*shapes, (hidden, inner), (hidden, inner), (inner, hidden)])
+
+
+def flop_per_token(config: dict[str, Any], labelled: float) -> float:
+    """Forward and input gradient of a frozen base, two operations a multiply-add; the head at labelled tokens only."""
+    layer = sum(k * n * count for (k, n), count in linears(config).items())
+    head = config["hidden_size"] * config["vocab_size"]
+    return 4 * layer * config["num_hidden_layers"] + 4 * head * labelled
+
+
+def filled(dtype: torch.dtype, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device)
+    return values if dtype == torch.int8 else values.to(dtype) / 127
+
+
+def seconds(product: Callable[[], object], device: torch.device) -> float:
+    taken = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        product()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+def product_seconds(dtype: torch.dtype, rows: int, k: int, n: int, device: torch.device) -> float:
+    """[rows, k] times [k, n], with the right-hand side as it is or as a transposed view, whichever is faster."""
+    multiply = torch.ops.aten._int_mm if dtype == torch.int8 else torch.mm
+    left, right = filled(dtype, rows, k, device), filled(dtype, k, n, device)
+    layouts = (right, right.t().contiguous().t())
+    return min(seconds(lambda: multiply(left, layout), device) for layout in layouts)  # noqa: B023
+
+
+def gflops(config: dict[str, Any], tokens: int, device: torch.device) -> dict[str, float]:
+    """By dtype, weighted by the operations of each shape. A dtype that the device can't multiply is absent."""
+    rates: dict[str, float] = {}
+    for name, dtype in DTYPES.items():
+        operations = taken = 0.0
+        try:
+            for (k, n), count in linears(config).items():
+                for inner, outer in ((k, n), (n, k)):  # forward, input gradient
+                    taken += count * product_seconds(dtype, tokens, inner, outer, device)
+                    operations += count * 2 * tokens * k * n
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"{name} products are left out: {error}", file=sys.stderr)
+            continue
+        rates[name] = 1e-9 * operations / taken
+    return rates
+
+
+if __name__ == "__main__":
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(gflops(json.loads(Path(sys.argv[1], "config.json").read_text()), int(sys.argv[2]), where)))

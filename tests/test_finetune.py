@@ -1,0 +1,73 @@
+"""What is planned before a run: micro-batches, and activation checkpointing where the longest row would not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from huarizo.finetune import _fit_memory
+from huarizo.machine import Choice
+from huarizo.model.load import activation_bytes_per_token, weight_bytes
+from huarizo.model.lora import count_weights
+from huarizo.recipe import make_recipe
+from tests.tiny import make_model
+
+TINYLLAMA = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "vocab_size": 32000,
+}  # fmt: skip
+INT8 = Choice("int8", "", torch.bfloat16)
+
+
+def planned(free_gb: float, **recipe: Any) -> tuple[int | None, bool]:
+    made = make_recipe(**recipe)
+    _fit_memory(made, TINYLLAMA, INT8, int(free_gb * 1e9))
+    return made.training.micro_batch_tokens, made.trainer.get("gradient_checkpointing", False)
+
+
+def test_the_weights_of_a_known_model() -> None:
+    model = make_model()
+    config = model.config.to_dict()
+    norms = sum(parameter.numel() for name, parameter in model.named_parameters() if "norm" in name)
+    assert weight_bytes(config, "fp32", torch.float32) == 4 * (count_weights(model) - norms)
+    assert weight_bytes(TINYLLAMA, "int8", torch.bfloat16) == 968_884_224 + 2 * 2 * 32000 * 2048
+    assert 3e6 < activation_bytes_per_token(TINYLLAMA, torch.bfloat16) < 6e6
+
+
+def test_with_room_a_micro_batch_is_as_large_as_gains_speed() -> None:
+    assert planned(22) == (1024, False)
+
+
+def test_with_less_room_it_is_smaller() -> None:
+    tokens, checkpointing = planned(6)
+    assert tokens is not None and 512 <= tokens < 1024 and not checkpointing
+
+
+@pytest.mark.parametrize("free_gb", [4, 1.5, 0.1])
+def test_where_the_longest_row_does_not_fit_activations_are_computed_again(free_gb: float) -> None:
+    assert planned(free_gb) == (512, True)
+
+
+def test_what_the_user_sets_is_kept() -> None:
+    assert planned(1.5, training={"micro_batch_tokens": 300}) == (300, False)
+    tokens, checkpointing = planned(1.5, trainer={"gradient_checkpointing": False})
+    assert not checkpointing and tokens is not None and tokens >= 64
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_changes_no_gradient(compiled: bool, tmp_path: Path) -> None:
+    from huarizo.model.fast import compile_layers
+    from tests.model.test_fast import CPU, REASON, losses_and_gradients, model_of
+
+    if compiled and REASON:
+        pytest.skip(f"nothing compiles here: {REASON}")
+    make_model(initializer_range=0.1).save_pretrained(tmp_path)
+    model = model_of(tmp_path, "fp32", dropout=0.3)
+    plain_losses, plain = losses_and_gradients(model, compiled=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled:
+        assert compile_layers(model, CPU) is None
+    losses, gradients = losses_and_gradients(model, compiled)
+    assert losses == pytest.approx(plain_losses, rel=1e-6)
+    assert max(float((gradients[n] - plain[n]).norm() / plain[n].norm()) for n in plain) < 1e-5
