@@ -20,7 +20,7 @@ def with_card(monkeypatch: pytest.MonkeyPatch, bf16: bool, rates: dict[str, floa
     ("flags", "precision", "dtype"),
     [({"avx512_vnni", "avx512_bf16"}, "int8", torch.bfloat16), ({"avx_vnni"}, "int8", torch.float32),
      ({"amx_int8", "amx_bf16"}, "int8", torch.bfloat16)],
-    ids=str,
+    ids=["vnni and bf16", "avx_vnni", "amx"],
 )  # fmt: skip
 def test_a_cpu_with_int8_instructions_takes_int8(
     flags: set[str], precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
