@@ -12,7 +12,7 @@ from torch import nn
 from huarizo.data.packing import pack
 from huarizo.errors import ModelError
 from huarizo.model import int8, int8_load
-from huarizo.model.int8 import Int8Linear, quantise, reference, reference_gradient
+from huarizo.model.int8 import BLOCK, Int8Linear, quantise, reference, reference_gradient, rotated
 from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import load_base
 from huarizo.model.loss import PackedLoss
@@ -80,15 +80,25 @@ def test_layers_with_one_input_share_what_quantises_it() -> None:
     linears = [nn.Linear(64, size).requires_grad_(False) for size in (64, 16, 16)]
     first, *others = quantise(linears, torch.rand(64) + 1)
     for other in others:
-        assert other.inverse_smoothing is first.inverse_smoothing and other.float_channels is first.float_channels
+        for name in ("input_scale", "inverse_smoothing", "float_channels"):
+            assert getattr(other, name) is getattr(first, name)
 
 
 def test_a_stored_weight_comes_back_within_half_a_step() -> None:
     linear, layer = made(64, 48)
-    error = (layer.dequantised() - linear.weight).abs()
-    step = layer.scale[:, None] * layer.inverse_smoothing
-    assert bool((error <= step / 2 + 1e-6).all())
-    assert error[:, layer.float_channels].max() == 0
+    error = layer.dequantised() - linear.weight
+    assert not error[:, layer.float_channels].any()
+    smoothed = error / layer.inverse_smoothing
+    smoothed[:, layer.float_channels] = 0
+    assert float(rotated(rotated(smoothed).t()).abs().amax()) > 0
+    assert float(smoothed.norm()) < float(layer.scale.amax()) * (smoothed.numel() ** 0.5) * BLOCK / 2
+
+
+def test_rotation_spreads_a_spike_and_undoes_itself() -> None:
+    x = torch.randn(3, 70)
+    assert torch.allclose(rotated(rotated(x))[:, :70] / BLOCK, x, atol=1e-6)
+    spike = torch.zeros(64).index_fill(0, torch.tensor([37]), 1)
+    assert torch.equal(rotated(spike).abs(), torch.tensor([0.0, 1.0]).repeat_interleave(BLOCK))
 
 
 def calibration(lengths: tuple[int, ...] = (20, 31)) -> dict[str, torch.Tensor]:

