@@ -31,19 +31,21 @@ STEPS, ROWS_A_STEP, WARM_UP = 4, 4, 2
 def kind_of(event: Any, vocabulary: int) -> str | None:
     """The kind of work of a profiled operation; None for those that only call others."""
     name, shapes = event.key, event.input_shapes
-    if name == "aten::_int_mm":
+    if name in ("aten::_int_mm", "huarizo::int8_forward", "huarizo::int8_backward"):
         return "int8 products"
     if name in ("aten::mm", "aten::addmm", "aten::bmm"):
         if any(vocabulary in shape for shape in shapes):
             return "output head"
         thin = min(min(shape, default=10**9) for shape in shapes if shape) <= 64
-        return "float channels and LoRA" if thin else "float products"
+        return "LoRA" if thin else "float products"
     if "packed_attention" in name:
         return "attention"
     if "hashed_dropout" in name:
         return "dropout"
+    if name == "huarizo::int8_quantise":
+        return "quantising"
     if "cpp_fused" in name or "triton" in name:
-        return "loss, elementwise" if "exp_gather" in name else "quantising, scaling, norms, rope, SiLU"
+        return "loss, elementwise" if "exp_gather" in name else "norms, rope, SiLU, sums"
     return "all else"
 
 

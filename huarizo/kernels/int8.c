@@ -2,7 +2,7 @@
  *
  *     quantise  q = round(z / s) with z = rotate(x * factor) and s = max|z| / 127 of a row
  *     forward   y = rotate((q W') * s * scale) + x_F F' + bias
- *     backward  g_x = rotate((q W) * s) * factor, with q and s of z = rotate(g) * scale
+ *     backward  g_x = rotate((q W) * s) * factor, with q and s of z = rotate(g) * scale, rounded stochastically
  *
  * W is int8 [N, K], one copy for both directions; F, the float weight, [N, k]; rotate multiplies each BLOCK neighbours
  * in a row by the Hadamard matrix, in whose stead are sums and differences of pairs. The model's definition of all this,
@@ -116,13 +116,23 @@ INLINE __m512 load(const int bf16, __mmask16 mask, const char *from)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-/* Rounded to nearest even. */
-INLINE __m512i bytes_of(__m512 a, __m512 b, __m512 c, __m512 d)
+/* Of 64 int32 the bytes, in order; what is too large becomes the largest byte. */
+INLINE __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d)
 {
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
-    __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+    __m512i low = _mm512_packs_epi32(a, b), high = _mm512_packs_epi32(c, d);
     return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+}
+
+/* Of places `at` to `at` + 15 the fractions, in [0, 1), of start + place / golden ratio, in units of 2^-32. */
+INLINE __m512 noise(int64_t at, uint32_t start)
+{
+    const uint32_t golden = 0x9E3779B9u;
+    const __m512i lanes = _mm512_mullo_epi32(_mm512_set1_epi32((int)golden),
+                                             _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    __m512i x = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)(start + (uint32_t)at * golden)));
+    x = _mm512_or_si512(_mm512_srli_epi32(x, 9), _mm512_set1_epi32(ONE));
+    return _mm512_sub_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(1));
 }
 
 /* x times the Hadamard matrix of order 16, of sums and differences of lanes 1, 2, 4 and 8 apart. */
@@ -147,10 +157,10 @@ INLINE void rotate(__m512 *a, __m512 *b)
 }
 
 /* One row of `count` elements, filled up with zeros to `stride` bytes, a multiple of 64; its scale and what its sums
- * start from. It is multiplied by `before` [count], rotated, and multiplied by `after` [count filled up]; either may be
- * NULL. scratch: [stride]. */
-INLINE void quantise_row(const int bf16, const char *x, const float *before, const float *after, int64_t count,
-                         float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
+ * start from. An input is multiplied by `factor` [count], rotated, and rounded to nearest, ties to even; a gradient is
+ * rotated, multiplied by `factor` [count filled up], and rounded up as often as it is large. scratch: [stride]. */
+INLINE void quantise_row(const int bf16, const int gradient, const char *x, const float *factor,
+                         int64_t count, float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
 {
     __m512i top[VECTORS] = {_mm512_setzero_si512(), _mm512_setzero_si512()}; /* magnitudes compare as integers do, and a
                                                                                 NaN is the largest */
@@ -161,14 +171,14 @@ INLINE void quantise_row(const int bf16, const char *x, const float *before, con
             int64_t at = i + j * LANES;
             __mmask16 mask = first(count - at);
             y[j] = load(bf16, mask, x + at * size_of(bf16));
-            if (before)
-                y[j] = _mm512_mul_ps(y[j], _mm512_maskz_loadu_ps(mask, before + at));
+            if (!gradient)
+                y[j] = _mm512_mul_ps(y[j], _mm512_maskz_loadu_ps(mask, factor + at));
         }
         rotate(&y[0], &y[1]);
 #pragma GCC unroll 2
         for (int j = 0; j < VECTORS; j++) {
-            if (after && i < count)
-                y[j] = _mm512_mul_ps(y[j], _mm512_loadu_ps(after + i + j * LANES));
+            if (gradient && i < count)
+                y[j] = _mm512_mul_ps(y[j], _mm512_loadu_ps(factor + i + j * LANES));
             top[j] = _mm512_max_epu32(top[j], _mm512_castps_si512(_mm512_abs_ps(y[j])));
             _mm512_storeu_ps(scratch + i + j * LANES, y[j]);
         }
@@ -177,15 +187,23 @@ INLINE void quantise_row(const int bf16, const char *x, const float *before, con
     float most, scale;
     memcpy(&most, &bits, sizeof most);
     scale = bits >= 0x7F800000u ? NAN : (most < 1e-12f ? 1e-12f : most) * (float)(1.0 / 127);
+    memcpy(&bits, &scale, sizeof bits);
     __m512 inverse = _mm512_set1_ps(1.0f / scale);
     __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+    uint32_t start = (bits >> 8) * 0x85EBCA6Bu;
     for (int64_t i = 0; i < stride; i += LINE) {
         __m512i bytes = _mm512_setzero_si512();
         if (i < count) {
-            __m512 y[4];
+            __m512i y[4];
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)
-                y[j] = _mm512_mul_ps(_mm512_loadu_ps(scratch + i + j * LANES), inverse);
+            for (int j = 0; j < 4; j++) {
+                __m512 step = _mm512_mul_ps(_mm512_loadu_ps(scratch + i + j * LANES), inverse);
+                if (gradient)
+                    y[j] = _mm512_cvt_roundps_epi32(_mm512_add_ps(step, noise(i + j * LANES, start)),
+                                                    _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+                else
+                    y[j] = _mm512_cvtps_epi32(step);
+            }
             bytes = bytes_of(y[0], y[1], y[2], y[3]);
         }
         sum = _mm512_dpbusd_epi32(sum, ones, bytes);
@@ -197,7 +215,8 @@ INLINE void quantise_row(const int bf16, const char *x, const float *before, con
 
 /* Rows of the call's x that are quantised, and where to. */
 typedef struct {
-    const float *before, *after;
+    int gradient;
+    const float *factor;
     int64_t count, stride;
     int8_t *to;
     float *scale, *scratch; /* [stride] for each thread */
@@ -211,10 +230,14 @@ static void quantise_rows(const Call *call, const Quantisation *q, int64_t threa
     for (int64_t row = call->rows * thread / threads; row < call->rows * (thread + 1) / threads; row++) {
         const char *x = call->x + row * call->x_stride;
         int8_t *to = q->to + row * q->stride;
-        if (call->bf16)
-            quantise_row(1, x, q->before, q->after, q->count, scratch, to, q->stride, q->scale + row, q->start + row);
+        if (q->gradient && call->bf16)
+            quantise_row(1, 1, x, q->factor, q->count, scratch, to, q->stride, q->scale + row, q->start + row);
+        else if (q->gradient)
+            quantise_row(0, 1, x, q->factor, q->count, scratch, to, q->stride, q->scale + row, q->start + row);
+        else if (call->bf16)
+            quantise_row(1, 0, x, q->factor, q->count, scratch, to, q->stride, q->scale + row, q->start + row);
         else
-            quantise_row(0, x, q->before, q->after, q->count, scratch, to, q->stride, q->scale + row, q->start + row);
+            quantise_row(0, 0, x, q->factor, q->count, scratch, to, q->stride, q->scale + row, q->start + row);
     }
 }
 
@@ -465,7 +488,7 @@ static void run_thread(const Product *p, int64_t thread, int64_t threads)
 int int8_quantise(const Call *call)
 {
     Quantisation q = {
-        .before = call->factor, .count = call->inputs, .to = call->quantised, .stride = call->quantised_stride,
+        .factor = call->factor, .count = call->inputs, .to = call->quantised, .stride = call->quantised_stride,
         .scale = call->row_scale, .start = call->row_start,
     };
     q.scratch = (float *)workspace(q.stride * call->threads * (int64_t)sizeof(float));
@@ -523,7 +546,7 @@ int int8_backward(const Call *call)
 {
     int64_t rows = padded(call->rows, UNIT);
     Quantisation q = {
-        .after = call->scale, .count = call->outputs,
+        .gradient = 1, .factor = call->scale, .count = call->outputs,
         .stride = padded(call->outputs, LINE) | LINE, /* an odd number of lines: so that rows spread over the cache */
     };
     Product p = {

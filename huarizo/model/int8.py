@@ -13,8 +13,9 @@ channels are hundreds of times larger than the rest. Three things mend it (tests
   With H H = BLOCK I, x and y the smoothed input and the output, and the stored weight Q = (H / BLOCK) W (H / BLOCK):
   y = ((x H) Q') H and grad_x = ((grad_y H) Q) H.
 
-The output head is not made int8: the gradient of the softmax is one large entry among tens of thousands of tiny ones,
-which one scale a row wipes out.
+Gradients are rounded up or down at random, up the likelier the nearer: the many small ones beside a few large, such as
+the softmax's, would all be lost in rounding to nearest, and their sum with them. The random numbers of a row follow
+from its scale, so the same row gives the same integers wherever and whenever it comes.
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,24 @@ def quantise_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 with one scale a row: float32 [T, K] -> int8 [T, K], float32 [T, 1]."""
     scale = x_TK.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / 127)
     return torch.round(x_TK * (1 / scale)).to(torch.int8), scale
+
+
+def quantise_gradient(grad_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantise_rows`, but rounded stochastically: without bias, whatever is lost at a place."""
+    scale = grad_TN.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / 127)
+    steps = torch.floor(grad_TN * (1 / scale) + _noise(scale, grad_TN.shape[1]))
+    return steps.clamp(-128, 127).to(torch.int8), scale
+
+
+def _noise(scale: torch.Tensor, channels: int) -> torch.Tensor:
+    """Evenly spread over [0, 1), float32 [T, channels], for rows with these scales, float32 [T, 1].
+
+    Channel n has the fraction of a start + n / golden ratio (a Weyl sequence), in units of 2^-32; the start is a hash
+    of the upper bits of the scale, the last ones being at the mercy of the order of sums.
+    """
+    start = (scale.contiguous().view(torch.int32).long() >> 8) * 0x85EBCA6B
+    place = torch.arange(channels, device=scale.device) * 0x9E3779B9
+    return ((start + place & 0xFFFFFFFF) >> 9) * 2.0**-23
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
@@ -92,15 +111,18 @@ class _Int8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, scale, inverse_smoothing = ctx.saved_tensors
-        grad = grads[0]
-        if is_packed(weight):
-            grad_x = kernel.backward(grad, weight, scale, inverse_smoothing)
-        else:
-            grad_int8, grad_scale = quantise_rows(rotated(grad.float()) * scale)
-            grad_x = rotated(int8_product(grad_int8, weight).float() * grad_scale)[:, : len(inverse_smoothing)]
-            grad_x = (grad_x * inverse_smoothing).to(grad.dtype)
-        return grad_x, None, None, None, None, None, None, None, None
+        return input_gradient(grads[0], *ctx.saved_tensors), None, None, None, None, None, None, None, None
+
+
+def input_gradient(
+    grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smoothing: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the input, [T, K], from that of the output, [T, N]; the others are those of an `Int8Linear`."""
+    if is_packed(weight):
+        return kernel.backward(grad, weight, scale, inverse_smoothing)
+    grad_int8, grad_scale = quantise_gradient(rotated(grad.float()) * scale)
+    grad_x = rotated(int8_product(grad_int8, weight).float() * grad_scale)[:, : len(inverse_smoothing)]
+    return (grad_x * inverse_smoothing).to(grad.dtype)
 
 
 @torch.compiler.allow_in_graph  # the compiler takes it as one operation and traces both directions through it
@@ -195,6 +217,10 @@ class Int8Linear(nn.Module):
         )  # fmt: skip
         return y.view(*x.shape[:-1], self.out_features)
 
+    def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """[T, N] -> [T, K]."""
+        return input_gradient(grad, self.weight, self.scale, self.inverse_smoothing)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, float_channels={len(self.float_channels)}"
 
@@ -205,21 +231,20 @@ def reference(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
     x: [T, K]; returns float64 [T, N].
     """
     weight, float_weight = layer.plain()
-    y = _rounded(rotated(x.double() * layer.input_scale)) @ (weight.double() * layer.scale[:, None]).t()
+    scaled = rotated(x.double() * layer.input_scale)
+    step = scaled.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / 127
+    y = torch.round(scaled / step) * step @ (weight.double() * layer.scale[:, None]).t()
     y = rotated(y)[:, : layer.out_features] + x.double()[:, layer.float_channels] @ float_weight.double().t()
     return y if layer.bias is None else y + layer.bias.double()
 
 
 def reference_gradient(grad: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
     """The definition of correct of the input gradient. grad: [T, N]; returns float64 [T, K]."""
-    grad_x = _rounded(rotated(grad.double()) * layer.scale) @ layer.plain()[0].double()
+    scaled = rotated(grad.double()) * layer.scale
+    step = scaled.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / 127
+    rounded = torch.floor(scaled / step + _noise(step.float(), scaled.shape[1])) * step
+    grad_x = rounded @ layer.plain()[0].double()
     return rotated(grad_x)[:, : layer.in_features] * layer.inverse_smoothing
-
-
-def _rounded(x: torch.Tensor) -> torch.Tensor:
-    """What is left of float64 rows after `quantise_rows`."""
-    step = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / 127
-    return torch.round(x / step) * step
 
 
 def quantise(linears: Sequence[nn.Linear], peaks: torch.Tensor) -> list[Int8Linear]:

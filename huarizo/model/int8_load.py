@@ -1,8 +1,9 @@
 """A local model folder becomes a Llama whose decoder layers are int8, one layer at a time.
 
 Each layer is read in its float dtype, a few training rows run through it so that its input channels show their size,
-then its linears are quantised and the float weights let go. The whole float model never stands in memory, and no layer
-sees what quantisation did to the ones before it. Embedding, norms and output head stay in the float dtype.
+then its linears are quantised and the float weights let go; the output head likewise. The whole float model never
+stands in memory, and no layer sees what quantisation did to the ones before it. Embedding and norms stay in the float
+dtype.
 """
 
 import json
@@ -82,7 +83,7 @@ def quantise_layer(layer: nn.Module, peaks: dict[nn.Module, torch.Tensor]) -> No
 
 @torch.no_grad()
 def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calibration: dict[str, torch.Tensor]) -> Any:
-    """The frozen base with int8 decoder layers on `device`, with packed attention.
+    """The frozen base with int8 linears on `device`, with packed attention.
 
     dtype: of the activations and of what is not quantised; calibration: a packed batch (`huarizo.data.packing.pack`) of
     training rows. The same rows give the same int8 weights.
@@ -98,16 +99,13 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
     config.use_cache = False
     config.dtype = dtype
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     try:
         weights = _Weights(folder, dtype, device)
         inner: Any = model.model
         inner.rotary_emb = LlamaRotaryEmbedding(config).to(device)
         weights.fill(inner.embed_tokens, "model.embed_tokens")
         weights.fill(inner.norm, "model.norm")
-        if not config.tie_word_embeddings:
-            weights.fill(model.lm_head, "lm_head")
-        model.tie_weights()
         hidden = inner.embed_tokens(calibration["input_ids"].to(device))
         embeddings = inner.rotary_emb(hidden, calibration["position_ids"].to(device))
         cu_seqlens = calibration["cu_seqlens"].to(device)
@@ -116,6 +114,13 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
             with _peaks(layer) as peaks:
                 hidden = layer(hidden, position_embeddings=embeddings, cu_seqlens=cu_seqlens)
             quantise_layer(layer, peaks)
+        if config.tie_word_embeddings:
+            model.tie_weights()
+        else:
+            weights.fill(model.lm_head, "lm_head")
+        with _peaks(model) as peaks:
+            model.lm_head(inner.norm(hidden))
+        model.lm_head = quantise([model.lm_head], peaks[model.lm_head])[0]
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: the weights can't be loaded: {str(error).strip().splitlines()[0]}") from None
     if (folder / "generation_config.json").is_file():

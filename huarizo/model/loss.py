@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from huarizo.model.int8 import Int8Linear
+
 CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
 
 
@@ -56,6 +58,9 @@ class _ChunkedLoss(torch.autograd.Function):
             if isinstance(head, torch.nn.Linear) and not parameters:
                 loss, grad_logits = gradient(F.linear(hidden[part], head.weight, head.bias), targets[part])
                 grad_hidden[part] = grad_logits @ head.weight
+            elif isinstance(head, Int8Linear):
+                loss, grad_logits = gradient(head(hidden[part]), targets[part])
+                grad_hidden[part] = head.input_gradient(grad_logits)
             else:
                 with torch.enable_grad():
                     chunk = hidden[part].detach().requires_grad_()
