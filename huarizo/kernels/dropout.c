@@ -1,10 +1,21 @@
-/* Dropout with a hashed mask: y_i = keep(i, seed) ? x_i * scale : 0, where keep is hash(i, seed) >= threshold.
+/* Dropout with a hashed mask, alone and in front of a product with a low rank.
+ *
+ *     dropout   y_i = keep(i, seed) ? x_i * scale : 0, where keep is hash(i, seed) >= threshold
+ *     down      h = dropout(x) A'
+ *     gradient  g_A = g_h' dropout(x)    g_x = dropout(g_h A), of the same mask
  *
  * The hash is integer arithmetic without a state, so the loop becomes whole vectors and the backward pass makes the
  * same mask again from the seed. Rounds of xor-shift and multiply modulo 2^32; constants from C. Wellons' hash
  * prospector. huarizo/model/dropout.py has the same in plain torch, which defines what is correct.
+ *
+ * x is [T, K], A [r, K]. In the products neither the mask nor dropout(x) ever stands in memory. What is summed is a
+ * `word`, two neighbours along the sum in bf16 (vdpbf16ps) and one number in fp32 (fma). Forward a thread has rows,
+ * backward columns, and every number is made in one order: the bytes do not depend on the number of threads.
  */
+#include <immintrin.h>
+#include <omp.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 static inline uint32_t hashed(uint32_t x, uint32_t seed) {
@@ -42,4 +53,317 @@ void huarizo_dropout_fp32(const float *x, float *y, int64_t count, uint32_t seed
 #pragma omp parallel for simd num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; i++)
         y[i] = hashed((uint32_t)i, seed) >= threshold ? x[i] * scale : 0.0f;
+}
+
+/* ------------------------------------------------------------------------------------------------------- products */
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum {
+    LANES = 16,
+    LINE = 64,
+    ROWS = 4,                 /* of x that are read together, forward */
+    TALL = 8,                 /* and backward */
+    RANKS = 4,                /* rows of A likewise, forward; their number is filled up with zeros */
+    SUMS = 8192,              /* numbers of g_A that stay in a core's nearest cache */
+};
+enum { OK = 0, NO_MEMORY = 2 };
+
+/* Strides in bytes. `h` is h or g_h, contiguous; `out` g_x, contiguous; `grad` g_A. */
+typedef struct {
+    int64_t rows, inputs, rank, x_stride;
+    const char *x;
+    const float *weight;
+    char *h, *out;
+    float *grad;
+    uint32_t seed, threshold;
+    float scale;
+    int32_t bf16, threads;
+} Call;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+INLINE int64_t pair_of(int bf16) { return bf16 ? 2 : 1; }
+INLINE int64_t size_of(int bf16) { return bf16 ? 2 : 4; }
+INLINE __mmask16 first(int64_t count) { return count >= LANES ? 0xFFFF : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+
+INLINE __m512 multiply_add(const int bf16, __m512 sum, __m512i left, __m512i right)
+{
+    if (!bf16)
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+#else
+    __m512i upper = _mm512_set1_epi32((int)0xFFFF0000u);
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(left, 16)),
+                          _mm512_castsi512_ps(_mm512_slli_epi32(right, 16)), sum);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(left, upper)),
+                           _mm512_castsi512_ps(_mm512_and_si512(right, upper)), sum);
+#endif
+}
+
+/* Which of 16 elements from place `at` on are kept. */
+INLINE __mmask16 kept(const Call *call, int64_t at)
+{
+    const __m512i multipliers[3] = {_mm512_set1_epi32(0x21F0AAAD), _mm512_set1_epi32(0x735A2D97),
+                                    _mm512_set1_epi32(0x21F0AAAD)};
+    __m512i seed = _mm512_set1_epi32((int)call->seed);
+    __m512i x = _mm512_add_epi32(_mm512_set1_epi32((int)at),
+                                 _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+#pragma GCC unroll 3
+    for (int round = 0; round < 3; round++) {
+        x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), multipliers[round]);
+        x = _mm512_add_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), seed);
+    }
+    return _mm512_cmpge_epu32_mask(x, _mm512_set1_epi32((int)call->threshold));
+}
+
+/* What is kept of 16 elements of a row from column `column` on: bf16 in the lower halves of the lanes, or fp32. */
+INLINE __m512i load_kept(const Call *call, const int bf16, int64_t row, int64_t column, __mmask16 *mask)
+{
+    const char *from = call->x + row * call->x_stride + column * size_of(bf16);
+    *mask = kept(call, row * call->inputs + column) & first(call->inputs - column);
+    return bf16 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(*mask, from)) : _mm512_maskz_loadu_epi32(*mask, from);
+}
+
+/* 16 numbers as elements, in the lower halves of the lanes in bf16. */
+INLINE __m512i elements(const int bf16, __m512 x)
+{
+    __m512i bits = _mm512_castps_si512(x);
+    if (!bf16)
+        return bits;
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+}
+
+INLINE void store(const int bf16, char *to, __mmask16 mask, __m512 x)
+{
+    if (bf16)
+        _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(elements(1, x)));
+    else
+        _mm512_mask_storeu_ps(to, mask, x);
+}
+
+/* Element i of an array that may be bf16. */
+INLINE uint32_t element_at(const int bf16, const char *from, int64_t i)
+{
+    return bf16 ? ((const uint16_t *)from)[i] : ((const uint32_t *)from)[i];
+}
+
+/* ------------------------------------------------------------------------------------------------------------ down */
+
+/* A as words along K: [rank in RANKS][words]. */
+static void pack_along_inputs(const Call *call, uint32_t *to, int64_t words)
+{
+    for (int64_t rank = 0; rank < call->rank; rank++)
+        for (int64_t k = 0; k < call->inputs; k++) {
+            float value = call->weight[rank * call->inputs + k];
+            if (call->bf16)
+                ((uint16_t *)(to + rank * words))[k] = rounded(value);
+            else
+                memcpy(to + rank * words + k, &value, sizeof value);
+        }
+}
+
+/* ROWS rows of h from row `row` on. kept_rows: [ROWS, words]. */
+INLINE void down_rows(const Call *call, const int bf16, const uint32_t *weight, uint32_t *kept_rows, int64_t words,
+                      int64_t row)
+{
+    int64_t count = least(ROWS, call->rows - row);
+    __mmask16 mask;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < call->inputs; k += LANES) {
+            __m512i x = load_kept(call, bf16, row + i, k, &mask);
+            char *to = (char *)(kept_rows + i * words) + k * size_of(bf16);
+            if (bf16)
+                _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(x));
+            else
+                _mm512_storeu_si512(to, x);
+        }
+    for (int64_t rank = 0; rank < call->rank; rank += RANKS) {
+        __m512 sum[ROWS][RANKS];
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < RANKS; j++)
+                sum[i][j] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < words; k += LANES) {
+            __m512i right[RANKS];
+#pragma GCC unroll 4
+            for (int j = 0; j < RANKS; j++)
+                right[j] = _mm512_loadu_si512(weight + (rank + j) * words + k);
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; i++) {
+                __m512i left = _mm512_loadu_si512(kept_rows + i * words + k);
+#pragma GCC unroll 4
+                for (int j = 0; j < RANKS; j++)
+                    sum[i][j] = multiply_add(bf16, sum[i][j], left, right[j]);
+            }
+        }
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < least(RANKS, call->rank - rank); j++) {
+                float value = _mm512_reduce_add_ps(sum[i][j]) * call->scale;
+                int64_t at = (row + i) * call->rank + rank + j;
+                if (bf16)
+                    ((uint16_t *)call->h)[at] = rounded(value);
+                else
+                    ((float *)call->h)[at] = value;
+            }
+    }
+}
+
+/* Writes h [T, r] from x and weight. */
+int huarizo_dropout_down(const Call *call)
+{
+    int64_t words = padded(call->inputs, LANES * 2) / pair_of(call->bf16), blocks = padded(call->rows, ROWS) / ROWS;
+    int64_t ranks = padded(call->rank, RANKS);
+    uint32_t *space = calloc((ranks + ROWS * call->threads) * words, sizeof *space);
+    if (!space)
+        return NO_MEMORY;
+    pack_along_inputs(call, space, words);
+#pragma omp parallel num_threads(call->threads)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        uint32_t *kept_rows = space + (ranks + ROWS * thread) * words;
+        for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++)
+            if (call->bf16)
+                down_rows(call, 1, space, kept_rows, words, block * ROWS);
+            else
+                down_rows(call, 0, space, kept_rows, words, block * ROWS);
+    }
+    free(space);
+    return OK;
+}
+
+/* -------------------------------------------------------------------------------------------------------- gradient */
+
+/* Words along the ranks of A [words of ranks][K filled up] and of g_h [T][words of ranks]; words of g_h along the rows
+ * [words of rows][r]. */
+typedef struct { uint32_t *weight, *grads, *row_words; int64_t rank_words, columns; } Packed;
+
+static void pack_gradient(const Call *call, const Packed *p, int64_t thread, int64_t threads)
+{
+    int64_t pair = pair_of(call->bf16), row_words = (call->rows + pair - 1) / pair;
+    for (int64_t i = p->rank_words * thread / threads; i < p->rank_words * (thread + 1) / threads; i++)
+        for (int64_t k = 0; k < call->inputs; k += LANES) {
+            __m512i word = _mm512_setzero_si512();
+            for (int64_t j = 0; j < least(pair, call->rank - i * pair); j++) {
+                const float *from = call->weight + (i * pair + j) * call->inputs + k;
+                __m512i half = elements(call->bf16, _mm512_maskz_loadu_ps(first(call->inputs - k), from));
+                word = _mm512_or_si512(word, j ? _mm512_slli_epi32(half, 16) : half);
+            }
+            _mm512_storeu_si512(p->weight + i * p->columns + k, word);
+        }
+    for (int64_t row = call->rows * thread / threads; row < call->rows * (thread + 1) / threads; row++)
+        for (int64_t i = 0; i < p->rank_words; i++) {
+            uint32_t word = 0;
+            for (int64_t j = 0; j < least(pair, call->rank - i * pair); j++)
+                word |= element_at(call->bf16, call->h, row * call->rank + i * pair + j) << 16 * j;
+            p->grads[row * p->rank_words + i] = word;
+        }
+    for (int64_t at = row_words * thread / threads; at < row_words * (thread + 1) / threads; at++)
+        for (int64_t rank = 0; rank < call->rank; rank++) {
+            uint32_t word = 0;
+            for (int64_t j = 0; j < least(pair, call->rows - at * pair); j++)
+                word |= element_at(call->bf16, call->h, (at * pair + j) * call->rank + rank) << 16 * j;
+            p->row_words[at * call->rank + rank] = word;
+        }
+}
+
+/* g_x of `count` rows, TALL at most, and what they add to g_A, in the 16 columns from `column` on. sums: those of g_A
+ * in these columns, [r, stride]. */
+INLINE void gradient_tile(const Call *call, const int bf16, const Packed *p, float *sums, int64_t stride, int64_t row,
+                          int64_t count, int64_t column)
+{
+    const int pair = bf16 ? 2 : 1;
+    __m512i x[TALL];
+    __m512 grad[TALL];
+    __mmask16 mask[TALL];
+#pragma GCC unroll 8
+    for (int i = 0; i < TALL; i++) {
+        grad[i] = _mm512_setzero_ps();
+        x[i] = _mm512_setzero_si512();
+        if (i < count)
+            x[i] = load_kept(call, bf16, row + i, column, &mask[i]);
+    }
+    if (bf16)
+#pragma GCC unroll 4
+        for (int i = 0; i < TALL / 2; i++)
+            x[i] = _mm512_or_si512(x[2 * i], _mm512_slli_epi32(x[2 * i + 1], 16));
+    int64_t words = (count + pair - 1) / pair;
+    for (int64_t rank = 0; rank < call->rank; rank++) {
+        __m512 sum = _mm512_loadu_ps(sums + rank * stride);
+#pragma GCC unroll 8
+        for (int i = 0; i < TALL / pair; i++)
+            if (i < words)
+                sum = multiply_add(bf16, sum, x[i],
+                                   _mm512_set1_epi32((int)p->row_words[(row / pair + i) * call->rank + rank]));
+        _mm512_storeu_ps(sums + rank * stride, sum);
+    }
+    for (int64_t word = 0; word < p->rank_words; word++) {
+        __m512i weight = _mm512_loadu_si512(p->weight + word * p->columns + column);
+#pragma GCC unroll 8
+        for (int i = 0; i < TALL; i++)
+            if (i < count)
+                grad[i] = multiply_add(bf16, grad[i], weight,
+                                       _mm512_set1_epi32((int)p->grads[(row + i) * p->rank_words + word]));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < TALL; i++)
+        if (i < count)
+            store(bf16, call->out + ((row + i) * call->inputs + column) * size_of(bf16), first(call->inputs - column),
+                  _mm512_maskz_mul_ps(mask[i], grad[i], _mm512_set1_ps(call->scale)));
+}
+
+/* Columns `from` to `to`. sums: [r, stride]. */
+INLINE void gradient_columns(const Call *call, const int bf16, const Packed *p, float *sums, int64_t from, int64_t to)
+{
+    int64_t stride = padded(to - from, 2 * LANES) + LANES, row; /* odd, so that ranks spread over the cache */
+    memset(sums, 0, call->rank * stride * sizeof *sums);
+    for (row = 0; row + TALL <= call->rows; row += TALL)
+        for (int64_t column = from; column < to; column += LANES)
+            gradient_tile(call, bf16, p, sums + column - from, stride, row, TALL, column);
+    if (row < call->rows)
+        for (int64_t column = from; column < to; column += LANES)
+            gradient_tile(call, bf16, p, sums + column - from, stride, row, call->rows - row, column);
+    for (int64_t rank = 0; rank < call->rank; rank++)
+        for (int64_t column = from; column < to; column += LANES)
+            _mm512_mask_storeu_ps(call->grad + rank * call->inputs + column, first(to - column),
+                                  _mm512_mul_ps(_mm512_loadu_ps(sums + rank * stride + column - from),
+                                                _mm512_set1_ps(call->scale)));
+}
+
+/* Writes out [T, K] and grad [r, K] from x, weight and h, the gradient of h. */
+int huarizo_dropout_down_backward(const Call *call)
+{
+    int64_t pair = pair_of(call->bf16), row_words = (call->rows + pair - 1) / pair;
+    int64_t vectors = padded(call->inputs, LANES) / LANES;
+    int64_t most = SUMS / LANES / call->rank < 1 ? 1 : SUMS / LANES / call->rank; /* vectors that are summed at once */
+    Packed p = {.rank_words = (call->rank + pair - 1) / pair, .columns = (vectors | 1) * LANES};
+    int64_t each = call->rank * (most + 2) * LANES;
+    uint32_t *space = malloc((p.rank_words * (p.columns + call->rows) + row_words * call->rank + each * call->threads)
+                             * sizeof *space);
+    if (!space)
+        return NO_MEMORY;
+    p.weight = space;
+    p.grads = p.weight + p.rank_words * p.columns;
+    p.row_words = p.grads + p.rank_words * call->rows;
+    float *sums = (float *)(p.row_words + row_words * call->rank);
+#pragma omp parallel num_threads(call->threads)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        pack_gradient(call, &p, thread, threads);
+#pragma omp barrier
+        int64_t end = vectors * (thread + 1) / threads;
+        for (int64_t at = vectors * thread / threads, step; at < end; at += step) {
+            step = least(most, end - at);
+            int64_t to = least((at + step) * LANES, call->inputs);
+            if (call->bf16)
+                gradient_columns(call, 1, &p, sums + thread * each, at * LANES, to);
+            else
+                gradient_columns(call, 0, &p, sums + thread * each, at * LANES, to);
+        }
+    }
+    free(space);
+    return OK;
 }

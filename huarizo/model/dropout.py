@@ -8,11 +8,13 @@ place of torch's dropout where there is a C kernel for it.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from huarizo.kernels import dropout as kernel
 
 MASK = 2**32 - 1
+THIN = 32  # the largest rank whose product is made with the mask
 
 
 def hashed(count: int, seed: torch.Tensor) -> torch.Tensor:
@@ -57,6 +59,43 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 _dropped.register_autograd(_backward, setup_context=_save)
 
 
+@torch.library.custom_op("huarizo::dropped_linear", mutates_args=())
+def _dropped_linear(x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """x: [T, K]; weight: float32 [r, K]; returns [T, r] in the dtype of x."""
+    return kernel.down(x, weight, int(seed), int(p * 2**32), 1 / (1 - p))
+
+
+@_dropped_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("huarizo::dropped_linear_backward", mutates_args=())
+def _dropped_linear_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return kernel.down_backward(grad, x, weight, int(seed), int(p * 2**32), 1 / (1 - p))
+
+
+@_dropped_linear_backward.register_fake
+def _(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.p = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *_dropped_linear_backward(grad, *ctx.saved_tensors, ctx.p), None, None
+
+
+_dropped_linear.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
 class HashedDropout(nn.Module):
     """Sets a share p of the values to zero and scales the rest by 1 / (1 - p), in training only."""
 
@@ -69,6 +108,16 @@ class HashedDropout(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _dropped(x, self.seed, self.p) if self.training else x
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A linear layer behind the dropout, in the dtype of x.
+
+        x: [..., K]; weight: float32 [r, K]; returns [..., r]. With a small r what passes the dropout never stands in
+        memory; with a larger one torch's product of it is faster.
+        """
+        if not self.training or len(weight) > THIN:
+            return F.linear(self(x), weight.to(x.dtype))
+        return _dropped_linear(x.flatten(0, -2), weight, self.seed, self.p).view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from huarizo.model.dropout import HashedDropout
 from huarizo.model.int8 import Int8Linear
 
 NEEDS_NO_WEIGHT = ("gaussian", "eva")  # inits by name that do not look at the base weight
@@ -74,9 +75,12 @@ class Int8LoraLinear(nn.Module, LoraLayer):
             return result
         for name in self.active_adapters:
             if name in self.lora_A:
-                a = cast(nn.Linear, self.lora_A[name]).weight.to(x.dtype)
+                a = cast(nn.Linear, self.lora_A[name]).weight
                 b = (cast(nn.Linear, self.lora_B[name]).weight * self.scaling[name]).to(x.dtype)
-                result = result + F.linear(F.linear(self.lora_dropout[name](x), a), b)
+                dropout = self.lora_dropout[name]
+                fused = isinstance(dropout, HashedDropout)
+                h = dropout.linear(x, a) if fused else F.linear(dropout(x), a.to(x.dtype))
+                result = result + F.linear(h, b)
         return result
 
     def merge(self, *args: Any, **kwargs: Any) -> None:

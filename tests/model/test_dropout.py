@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from huarizo.model import dropout
@@ -30,6 +31,58 @@ def test_equals_the_reference_in_value_and_gradient(dtype: torch.dtype, p: float
     assert torch.equal(y, dropout.reference(x.detach(), seed, p))
     assert x.grad is not None and torch.equal(x.grad, dropout.reference(torch.ones_like(x), seed, p))
     assert float((y == 0).float().mean()) == pytest.approx(p, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "rank"), [(1, 16, 1), (3, 33, 3), (70, 100, 8), (5, 576, 65), (66, 2048, 16)]
+)
+def test_a_linear_layer_behind_it(rows: int, inputs: int, rank: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rank)
+    x, weight, grad = torch.randn(rows, inputs).to(dtype), torch.randn(rank, inputs), torch.randn(rows, rank).to(dtype)
+    module = HashedDropout(0.2, torch.tensor([4321]))
+    exact = [t.double().requires_grad_() for t in (x, weight.to(dtype))]
+    keep = dropout.reference(torch.ones_like(x), module.seed, 0.2) > 0
+    wanted = F.linear(torch.where(keep, exact[0] / 0.8, 0), exact[1])
+    wanted.backward(grad.double())
+    ours = [t.clone().requires_grad_() for t in (x, weight)]
+    y = module.linear(ours[0], ours[1])
+    y.backward(grad)
+    assert y.dtype == dtype and ours[0].grad is not None and ours[1].grad is not None
+    assert ours[0].grad.dtype == dtype and ours[1].grad.dtype == torch.float32
+    for actual, expected in ((y, wanted), (ours[0].grad, exact[0].grad), (ours[1].grad, exact[1].grad)):
+        assert expected is not None
+        tolerance = 1e-6 if actual.dtype == torch.float32 else 3e-3
+        assert float((actual.double() - expected).norm()) <= tolerance * float(expected.norm())
+    assert not ours[0].grad[~keep].any()
+    assert torch.equal(module.eval().linear(x, weight), F.linear(x, weight.to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_linear_layer_is_the_same_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    x, weight, grad = torch.randn(2, 45, 300).to(dtype)[:, :, 7:250], torch.randn(9, 243), torch.randn(90, 9).to(dtype)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = HashedDropout(0.1, torch.tensor([5])).linear(*leaves)
+        y.backward(grad.view_as(y))
+        results.append((y, leaves[0].grad, leaves[1].grad))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    module, x = HashedDropout(0.1, torch.tensor([5])), torch.randn(4, 20)
+    for weight in (torch.randn(3, 21), torch.randn(3, 20).bfloat16()):
+        with pytest.raises(ValueError, match="doesn't fit"):
+            module.linear(x, weight)
+
+
+def test_the_compiler_sees_the_right_shapes() -> None:
+    args = torch.randn(6, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True), torch.tensor([7]), 0.5
+    torch.library.opcheck(torch.ops.huarizo.dropped_linear.default, args)
 
 
 def test_evaluation_passes_everything() -> None:
