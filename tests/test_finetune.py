@@ -31,7 +31,9 @@ def test_the_weights_of_a_known_model() -> None:
     config = model.config.to_dict()
     norms = sum(parameter.numel() for name, parameter in model.named_parameters() if "norm" in name)
     assert weight_bytes(config, "fp32", torch.float32) == 4 * (count_weights(model) - norms)
-    assert weight_bytes(TINYLLAMA, "int8", torch.bfloat16) == 968_884_224 + 2 * 2 * 32000 * 2048
+    assert weight_bytes(TINYLLAMA, "int8", torch.bfloat16) == 968_884_224 + (1 + 2) * 32000 * 2048
+    tied = TINYLLAMA | {"tie_word_embeddings": True}
+    assert weight_bytes(tied, "int8", torch.bfloat16) == weight_bytes(TINYLLAMA, "int8", torch.bfloat16)
     assert 3e6 < activation_bytes_per_token(TINYLLAMA, torch.bfloat16) < 6e6
 
 

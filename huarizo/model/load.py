@@ -105,10 +105,16 @@ def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> in
 
 
 def weight_bytes(config: dict[str, Any], precision: str, dtype: torch.dtype) -> int:
-    """What the frozen base occupies, in bytes: decoder layers in `precision`, embedding and head in `dtype`."""
+    """What the frozen base occupies, in bytes: linears in `precision`, the embedding in `dtype`.
+
+    A head tied to the embedding takes nothing, unless it is int8: then it is a copy.
+    """
     size = torch.finfo(dtype).bits // 8
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     shared = (config.get("num_key_value_heads") or heads) / heads
     layer = hidden * hidden * (2 + 2 * shared) + 3 * hidden * config["intermediate_size"]
-    ends = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return int(config["num_hidden_layers"] * layer * (1 if precision == "int8" else size) + ends * size)
+    linear_size = 1 if precision == "int8" else size
+    embedding = config["vocab_size"] * hidden
+    shares_embedding = precision != "int8" and config.get("tie_word_embeddings")
+    head = 0 if shares_embedding else embedding * linear_size
+    return int(config["num_hidden_layers"] * layer * linear_size + embedding * size + head)

@@ -52,7 +52,7 @@ def test_a_linear_layer_behind_it(rows: int, inputs: int, rank: int, dtype: torc
     assert ours[0].grad.dtype == dtype and ours[1].grad.dtype == torch.float32
     for actual, expected in ((y, wanted), (ours[0].grad, exact[0].grad), (ours[1].grad, exact[1].grad)):
         assert expected is not None
-        tolerance = 1e-6 if actual.dtype == torch.float32 else 3e-3
+        tolerance = 1e-6 if actual.dtype == torch.float32 and rank <= dropout.THIN else 3e-3
         assert float((actual.double() - expected).norm()) <= tolerance * float(expected.norm())
     assert not ours[0].grad[~keep].any()
     assert torch.equal(module.eval().linear(x, weight), F.linear(x, weight.to(dtype)))
