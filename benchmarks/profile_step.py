@@ -40,8 +40,8 @@ def kind_of(event: Any, vocabulary: int) -> str | None:
         return "LoRA" if thin else "float products"
     if "packed_attention" in name:
         return "attention"
-    if "hashed_dropout" in name:
-        return "dropout"
+    if "dropped_linear" in name or "hashed_dropout" in name:
+        return "LoRA"
     if name == "huarizo::int8_quantise":
         return "quantising"
     if "cpp_fused" in name or "triton" in name:

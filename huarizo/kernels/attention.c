@@ -22,17 +22,14 @@
  * threads nor on the rest of the row. Padding is zeros, never a neighbour's tokens.
  */
 
-#include <immintrin.h>
+#include "vectors.h"
+
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
 enum {
-    LANES = 16,
     ROWS = 6,               /* 6 x 4 vectors of sums, 4 of the right operand and 1 of the left fill the 32 registers */
     VECTORS = 4,
     COLUMNS = VECTORS * LANES,
@@ -40,8 +37,6 @@ enum {
     KEYS = 2 * QUERIES,
 };
 _Static_assert(KEYS % COLUMNS == 0 && KEYS % ROWS == 0 && QUERIES % ROWS == 0, "blocks are made of whole tiles");
-
-enum { OK = 0, BAD_BOUNDARIES = 1, NO_MEMORY = 2 };
 
 typedef uint32_t word;
 
@@ -61,20 +56,7 @@ typedef struct {
 typedef struct { const word *words; int64_t row, step; } Left;   /* strides in words, of a row and along the depth */
 typedef struct { const word *words; int64_t step, panel; } Right; /* strides in words, along the depth and of a panel */
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-INLINE int64_t pair_of(const Call *call) { return call->bf16 ? 2 : 1; }
-
 /* ------------------------------------------------------------------------------------------------------- products */
-
-INLINE __m512 multiply_add(const int bf16, __m512 sum, __m512i left, __m512i right)
-{
-#ifdef __AVX512BF16__
-    if (bf16)
-        return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
-#endif
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
-}
 
 /* c [ROWS, 16 * vectors] = or += left times right, over `depth` words. */
 INLINE void tile(const int bf16, const int vectors, int64_t depth, Left left, const word *right, int64_t right_step,
@@ -153,46 +135,19 @@ INLINE __m512 power_of_2(__m512 x)
     return _mm512_scalef_ps(y, whole);
 }
 
-/* The first `count` lanes; none for a negative count. */
-INLINE __mmask16 first(int64_t count)
-{
-    return count >= LANES ? 0xFFFF : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
-}
-
-/* 16 elements as fp32. */
-INLINE __m512 load(int bf16, const char *from)
-{
-    if (!bf16)
-        return _mm512_loadu_ps(from);
-    __m256i half = _mm256_loadu_si256((const __m256i *)from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-/* Rounds to nearest even in bf16. */
-INLINE void store(int bf16, char *to, __m512 x)
-{
-#ifdef __AVX512BF16__
-    if (bf16) {
-        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
-        return;
-    }
-#endif
-    _mm512_storeu_ps(to, x);
-}
-
 /* Rows of fp32 -> elements, each times `factor`. from: [count, size]. */
 static void store_rows(const Call *call, char *to, int64_t stride, const float *from, int64_t count, float factor)
 {
     for (int64_t row = 0; row < count; row++)
         for (int64_t d = 0; d < call->size; d += LANES)
-            store(call->bf16, to + row * stride + d * (4 / pair_of(call)),
+            store(call->bf16, ALL, to + row * stride + d * size_of(call->bf16),
                   _mm512_mul_ps(_mm512_loadu_ps(from + row * call->size + d), _mm512_set1_ps(factor)));
 }
 
 /* Left operand: `count` rows one after the other, zeros up to a multiple of ROWS. */
 static void copy_rows(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
-    int64_t bytes = call->size * 4 / pair_of(call);
+    int64_t bytes = call->size * size_of(call->bf16);
     for (int64_t row = 0; row < count; row++)
         for (int64_t at = 0; at < bytes; at += 32)
             _mm256_storeu_si256((__m256i *)((char *)to + row * bytes + at),
@@ -211,14 +166,14 @@ INLINE void prefetch(const Call *call, Tensor tensor, int64_t head, int64_t toke
 {
     const char *from = place(tensor, head, token);
     for (int64_t i = 0; i < ROWS; i++)
-        for (int64_t at = 0; at < call->size * 4 / pair_of(call); at += 64)
+        for (int64_t at = 0; at < call->size * size_of(call->bf16); at += 64)
             _mm_prefetch(from + i * tensor.token + at, _MM_HINT_T0);
 }
 
 /* Right operand `pairs` of `count` tokens, zeros up to a multiple of ROWS. */
 static void pack_pairs(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
-    int64_t size = call->size, pair = pair_of(call), end = padded(count, ROWS);
+    int64_t size = call->size, pair = pair_of(call->bf16), end = padded(count, ROWS);
     memset(to + count / pair * size, 0, (end / pair - count / pair) * size * sizeof(word));
     if (!call->bf16) {
         copy_rows(call, to, from, stride, count);
@@ -239,7 +194,7 @@ static void pack_pairs(const Call *call, word *to, const char *from, int64_t str
 /* Right operand `columns` of `count` tokens, zeros up to a multiple of ROWS and on to one of 16. */
 static void pack_columns(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
-    int64_t depth = call->size / pair_of(call);
+    int64_t depth = call->size / pair_of(call->bf16);
     __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     __m512i offsets = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)stride));
     for (int64_t token = 0; token < padded(count, ROWS); token += LANES) {
@@ -267,7 +222,7 @@ INLINE void softmax_rows(const int bf16, const float *scores, char *p, int64_t s
                          float scale, float *tops, float *totals)
 {
     __m512 factor = _mm512_set1_ps(scale), top[ROWS], total[ROWS];
-    int64_t j, whole = seen / LANES * LANES, bytes = bf16 ? 2 : 4;
+    int64_t j, whole = seen / LANES * LANES;
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++) {
         top[i] = _mm512_set1_ps(-INFINITY);
@@ -291,7 +246,7 @@ INLINE void softmax_rows(const int bf16, const float *scores, char *p, int64_t s
         for (int i = 0; i < ROWS; i++) {
             __m512 x = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i * stride + j), factor, top[i]));
             total[i] = _mm512_add_ps(total[i], x);
-            store(bf16, p + (i * stride + j) * bytes, x);
+            store(bf16, ALL, p + (i * stride + j) * size_of(bf16), x);
         }
     for (; j < keys; j += LANES)
 #pragma GCC unroll 6
@@ -299,7 +254,7 @@ INLINE void softmax_rows(const int bf16, const float *scores, char *p, int64_t s
             __m512 x = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i * stride + j), factor, top[i]));
             x = _mm512_maskz_mov_ps(first(seen + i - j), x);
             total[i] = _mm512_add_ps(total[i], x);
-            store(bf16, p + (i * stride + j) * bytes, x);
+            store(bf16, ALL, p + (i * stride + j) * size_of(bf16), x);
         }
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
@@ -316,7 +271,7 @@ static int64_t forward_words(const Call *call, int64_t length)
 /* All query heads that share key/value head `kv` of the example at tokens begin to end. */
 static void forward_item(const Call *call, word *space, int64_t begin, int64_t end, int64_t kv)
 {
-    int64_t length = end - begin, size = call->size, pair = pair_of(call), depth = size / pair;
+    int64_t length = end - begin, size = call->size, pair = pair_of(call->bf16), depth = size / pair;
     int64_t keys = padded(length, COLUMNS) + COLUMNS, groups = call->heads / call->kv_heads;
     word *k_columns = space, *v_pairs = k_columns + keys * size, *q = v_pairs + keys * size;
     word *p = q + ROWS * size;
@@ -446,7 +401,7 @@ INLINE void make_rows(const int bf16, const Backward *b, int64_t row, int64_t ke
  * first token, and query >= key. */
 static void backward_block(const Call *call, const Backward *b, int64_t query, int64_t count, int64_t key)
 {
-    int64_t size = call->size, pair = pair_of(call), depth = size / pair, rows = padded(count, ROWS);
+    int64_t size = call->size, pair = pair_of(call->bf16), depth = size / pair, rows = padded(count, ROWS);
     int64_t ahead = query - key; /* keys of the block before the first query */
     Right k = {b->k_columns + key * depth, COLUMNS, COLUMNS * depth};
     Right v = {b->v_columns + key * depth, COLUMNS, COLUMNS * depth};
@@ -494,9 +449,9 @@ static void read_queries(const Call *call, Backward *b, int64_t head, int64_t to
     for (int64_t i = 0; i < count; i++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; d < call->size; d += LANES) {
-            int64_t at = d * (4 / pair_of(call));
-            sum = _mm512_fmadd_ps(load(call->bf16, grad + i * call->grad.token + at),
-                                  load(call->bf16, out + i * call->out.token + at), sum);
+            int64_t at = d * size_of(call->bf16);
+            sum = _mm512_fmadd_ps(load(call->bf16, ALL, grad + i * call->grad.token + at),
+                                  load(call->bf16, ALL, out + i * call->out.token + at), sum);
         }
         b->delta[i] = _mm512_reduce_add_ps(sum);
     }

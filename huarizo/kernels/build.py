@@ -48,7 +48,8 @@ def _compiled(source: Path, compiler: str) -> Path:
     # the runtime that torch has loaded comes first, so that the compiler's own isn't needed
     flags = [*FLAGS, "-Wl,--as-needed", *_openmp_runtimes()[:1]]
     version = _run([compiler, "--version"], folder)
-    parts = (source.read_text(), *flags, version, *sorted(cpu_flags()))
+    sources = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+    parts = (*sources, *flags, version, *sorted(cpu_flags()))
     library = folder / f"{source.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as made:

@@ -12,64 +12,20 @@
  * `word`, two neighbours along the sum in bf16 (vdpbf16ps) and one number in fp32 (fma). Forward a thread has rows,
  * backward columns, and every number is made in one order: the bytes do not depend on the number of threads.
  */
-#include <immintrin.h>
+#include "vectors.h"
+
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-static inline uint32_t hashed(uint32_t x, uint32_t seed) {
-    static const uint32_t multipliers[3] = {0x21F0AAADu, 0x735A2D97u, 0x21F0AAADu};
-    for (int round = 0; round < 3; round++) {
-        x = (x ^ (x >> 16)) * multipliers[round];
-        x = (x ^ (x >> 15)) + seed;
-    }
-    return x;
-}
-
-/* bf16 is the upper half of a float; rounded to nearest, ties to even. */
-static inline float widened(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint16_t rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-
-void huarizo_dropout_bf16(const uint16_t *x, uint16_t *y, int64_t count, uint32_t seed, uint32_t threshold, float scale,
-                          int threads) {
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        y[i] = hashed((uint32_t)i, seed) >= threshold ? rounded(widened(x[i]) * scale) : 0;
-}
-
-void huarizo_dropout_fp32(const float *x, float *y, int64_t count, uint32_t seed, uint32_t threshold, float scale,
-                          int threads) {
-#pragma omp parallel for simd num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        y[i] = hashed((uint32_t)i, seed) >= threshold ? x[i] * scale : 0.0f;
-}
-
-/* ------------------------------------------------------------------------------------------------------- products */
-
-#define INLINE static inline __attribute__((always_inline))
-
 enum {
-    LANES = 16,
-    LINE = 64,
-    ROWS = 4,                 /* of x that are read together, forward */
-    TALL = 8,                 /* and backward */
-    RANKS = 4,                /* rows of A likewise, forward; their number is filled up with zeros */
-    SUMS = 8192,              /* numbers of g_A that stay in a core's nearest cache */
+    ROWS = 4,    /* of x that are read together, forward */
+    TALL = 8,    /* and backward */
+    RANKS = 4,   /* rows of A likewise, forward; their number is filled up with zeros */
+    SUMS = 8192, /* numbers of g_A that stay in a core's nearest cache */
 };
-enum { OK = 0, NO_MEMORY = 2 };
 
-/* Strides in bytes. `h` is h or g_h, contiguous; `out` g_x, contiguous; `grad` g_A. */
+/* x is [T, K], its stride in bytes. `h` is h or g_h, `out` y or g_x, `grad` g_A, all of them contiguous. */
 typedef struct {
     int64_t rows, inputs, rank, x_stride;
     const char *x;
@@ -80,27 +36,6 @@ typedef struct {
     float scale;
     int32_t bf16, threads;
 } Call;
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-INLINE int64_t pair_of(int bf16) { return bf16 ? 2 : 1; }
-INLINE int64_t size_of(int bf16) { return bf16 ? 2 : 4; }
-INLINE __mmask16 first(int64_t count) { return count >= LANES ? 0xFFFF : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
-
-INLINE __m512 multiply_add(const int bf16, __m512 sum, __m512i left, __m512i right)
-{
-    if (!bf16)
-        return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
-#ifdef __AVX512BF16__
-    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
-#else
-    __m512i upper = _mm512_set1_epi32((int)0xFFFF0000u);
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(left, 16)),
-                          _mm512_castsi512_ps(_mm512_slli_epi32(right, 16)), sum);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(left, upper)),
-                           _mm512_castsi512_ps(_mm512_and_si512(right, upper)), sum);
-#endif
-}
 
 /* Which of 16 elements from place `at` on are kept. */
 INLINE __mmask16 kept(const Call *call, int64_t at)
@@ -126,28 +61,36 @@ INLINE __m512i load_kept(const Call *call, const int bf16, int64_t row, int64_t 
     return bf16 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(*mask, from)) : _mm512_maskz_loadu_epi32(*mask, from);
 }
 
-/* 16 numbers as elements, in the lower halves of the lanes in bf16. */
-INLINE __m512i elements(const int bf16, __m512 x)
+/* The first `count` of 16 numbers, as elements. */
+INLINE void store_first(const Call *call, int64_t count, char *to, int64_t at, __m512 x)
 {
-    __m512i bits = _mm512_castps_si512(x);
-    if (!bf16)
-        return bits;
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    store(call->bf16, first(count), to + at * size_of(call->bf16), x);
 }
 
-INLINE void store(const int bf16, char *to, __mmask16 mask, __m512 x)
+INLINE void store_one(const Call *call, char *to, int64_t at, float x)
 {
-    if (bf16)
-        _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(elements(1, x)));
-    else
-        _mm512_mask_storeu_ps(to, mask, x);
+    store_first(call, 1, to, at, _mm512_set1_ps(x));
 }
 
-/* Element i of an array that may be bf16. */
-INLINE uint32_t element_at(const int bf16, const char *from, int64_t i)
+/* Element i of an array, as bits. */
+INLINE uint32_t element_at(const Call *call, const char *from, int64_t i)
 {
-    return bf16 ? ((const uint16_t *)from)[i] : ((const uint32_t *)from)[i];
+    return call->bf16 ? ((const uint16_t *)from)[i] : ((const uint32_t *)from)[i];
+}
+
+/* --------------------------------------------------------------------------------------------------------- dropout */
+
+/* Writes out from x, all of it one row. */
+int huarizo_dropout(const Call *call)
+{
+    __m512 scale = _mm512_set1_ps(call->scale);
+#pragma omp parallel for num_threads(call->threads) schedule(static)
+    for (int64_t at = 0; at < call->inputs; at += LANES) {
+        __mmask16 mask = kept(call, at) & first(call->inputs - at);
+        store_first(call, call->inputs - at, call->out, at,
+                    _mm512_mul_ps(load(call->bf16, mask, call->x + at * size_of(call->bf16)), scale));
+    }
+    return OK;
 }
 
 /* ------------------------------------------------------------------------------------------------------------ down */
@@ -156,12 +99,9 @@ INLINE uint32_t element_at(const int bf16, const char *from, int64_t i)
 static void pack_along_inputs(const Call *call, uint32_t *to, int64_t words)
 {
     for (int64_t rank = 0; rank < call->rank; rank++)
-        for (int64_t k = 0; k < call->inputs; k++) {
-            float value = call->weight[rank * call->inputs + k];
-            if (call->bf16)
-                ((uint16_t *)(to + rank * words))[k] = rounded(value);
-            else
-                memcpy(to + rank * words + k, &value, sizeof value);
+        for (int64_t k = 0; k < call->inputs; k += LANES) {
+            __m512 weight = _mm512_maskz_loadu_ps(first(call->inputs - k), call->weight + rank * call->inputs + k);
+            store_first(call, call->inputs - k, (char *)(to + rank * words), k, weight);
         }
 }
 
@@ -201,14 +141,9 @@ INLINE void down_rows(const Call *call, const int bf16, const uint32_t *weight, 
             }
         }
         for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < least(RANKS, call->rank - rank); j++) {
-                float value = _mm512_reduce_add_ps(sum[i][j]) * call->scale;
-                int64_t at = (row + i) * call->rank + rank + j;
-                if (bf16)
-                    ((uint16_t *)call->h)[at] = rounded(value);
-                else
-                    ((float *)call->h)[at] = value;
-            }
+            for (int64_t j = 0; j < least(RANKS, call->rank - rank); j++)
+                store_one(call, call->h, (row + i) * call->rank + rank + j,
+                          _mm512_reduce_add_ps(sum[i][j]) * call->scale);
     }
 }
 
@@ -249,8 +184,9 @@ static void pack_gradient(const Call *call, const Packed *p, int64_t thread, int
             __m512i word = _mm512_setzero_si512();
             for (int64_t j = 0; j < least(pair, call->rank - i * pair); j++) {
                 const float *from = call->weight + (i * pair + j) * call->inputs + k;
-                __m512i half = elements(call->bf16, _mm512_maskz_loadu_ps(first(call->inputs - k), from));
-                word = _mm512_or_si512(word, j ? _mm512_slli_epi32(half, 16) : half);
+                __m512 weight = _mm512_maskz_loadu_ps(first(call->inputs - k), from);
+                __m512i element = call->bf16 ? halves_of(weight) : _mm512_castps_si512(weight);
+                word = _mm512_or_si512(word, j ? _mm512_slli_epi32(element, 16) : element);
             }
             _mm512_storeu_si512(p->weight + i * p->columns + k, word);
         }
@@ -258,14 +194,14 @@ static void pack_gradient(const Call *call, const Packed *p, int64_t thread, int
         for (int64_t i = 0; i < p->rank_words; i++) {
             uint32_t word = 0;
             for (int64_t j = 0; j < least(pair, call->rank - i * pair); j++)
-                word |= element_at(call->bf16, call->h, row * call->rank + i * pair + j) << 16 * j;
+                word |= element_at(call, call->h, row * call->rank + i * pair + j) << 16 * j;
             p->grads[row * p->rank_words + i] = word;
         }
     for (int64_t at = row_words * thread / threads; at < row_words * (thread + 1) / threads; at++)
         for (int64_t rank = 0; rank < call->rank; rank++) {
             uint32_t word = 0;
             for (int64_t j = 0; j < least(pair, call->rows - at * pair); j++)
-                word |= element_at(call->bf16, call->h, (at * pair + j) * call->rank + rank) << 16 * j;
+                word |= element_at(call, call->h, (at * pair + j) * call->rank + rank) << 16 * j;
             p->row_words[at * call->rank + rank] = word;
         }
 }
@@ -311,8 +247,8 @@ INLINE void gradient_tile(const Call *call, const int bf16, const Packed *p, flo
 #pragma GCC unroll 8
     for (int i = 0; i < TALL; i++)
         if (i < count)
-            store(bf16, call->out + ((row + i) * call->inputs + column) * size_of(bf16), first(call->inputs - column),
-                  _mm512_maskz_mul_ps(mask[i], grad[i], _mm512_set1_ps(call->scale)));
+            store_first(call, call->inputs - column, call->out, (row + i) * call->inputs + column,
+                        _mm512_maskz_mul_ps(mask[i], grad[i], _mm512_set1_ps(call->scale)));
 }
 
 /* Columns `from` to `to`. sums: [r, stride]. */

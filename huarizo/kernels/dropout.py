@@ -1,6 +1,5 @@
 """Dropout with a hashed mask, alone and in front of a thin linear layer, in C (dropout.c), for bf16 and fp32."""
 
-import ctypes
 import functools
 import struct
 
@@ -8,10 +7,6 @@ import torch
 
 from huarizo.kernels import build
 
-SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-ARGUMENTS = (
-    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_float, ctypes.c_int,
-)  # fmt: skip
 # `Call` in dropout.c: rows, inputs, rank, stride; x, weight, h, out and grad; seed, threshold; scale; bf16, threads
 CALL = struct.Struct("@4q5q2If2i")
 
@@ -23,25 +18,18 @@ def reason_against() -> str | None:
     return library if isinstance(library, str) else None
 
 
-@functools.cache
-def _function(dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
-    function = getattr(build.load("dropout"), f"huarizo_dropout_{SUFFIXES[dtype]}")
-    function.argtypes, function.restype = ARGUMENTS, None
-    return function
-
-
 def dropped(x: torch.Tensor, seed: int, threshold: int, scale: float) -> torch.Tensor:
     """x * scale where the hash of place and seed is at least `threshold`, 0 elsewhere; contiguous, like x."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _function(x.dtype)(x.data_ptr(), y.data_ptr(), x.numel(), seed, threshold, scale, torch.get_num_threads())
-    return y
+    row = x.reshape(1, -1)
+    out = row.new_empty(row.shape)
+    _call("dropout", row, None, (None, out, None), (seed, threshold, scale))
+    return out.view(x.shape)
 
 
 def down(x: torch.Tensor, weight: torch.Tensor, seed: int, threshold: int, scale: float) -> torch.Tensor:
     """The dropped x times weight'. x: [T, K]; weight: float32 [r, K], rounded to x's dtype; returns [T, r] in that."""
     h = x.new_empty(x.shape[0], weight.shape[0])
-    _call("down", x, weight, (h, None, None), (seed, threshold, scale))
+    _call("dropout_down", x, weight, (h, None, None), (seed, threshold, scale))
     return h
 
 
@@ -50,24 +38,27 @@ def down_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x, in its dtype, and of weight, float32, from that of the result of `down`."""
     grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
-    _call("down_backward", x, weight, (grad.contiguous(), grad_x, grad_weight), (seed, threshold, scale))
+    _call("dropout_down_backward", x, weight, (grad.contiguous(), grad_x, grad_weight), (seed, threshold, scale))
     return grad_x, grad_weight
 
 
 def _call(
     name: str,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     tensors: tuple[torch.Tensor | None, ...],
     mask: tuple[int, int, float],
 ) -> None:
-    if weight.dtype != torch.float32 or weight.shape[1] != x.shape[1] or x.dtype not in SUFFIXES:
+    """tensors: h, out and grad; mask: seed, threshold and scale."""
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"there is no kernel for dropout of {x.dtype}")
+    if weight is not None and (weight.dtype != torch.float32 or weight.shape[1] != x.shape[1]):
         raise ValueError(f"{weight.dtype} {tuple(weight.shape)} doesn't fit {x.dtype} {tuple(x.shape)}")
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x, weight = x if x.stride(1) == 1 else x.contiguous(), weight if weight is None else weight.contiguous()
     call = CALL.pack(
-        *x.shape, weight.shape[0], x.stride(0) * x.element_size(), x.data_ptr(), weight.contiguous().data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *x.shape, 0 if weight is None else weight.shape[0], x.stride(0) * x.element_size(), x.data_ptr(),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (weight, *tensors)),
         *mask, x.dtype == torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
-    if getattr(build.load("dropout"), f"huarizo_dropout_{name}")(call):
+    if getattr(build.load("dropout"), f"huarizo_{name}")(call):
         raise MemoryError("no memory for a product behind dropout")

@@ -23,32 +23,26 @@
  * of threads. A row with a NaN or an infinity has the scale NaN and by it a result of NaNs.
  */
 
-#include <immintrin.h>
+#include "vectors.h"
+
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
 enum {
-    LANES = 16,
     ROWS = 12,                  /* 12 x 2 vectors of sums, 2 of the right operand and 1 of the left */
     VECTORS = 2,
     COLUMNS = VECTORS * LANES,
     BLOCK = COLUMNS,            /* of channels that are rotated together */
     UNIT = 4,                   /* rows are dealt out in units of so many; what ROWS leaves over is tiles of a unit */
     UNROLL = 4,                 /* words; every depth is a multiple */
-    LINE = 64,
     GROUP_BYTES = 256 << 10,    /* of panels that are multiplied by all rows before the next ones */
     GROUP_PANELS = 8,
-    WORD = 4,
 };
 _Static_assert(ROWS % UNIT == 0, "tiles are whole units");
 
-enum { OK = 0, NO_MEMORY = 2 };
 enum { ONE = 0x3F800000, MINUS = (int)0xBF800000u }; /* the bits of 1 and of -1 */
 
 /* What a call is about. `x` is [T, K], of forward and quantise, or the gradient [T, N]; `out` the result of forward or
@@ -68,12 +62,7 @@ typedef struct {
     int32_t bf16, threads;
 } Call;
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-INLINE int64_t size_of(int bf16) { return bf16 ? 2 : 4; }
-
-/* The first `count` lanes; none for a negative count. */
-INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xFFFF : count <= 0 ? 0 : (__mmask16)((1u << count) - 1); }
+/* The first `count` of 32 elements; none for a negative count. */
 INLINE __mmask32 first32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 
 /* ------------------------------------------------------------------------------------------------------- workspace */
@@ -106,15 +95,6 @@ INLINE void *take(char **space, int64_t size)
 }
 
 /* ---------------------------------------------------------------------------------------------------- quantisation */
-
-/* 16 elements as fp32; those masked out are zero. */
-INLINE __m512 load(const int bf16, __mmask16 mask, const char *from)
-{
-    if (!bf16)
-        return _mm512_maskz_loadu_ps(mask, from);
-    __m256i half = mask == 0xFFFF ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16(mask, from);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
 
 /* Of 64 int32 the bytes, in order; what is too large becomes the largest byte. */
 INLINE __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d)
@@ -162,8 +142,8 @@ INLINE void rotate(__m512 *a, __m512 *b)
 INLINE void quantise_row(const int bf16, const int gradient, const char *x, const float *factor,
                          int64_t count, float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
 {
-    __m512i top[VECTORS] = {_mm512_setzero_si512(), _mm512_setzero_si512()}; /* magnitudes compare as integers do, and a
-                                                                                NaN is the largest */
+    /* Magnitudes compare as integers do, and a NaN is the largest. */
+    __m512i top[VECTORS] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (int64_t i = 0; i < padded(count, LINE); i += BLOCK) {
         __m512 y[VECTORS];
 #pragma GCC unroll 2
@@ -292,15 +272,6 @@ INLINE int word_at(const char *from)
     return word;
 }
 
-INLINE __m512 multiply_add(const int bf16, __m512 sum, __m512i left, __m512i right)
-{
-#ifdef __AVX512BF16__
-    if (bf16)
-        return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
-#endif
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
-}
-
 INLINE void multiply_floats(const int bf16, const int rows, int64_t words, const char *left, int64_t stride,
                             const char *right, __m512 sum[ROWS][VECTORS])
 {
@@ -346,8 +317,8 @@ INLINE void multiply_bytes(const int rows, int64_t words, const char *left, int6
     }
 }
 
-/* 32 numbers, or as many as there are, as elements. */
-INLINE void store(const int bf16, char *to, int64_t count, __m512 a, __m512 b)
+/* The first `count` of 32 numbers, as elements. */
+INLINE void store_columns(const int bf16, char *to, int64_t count, __m512 a, __m512 b)
 {
 #ifdef __AVX512BF16__
     if (bf16) {
@@ -360,11 +331,11 @@ INLINE void store(const int bf16, char *to, int64_t count, __m512 a, __m512 b)
     }
 #endif
     if (count >= COLUMNS) {
-        _mm512_storeu_ps(to, a);
-        _mm512_storeu_ps(to + LINE, b);
+        store(bf16, ALL, to, a);
+        store(bf16, ALL, to + LANES * size_of(bf16), b);
     } else {
-        _mm512_mask_storeu_ps(to, first(count), a);
-        _mm512_mask_storeu_ps(to + LINE, first(count - LANES), b);
+        store(bf16, first(count), to, a);
+        store(bf16, first(count - LANES), to + LANES * size_of(bf16), b);
     }
 }
 
@@ -429,7 +400,7 @@ INLINE void tile(const int bf16, const int rows, const Product *p, const char *p
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
         if (i < count)
-            store(bf16, to + i * p->columns * size_of(bf16), p->columns - at, y[i][0], y[i][1]);
+            store_columns(bf16, to + i * p->columns * size_of(bf16), p->columns - at, y[i][0], y[i][1]);
 }
 
 /* Rows `from` to `to`, in units, of `count` panels, the first of them that of columns `at` on. */

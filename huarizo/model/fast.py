@@ -55,11 +55,12 @@ def compile_layers(model: Any, on: torch.device) -> str | None:
 
 
 def _let_int8_be_cached() -> None:
-    """Tell torch's cache of compiled graphs that `int8_linear` does what its source says and nothing else."""
+    """Tell torch's cache of compiled graphs that `int8_linear` does what its sources say and nothing else."""
     import torch._inductor.config as inductor
 
     name = f"{int8.int8_linear.__module__}.{int8.int8_linear.__name__}"
-    inductor.unsafe_marked_cacheable_functions[name] = sha256_of(Path(int8.__file__))
+    sources = int8.__file__, int8.kernel.__file__
+    inductor.unsafe_marked_cacheable_functions[name] = "".join(sha256_of(Path(source)) for source in sources)
 
 
 def seconds_compiling() -> float:
