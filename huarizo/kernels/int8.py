@@ -27,6 +27,8 @@ def reason_against(dtype: torch.dtype) -> str | None:
     """Why layers whose activations have this dtype can't be computed in C; None where they can."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there is no kernel for {dtype}"
+    if "amx_int8" in cpu_flags():
+        return "torch uses this CPU's AMX, which multiplies faster"
     needed = {"avx512_vnni", "avx512_bf16"} if dtype == torch.bfloat16 else {"avx512_vnni"}
     if missing := needed - cpu_flags():
         return f"this CPU has no {', '.join(sorted(missing))}"

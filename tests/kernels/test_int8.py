@@ -168,6 +168,16 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "float16" in str(kernel.reason_against(torch.float16))
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [({"avx512_vnni"}, "avx512_bf16"), ({"avx512_bf16"}, "avx512_vnni"), ({"avx512_vnni", "amx_int8"}, "AMX")],
+    ids=["no bf16", "no vnni", "amx"],
+)
+def test_other_cpus_leave_the_products_to_torch(flags: set[str], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "cpu_flags", lambda: flags)
+    assert reason in str(kernel.reason_against.__wrapped__(torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_does_the_same_without_the_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = layer_of(100, 70, dtype, bias=True)
