@@ -14,7 +14,7 @@ from rich.text import Text
 
 from huarizo.errors import HuarizoError
 from huarizo.recipe import fields, load_recipe, type_of
-from huarizo.runs import open_run
+from huarizo.runs import Run, open_run
 
 app = typer.Typer(
     help="Fine-tune TinyLlama, or any Llama-architecture model, with LoRA on instruction data.",
@@ -33,6 +33,9 @@ def train(
     show_data: Annotated[
         int, typer.Option(metavar="N", min=0, help="print N rows as the model sees them, and stop")
     ] = 0,
+    resume: Annotated[
+        bool | None, typer.Option(help="go on with an unfinished run of the same recipe and data; default: ask")
+    ] = None,
 ) -> None:
     """Train by a recipe. The last word of the last line is the run folder."""
     loaded = load_recipe(recipe, overrides or [])
@@ -44,11 +47,19 @@ def train(
 
         show_examples(_console(), finetune.prepare(loaded).data, show_data)
         return
-    _tell_result(finetune.fine_tune(loaded, recipe.stem, _console()))
+
+    def go_on(run: Run) -> bool:
+        if resume is None and sys.stdin.isatty():
+            return typer.confirm(f"{run.path} is an unfinished run of this recipe. Go on with it?", default=True)
+        if not resume:
+            print(f"{run.path} is an unfinished run of this recipe: huarizo resume {run.path}")
+        return bool(resume)
+
+    _tell_result(finetune.fine_tune(loaded, recipe.stem, _console(), go_on))
 
 
-@app.command()
-def resume(run: RunName) -> None:
+@app.command("resume")
+def resume_run(run: RunName) -> None:
     """Go on with an interrupted run from its last checkpoint."""
     _quiet_libraries()
     from huarizo import finetune

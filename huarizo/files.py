@@ -1,19 +1,55 @@
 """Files and folders that appear whole or not at all.
 
 Everything Huarizo keeps is first written beside its place, flushed to the disk, and then renamed there in one step, so
-that a reader, another process or the next run never meets half a file.
+that a reader, another process or the next run never meets half a file. What a killed process leaves behind has a name
+of its own (`.NAME.TOKEN.tmp`) and is removed by `remove_leftovers`.
 """
 
+import errno
 import hashlib
+import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from huarizo.errors import MachineError
+
+Content = bytes | str | Callable[[BinaryIO], None]
+"""What a file is to hold: its bytes, its text, or a function that writes it into the open file."""
+MANIFEST = "manifest.json"
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|deleted)")
+REMEDIES = {
+    errno.ENOSPC: "Free some space and try again",
+    errno.EDQUOT: "Free some space (your quota is used up) and try again",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f) and try again",
+    errno.EROFS: "Mount it for writing, or choose another folder",
+    errno.EACCES: "Mend its permissions, or choose another folder",
+    errno.ENOENT: "The folder has vanished: if it is on a drive that was unmounted, mount it again",
+    errno.ENOTCONN: "The drive is no longer connected: mount it again",
+    errno.EIO: "The disk or drive reports an error: copy what is there to another one",
+}
+NO_FOLDER_RENAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
+"""What file systems say that can't rename a folder."""
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Tell in words what the disk refuses.
+
+    Raises:
+        MachineError: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "Choose another folder or disk")
+        raise MachineError(f"{path}: could not be written: {error.strerror or error}. {remedy}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -23,80 +59,197 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that flush no folders
+            raise
     finally:
         os.close(descriptor)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Makes the parent folder, flushes it when the block has put `path` there, and tells what the disk refuses."""
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
+
+
+def _write_file(path: Path, content: Content) -> None:
+    """A new file, flushed. A flush that fails is final: what the disk then holds is unknown (it is not tried again)."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-        sync_folder(path.parent)
-    except OSError as error:
-        raise MachineError(
-            f"{path}: could not be written: {error.strerror or error}. Free some space and try again"
-        ) from error
+        if callable(content):
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                content(file)
+        else:
+            rest = memoryview(content.encode("utf-8") if isinstance(content, str) else content)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None] | bytes | str) -> None:
-    """Write a file in one step: `write` is its content, or is called with the open binary file.
+def write_whole(path: Path, content: Content) -> None:
+    """Write a file in one step, into a folder that is there.
 
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    with _writing(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with told(path):
+        temporary = _beside(path, "tmp")
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                if callable(write):
-                    write(file)
-                else:
-                    file.write(write.encode("utf-8") if isinstance(write, str) else write)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
+            _write_file(temporary, content)
+            os.replace(temporary, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            with suppress(OSError):
+                os.unlink(temporary)
             raise
+        sync_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line in one write, unflushed: for records of which a copy is kept elsewhere. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode("utf-8") + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+    """A new folder of files in one step, in a folder that is there. The last file is the commit:
+
+    where the file system can't rename a folder, the files are written in their order at their place, and a reader
+    takes a folder without the last one for absent.
+
+    Raises:
+        MachineError: the disk is full or can't be written; nothing is left at `path`.
+    """
+    with told(path):
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        temporary = _beside(path, "tmp")
+        try:
+            _fill(temporary, contents)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in NO_FOLDER_RENAME:
+                    raise
+                _delete(temporary)
+                temporary = path
+                _fill(path, contents)
+        except BaseException:
+            with suppress(OSError):
+                _delete(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+def _fill(folder: Path, contents: Mapping[str, bytes]) -> None:
+    os.mkdir(folder)
+    for name, content in contents.items():
+        _write_file(folder / name, content)
+    sync_folder(folder)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` in one step when the block ends without an exception.
 
-    Files written inside are flushed first. A folder that already stands at `path` is replaced.
+    For what libraries write themselves. Files written inside are flushed first. A folder that already stands at `path`
+    is replaced.
 
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    with _writing(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with told(path):
+        temporary = _beside(path, "tmp")
         try:
+            os.mkdir(temporary)
             yield temporary
             for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
-                else:
-                    sync_folder(file)
-            temporary.chmod(0o755)
+                sync_folder(file)  # a file is flushed the same way
             sync_folder(temporary)
+            old = _beside(path, "deleted")
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                path.replace(old / path.name)
-                temporary.replace(path)
-                shutil.rmtree(old)
-            else:
-                temporary.replace(path)
+                os.replace(path, old)
+            os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        sync_folder(path.parent)
+        _delete(old)
+
+
+def discard(path: Path) -> None:
+    """Delete a folder such that no half of it ever stands under its name. Raises OSError."""
+    hidden = _beside(path, "deleted")
+    os.replace(path, hidden)
+    _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        for entry in sorted(os.listdir(path)):
+            _delete(path / entry)
+        os.rmdir(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
+def remove_leftovers(folder: Path, older_than: float = 0) -> None:
+    """Remove what killed processes left half written or half deleted, where it is older than so many seconds."""
+    with suppress(OSError):
+        for entry in sorted(folder.iterdir()):
+            if LEFTOVER.fullmatch(entry.name) and time.time() - entry.lstat().st_mtime >= older_than:
+                with suppress(OSError):
+                    _delete(entry)
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Before work begins: are `needed` bytes free where `folder` is, or will be?
+
+    Raises:
+        MachineError: they are not.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise MachineError(
+            f"{folder}: {what} take{'s' if not what.endswith('s') else ''} {needed / 1e6:,.0f} MB, but this disk has "
+            f"only {free / 1e6:,.0f} MB free. Free some space, or choose a folder on another disk"
+        )
 
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Write manifest.json into a folder that is being made: size and sha256 of each file, and the facts."""
+    files = {f.name: {"size": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of each file, as manifest.json says; {} where there is none. Raises ValueError: it is broken."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return {str(name): {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{MANIFEST} can't be read") from error
+
+
+def fault_in(folder: Path, manifest: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What is wrong with the files of a folder, by its manifest; None where each is as it was written."""
+    for name, file in manifest.items():
+        try:
+            if Path(name).name != name or sha256_of(folder / name) != file["sha256"]:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} can't be read: {error.strerror or error}"
+    return None

@@ -1,11 +1,13 @@
 """A recipe becomes a tuned model: the whole way of a run, step by step.
 
-Everything the user may have got wrong is found first (`prepare`), before a model loads. Then the base is loaded, LoRA
-added, the held-out loss and some answers taken, the model trained, and the same taken again.
+Everything the user may have got wrong is found first (`huarizo.prepare`). Then the base is loaded, LoRA added, the
+held-out loss and some answers taken, the model trained, and the same taken again.
 """
 
 import dataclasses
-import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,38 +16,30 @@ from rich.console import Console
 from rich.text import Text
 
 from huarizo.data.packing import cut, pack
-from huarizo.data.prepare import Data, prepare_data
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import write_skipped
-from huarizo.errors import Interrupted, UserError
-from huarizo.files import whole_folder, write_whole
-from huarizo.hub.names import Source, resolve_data, resolve_model
-from huarizo.machine import Choice, available_memory, cache_folder, choose_precision, device, micro_batch_tokens, rank
+from huarizo.errors import Interrupted, MachineError, UserError
+from huarizo.files import remove_leftovers, require_space, told, whole_folder, write_manifest, write_whole
+from huarizo.machine import Choice, cache_folder, device, rank, world_size
 from huarizo.model.dropout import hash_dropouts
 from huarizo.model.fast import compile_layers
 from huarizo.model.int8_load import load_int8_base
-from huarizo.model.load import activation_bytes_per_token, load_base, load_tokenizer, read_config, weight_bytes
+from huarizo.model.load import load_base
 from huarizo.model.lora import add_lora, count_weights
+from huarizo.prepare import Prepared, changed_files, prepare
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.results.chat import Assistant, answers
 from huarizo.results.report import Sample, card, load_samples, save_loss_plot, save_samples
-from huarizo.runs import Run, new_run
-from huarizo.training.checkpoint import newest_valid
-from huarizo.training.interrupt import StopOnSignal
+from huarizo.runs import Run, new_run, unfinished_runs
+from huarizo.training.checkpoint import Checkpoint, newest_valid, space_needed
+from huarizo.training.interrupt import Signals
+from huarizo.training.lock import RunLock
+from huarizo.training.origin import compare, facts, same_training
 from huarizo.training.progress import Metrics, ShowProgress
+from huarizo.training.saving import SaveAndStop
 from huarizo.training.trainer import LoraTrainer, training_arguments
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; they show which input channels of the base stand out
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A recipe whose every name has been found and checked, with its data tokenised. `recipe` is resolved."""
-
-    recipe: Recipe
-    model_source: Source
-    data: Data
-    choice: Choice
 
 
 @dataclass(frozen=True)
@@ -55,58 +49,6 @@ class Result:
     run: Run
     metrics: list[dict[str, Any]]
     samples: list[Sample]
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Find model and data, read and tokenise the rows, choose the precision; nothing heavy is loaded.
-
-    Raises:
-        UserError: whatever the user can mend, with the remedy.
-    """
-    on = device()
-    choice = choose_precision(recipe.precision, on)
-    sources = {"model": resolve_model(recipe.model), "train": resolve_data(recipe.data.train)}
-    if isinstance(recipe.data.eval, str):
-        sources["eval"] = resolve_data(recipe.data.eval, heldout=True)
-    for name, source in sources.items():
-        _check_pinned(name, source, recipe.pinned.get(name, {}))
-    config = read_config(sources["model"].path)
-    eval_file = sources["eval"].path if "eval" in sources else None
-    data = prepare_data(
-        recipe.data, recipe.training.seed, sources["train"].path, eval_file,
-        load_tokenizer(sources["model"].path), cache_folder() / "tokens",
-    )  # fmt: skip
-    resolved = recipe.model_copy(deep=True)
-    _fit_memory(resolved, config, choice, available_memory(on))
-    resolved.model = sources["model"].pinned
-    resolved.data.train = sources["train"].pinned
-    if "eval" in sources:
-        resolved.data.eval = sources["eval"].pinned
-    resolved.data.prompt = data.encoder.prompt.name
-    resolved.precision = choice.precision
-    resolved.pinned = {name: source.sha256 for name, source in sources.items()}
-    return Prepared(resolved, sources["model"], data, choice)
-
-
-def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:
-    """Choose the micro-batches, and activation checkpointing where not even the longest row fits without."""
-    if recipe.training.micro_batch_tokens is not None:
-        return
-    free = available - weight_bytes(config, choice.precision, choice.dtype)
-    tokens = micro_batch_tokens(activation_bytes_per_token(config, choice.dtype), free, device())
-    if tokens < recipe.data.max_length and "gradient_checkpointing" not in recipe.trainer:
-        recipe.trainer["gradient_checkpointing"] = True
-        tokens = recipe.data.max_length
-    recipe.training.micro_batch_tokens = max(tokens, 64)
-
-
-def _check_pinned(name: str, source: Source, pinned: dict[str, str]) -> None:
-    for file, digest in pinned.items():
-        if source.sha256.get(file) != digest:
-            raise UserError(
-                f"{source.path}: {file} is not the file that this recipe was made with (its sha256 differs). Put the "
-                f"file back, or remove pinned.{name} from the recipe to start a new run with what is there"
-            )
 
 
 def load_frozen(folder: Path, choice: Choice, rows: Any) -> Any:
@@ -131,41 +73,73 @@ def load_model(prepared: Prepared) -> Any:
     return model
 
 
-def fine_tune(recipe: Recipe, name: str = "run", console: Console | None = None) -> Result:
-    """Train by a recipe. `name` is the recipe's name, for the run folder.
+def fine_tune(
+    recipe: Recipe, name: str = "run", console: Console | None = None, go_on: Callable[[Run], bool] | None = None
+) -> Result:
+    """Train by a recipe.
+
+    name: the recipe's, for the run folder.
+    go_on: is asked, where an unfinished run of the same training is there, whether to go on with it instead.
 
     Raises:
         UserError: before anything was changed.
         MachineError: no disk space or memory left; the message says what was saved.
-        Interrupted: after Ctrl-C or SIGTERM; a checkpoint was written.
+        Interrupted: after Ctrl-C or SIGTERM, or at `training.max_minutes`; a checkpoint was written.
     """
-    console = _console(console)
-    run = new_run(recipe.output, name) if rank() == 0 else Run(Path(recipe.output or "runs"))
+    began, console = time.monotonic(), _console(console)
+    unfinished = unfinished_runs(recipe.output, name) if go_on and world_size() == 1 else []
+    if not unfinished:
+        new_run(recipe.output, name)  # says at once if it can't be
     prepared = prepare(recipe)
+    for old in unfinished:
+        if go_on and same_training(old.recipe(), prepared.recipe) and go_on(old):
+            return resume(old, console)
+    run = new_run(recipe.output, name) if rank() == 0 else Run(Path(recipe.output or "runs"))
     prepared.recipe.output = str(run.path)
-    if rank() == 0:
-        _open_folder(run, prepared)
-    _tell(console, prepared, run)
-    return _train(prepared, run, console, checkpoint=None)
+    with _locked(run) as lock:
+        if lock is not None:
+            _open_folder(run, prepared)
+        _tell(console, prepared, run)
+        return _train(Session(prepared, run, console, lock, began), None)
 
 
 def resume(run: Run, console: Console | None = None) -> Result:
     """Go on with an interrupted run from its newest whole checkpoint.
 
     Raises:
-        UserError: the run is complete, or model or data are not those it was started with.
+        UserError: the run is complete, or model, data or LoRA are not those it was started with.
     """
-    console = _console(console)
-    if (run.adapter / "adapter_model.safetensors").is_file():
+    began, console = time.monotonic(), _console(console)
+    if run.is_complete():
         raise UserError(f"{run.path}: this run is complete. Talk to it with `huarizo chat {run.path}`")
-    folder, damaged = newest_valid(run.checkpoints)
-    for fault in damaged:
-        console.print(Text(f"checkpoint passed over: {fault}", style="yellow"))
-    prepared = prepare(run.recipe())
-    _tell(console, prepared, run)
-    start = f"going on from {folder.name}" if folder else "no checkpoint yet: starting from the first step"
-    console.print(start)
-    return _train(prepared, run, console, folder)
+    with _locked(run) as lock:
+        if lock is not None:
+            remove_leftovers(run.path)
+            remove_leftovers(run.checkpoints)
+        checkpoint, damaged = newest_valid(run.checkpoints, set_aside=lock is not None)
+        for fault in damaged:
+            console.print(Text(f"damaged checkpoint set aside: {fault}", style="yellow"))
+        prepared = prepare(run.recipe())
+        session = Session(prepared, run, console, lock, began)
+        changes = compare(checkpoint, prepared.recipe, session.facts) if checkpoint else []
+        _tell(console, prepared, run)
+        if changes:
+            console.print(Text(f"changed since, so not bit-identical: {'; '.join(changes)}", style="yellow"))
+        start = f"going on from step {checkpoint.step}" if checkpoint else "no checkpoint yet: from the first step"
+        console.print(start)
+        return _train(session, checkpoint)
+
+
+@contextmanager
+def _locked(run: Run) -> Iterator[RunLock | None]:
+    """The run folder's lock, for the first process of a run; None for the others."""
+    if rank():
+        yield None
+        return
+    with told(run.path):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+    with RunLock(run.path) as lock:
+        yield lock
 
 
 def _console(console: Console | None) -> Console:
@@ -176,7 +150,6 @@ def _console(console: Console | None) -> Console:
 
 def _open_folder(run: Run, prepared: Prepared) -> None:
     write_whole(run.recipe_file, to_yaml(prepared.recipe))
-    run.checkpoints.mkdir(exist_ok=True)
     if prepared.data.problems:
         write_skipped(prepared.data.problems, run.skipped)
 
@@ -203,47 +176,74 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
         console.print(Text(f"{key:<10} {value}"), soft_wrap=True)
 
 
-def _train(prepared: Prepared, run: Run, console: Console, checkpoint: Path | None) -> Result:
+@dataclass(frozen=True)
+class Session:
+    """One process's work on a run. `lock` is None in all but the first process; `began`: `time.monotonic()`."""
+
+    prepared: Prepared
+    run: Run
+    console: Console
+    lock: RunLock | None
+    began: float
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the checkpoints' manifests say of this run."""
+        data = self.prepared.data.train.fingerprint
+        return facts(self.prepared.recipe, data, self.prepared.choice.precision, device())
+
+
+def _train(session: Session, checkpoint: Checkpoint | None) -> Result:
+    prepared, run, console = session.prepared, session.run, session.console
     recipe = prepared.recipe
     model = load_model(prepared)
     trainable = model.num_parameters(only_trainable=True)
+    if session.lock is not None:
+        require_space(run.path, space_needed(trainable, recipe.training.keep), "checkpoints and adapter")
     console.print(f"{'LoRA':<10} {trainable:,} of {count_weights(model):,} parameters are trained", soft_wrap=True)
     reason = compile_layers(model, device()) if recipe.training.compile else "as the recipe asks"
     console.print(
         f"{'layers':<10} {f'not compiled: {reason}' if reason else 'compiled with the first step'}", soft_wrap=True
     )
-    args = training_arguments(recipe, run, prepared.choice, device())
-    heldout = prepared.data.heldout.dataset if prepared.data.heldout else []
-    trainer = LoraTrainer(
-        model, args, prepared.data.train.dataset, heldout, recipe, run, recipe.training.micro_batch_tokens or 4096,
-        compiled=reason is None,
-    )  # fmt: skip
-    step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-    metrics = Metrics(run.metrics if rank() == 0 else Path(os.devnull), keep_until=step if checkpoint else None)
-    progress = ShowProgress(metrics, console, device())
-    trainer.add_callback(progress)
-    assistant = Assistant(model, prepared.data.encoder)
-    samples = _samples_before(assistant, prepared, run, console, fresh=checkpoint is None)
-    if heldout and checkpoint is None:
+    metrics = Metrics(run.metrics, checkpoint.metrics if checkpoint else None)
+    with Signals() as signals:
+        saving = SaveAndStop(
+            recipe, run.checkpoints, session.facts, metrics, console, signals, session.lock, session.began
+        )  # fmt: skip
+        trainer = LoraTrainer(
+            model, training_arguments(recipe, run, prepared.choice, device()), prepared.data.train.dataset,
+            prepared.data.heldout.dataset if prepared.data.heldout else [], recipe, run,
+            recipe.training.micro_batch_tokens or 4096, compiled=reason is None, saving=saving,
+        )  # fmt: skip
+        progress = ShowProgress(metrics, console, device(), trainer)
+        trainer.add_callback(progress)
+        assistant = Assistant(model, prepared.data.encoder)
+        samples = _samples_before(assistant, session, fresh=checkpoint is None)
+        if prepared.data.heldout and checkpoint is None:
+            trainer.evaluate()
+        try:
+            trainer.go_on(checkpoint)
+        finally:
+            progress.close()
+    if saving.stopped:
+        _say_stopped(saving, trainer.state, run)
+    if prepared.data.heldout and metrics.rows[-1].get("eval_loss") is None:
         trainer.evaluate()
-    try:
-        with StopOnSignal() as stop:
-            trainer.add_callback(stop)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        progress.close()
-    if stop.received:
-        raise Interrupted(
-            f"stopped by {stop.received} after step {trainer.state.global_step} of {trainer.state.max_steps}, which is "
-            f"saved. Go on with: huarizo resume {run.path}"
-        )
-    if heldout and metrics.rows[-1].get("eval_loss") is None:
-        trainer.evaluate()
-    return _finish(assistant, prepared, Result(run, metrics.rows, samples))
+    return _finish(assistant, session, Result(run, metrics.rows, samples), saving)
 
 
-def _samples_before(assistant: Assistant, prepared: Prepared, run: Run, console: Console, fresh: bool) -> list[Sample]:
+def _say_stopped(saving: SaveAndStop, state: Any, run: Run) -> None:
+    """Raises what a run ends with that was stopped before its end."""
+    where = f"stopped {saving.stopped} after step {state.global_step} of {state.max_steps}"
+    if saving.failure is not None:
+        kept = f"Step {saving.saved_step} is safe" if saving.saved_step >= 0 else "No step was saved"
+        raise MachineError(f"{where}, which could not be saved: {saving.failure}. {kept} in {run.checkpoints}")
+    raise Interrupted(f"{where}, which is saved. Go on with: huarizo resume {run.path}")
+
+
+def _samples_before(assistant: Assistant, session: Session, fresh: bool) -> list[Sample]:
     """The prompts that are answered before and after, with the answers before."""
+    prepared, run, console = session.prepared, session.run, session.console
     if rank():
         return []
     if not fresh and run.samples.is_file():
@@ -265,18 +265,44 @@ def _samples_before(assistant: Assistant, prepared: Prepared, run: Run, console:
     return samples
 
 
-def _finish(assistant: Assistant, prepared: Prepared, result: Result) -> Result:
-    """The adapter, the answers after, and the plot."""
+def _finish(assistant: Assistant, session: Session, result: Result, saving: SaveAndStop) -> Result:
+    """The adapter first, because it is the result; then the answers after, and the plot."""
     if rank():
         return result
+    run, console = session.run, session.console
+    try:
+        _save_adapter(run.adapter, assistant, session, result.metrics)
+    except MachineError as error:
+        raise MachineError(f"{error}. {_rescued(assistant, session, result, saving)}") from None
+    minutes = (time.monotonic() - session.began) / 60
+    console.print(f"{'saving':<10} took {saving.seconds:.1f} s of {minutes:.1f} minutes", soft_wrap=True)
+    for fault in changed_files(session.prepared.data_sources):
+        console.print(Text(f"{fault} changed during the run, which used it as it was", style="yellow"))
     turns = [OpenExchange(sample.instruction, sample.input) for sample in result.samples]
     after = answers(assistant, turns)
     samples = [dataclasses.replace(s, after=text) for s, text in zip(result.samples, after, strict=True)]
     result = dataclasses.replace(result, samples=samples)
-    save_samples(result.run, samples)
-    save_loss_plot(result.run, result.metrics)
-    with whole_folder(result.run.adapter) as folder:
+    save_samples(run, samples)
+    save_loss_plot(run, result.metrics)
+    return result
+
+
+def _save_adapter(target: Path, assistant: Assistant, session: Session, metrics: list[dict[str, Any]]) -> None:
+    prepared = session.prepared
+    with whole_folder(target) as folder:
         assistant.model.save_pretrained(str(folder), save_embedding_layers=False)
         prepared.data.encoder.tokenizer.save_pretrained(str(folder))
-        (folder / "README.md").write_text(card(prepared.recipe, prepared.model_source.reference, result.metrics))
-    return result
+        (folder / "README.md").write_text(card(prepared.recipe, prepared.model_source.reference, metrics))
+        write_manifest(folder)
+
+
+def _rescued(assistant: Assistant, session: Session, result: Result, saving: SaveAndStop) -> str:
+    """The run's folder can't take the adapter: put it where it can be found, and say where."""
+    place = cache_folder() / "rescued" / f"{session.run.path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    kept = f"step {saving.saved_step} is safe in {session.run.checkpoints}" if saving.saved_step >= 0 else ""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _save_adapter(place, assistant, session, result.metrics)
+    except (MachineError, OSError) as error:
+        return f"Nor could it be written elsewhere ({error}); {kept or 'no step was saved'}"
+    return f"The trained adapter is in {place}{'; ' + kept if kept else ''}"

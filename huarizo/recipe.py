@@ -35,7 +35,10 @@ DECIDED_ELSEWHERE = {
     "eval_on_start": "nothing: the held-out loss is always measured first",
     "do_train": "nothing: `huarizo train` trains",
     "do_eval": "`data.eval`",
-    "save_strategy": "`training.save_every`",
+    "save_strategy": "`training.save_every` and `training.save_minutes`",
+    "save_total_limit": "`training.keep`",
+    "save_only_model": "nothing: a checkpoint holds all that the next step depends on",
+    "logging_nan_inf_filter": "nothing: what is not a number is shown",
     "save_steps": "`training.save_every`",
     "resume_from_checkpoint": "`huarizo resume RUN`",
     "load_best_model_at_end": "nothing: checkpoints stay in the run folder",
@@ -149,8 +152,15 @@ class TrainingRecipe(Section):
     eval_every: int | None = Field(
         default=None, ge=1, description="held-out loss every so many steps; null = first and last"
     )
-    save_every: int | None = Field(
-        default=None, ge=1, description="checkpoint every so many steps; null = at each epoch's end"
+    save_minutes: float | None = Field(
+        default=5, gt=0, description="checkpoint every so many minutes, at most 1% of the time; null = not by time"
+    )
+    save_every: int | None = Field(default=None, ge=1, description="checkpoint every so many steps as well")
+    keep: int = Field(
+        default=2, ge=1, le=1000, description="newest checkpoints to keep; the best by held-out loss stays too"
+    )
+    max_minutes: float | None = Field(
+        default=None, gt=0, description="stop in time, with a checkpoint, where a session ends after so many minutes"
     )
     micro_batch_tokens: int | None = Field(
         default=None, ge=1, description="tokens computed at once; null = chosen for this machine. Changes no result"

@@ -51,9 +51,34 @@ class Run:
     def skipped(self) -> Path:
         return self.path / "skipped.jsonl"
 
+    def is_complete(self) -> bool:
+        """Whether the adapter is there, and the plot, which is written last."""
+        return (self.adapter / "adapter_model.safetensors").is_file() and self.loss_plot.is_file()
+
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
         return load_recipe(self.recipe_file)
+
+
+def unfinished_runs(output: str | None, recipe_name: str) -> list[Run]:
+    """Runs without a result at `output`, or of this recipe's name under runs/, the newest first."""
+    paths = (
+        [Path(output).expanduser()] if output else sorted(Path("runs").glob(f"{_plain(recipe_name)}-*"), reverse=True)
+    )
+    runs = [Run(path) for path in paths if (path / "recipe.yaml").is_file()]
+    return [run for run in runs if not run.is_complete() and _is_readable(run)]
+
+
+def _is_readable(run: Run) -> bool:
+    try:
+        run.recipe()
+    except UserError:
+        return False
+    return True
+
+
+def _plain(recipe_name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", recipe_name).strip("-.") or "run"
 
 
 def new_run(output: str | None, recipe_name: str) -> Run:
@@ -63,8 +88,7 @@ def new_run(output: str | None, recipe_name: str) -> Run:
         UserError: `output` holds a run already, or is no folder.
     """
     if output is None:
-        name = re.sub(r"[^\w.-]+", "-", recipe_name).strip("-.") or "run"
-        base = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        base = Path("runs") / f"{_plain(recipe_name)}-{time.strftime('%Y%m%d-%H%M%S')}"
         path, number = base, 2
         while path.exists():
             path, number = base.with_name(f"{base.name}-{number}"), number + 1

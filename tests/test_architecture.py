@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "huarizo").rglob("*.py"))
 # cli -> finetune -> results, training -> model, data -> kernels -> machine, hub, runs -> recipe, files -> errors
 LEVELS = [
-    {"__main__"}, {"cli"}, {"finetune", "doctor"}, {"results", "training"}, {"model", "data"}, {"kernels"},
+    {"__main__"}, {"cli"}, {"finetune", "prepare", "doctor"}, {"results", "training"}, {"model", "data"}, {"kernels"},
     {"hub", "machine", "runs"}, {"recipe", "files"}, {"errors"}, {""},
 ]  # fmt: skip
 

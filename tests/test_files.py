@@ -10,7 +10,7 @@ from huarizo.files import sha256_of, whole_folder, write_whole
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "file.txt"
+    target = tmp_path / "file.txt"
     write_whole(target, "안녕")
     write_whole(target, b"bytes")
     assert target.read_bytes() == b"bytes"

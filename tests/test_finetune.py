@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from huarizo.finetune import _fit_memory
 from huarizo.machine import Choice
 from huarizo.model.load import activation_bytes_per_token, weight_bytes
 from huarizo.model.lora import count_weights
+from huarizo.prepare import _fit_memory
 from huarizo.recipe import make_recipe
 from tests.tiny import make_model
 

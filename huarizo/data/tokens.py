@@ -7,21 +7,23 @@ model is asked: no token ever spans the border between prompt and response. Labe
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from huarizo.data.prompts import Piece, PromptFormat, Turn
 from huarizo.data.rows import Exchange, Row
 from huarizo.errors import DataError
-from huarizo.files import write_whole
+from huarizo.files import remove_leftovers, told, write_whole
 
 IGNORED = -100
 CHUNK = 1000  # rows tokenised in one call
-LAYOUT = 1  # of the cached file; part of its key
+LAYOUT = 2  # of the cached file; part of its key
+DAY = 86400  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +138,13 @@ class TokenisedRows:
     """`dataset` has columns input_ids, labels (lists of int32) and row (int64, an index into the rows).
 
     `cut` and `left_out` are indices of rows that were shortened, or had no response within `max_length`.
+    `fingerprint` is a hash of the rows and of everything else that decides the ids.
     """
 
     dataset: Any
     cut: list[int]
     left_out: list[int]
+    fingerprint: str
 
 
 def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRows:
@@ -158,17 +162,54 @@ def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRow
     for row in rows:
         digest.update(repr((row.system, row.exchanges)).encode("utf-8", "surrogatepass"))
     path = cache / f"{digest.hexdigest()[:40]}.arrow"
-    if not path.is_file():
-        write_whole(path, lambda file: _write_arrow(file, rows, encoder))
+    if not _is_whole(path):
+        with told(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(cache, older_than=DAY)
+        write_whole(path, lambda file: _write_with_digest(file, rows, encoder))
     with pa.memory_map(str(path)) as source:
         facts = json.loads((pa.ipc.open_stream(source).schema.metadata or {})[b"huarizo"])
-    result = TokenisedRows(Dataset.from_file(str(path)), facts["cut"], facts["left_out"])
+    result = TokenisedRows(Dataset.from_file(str(path)), facts["cut"], facts["left_out"], digest.hexdigest())
     if not len(result.dataset):
         raise DataError(
             f"none of the {len(rows)} rows has any of its response within data.max_length={encoder.max_length} tokens. "
             "Raise data.max_length, or shorten the prompts"
         )
     return result
+
+
+class _Hashed:
+    """A file whose bytes are hashed as they are written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_with_digest(file: BinaryIO, rows: Sequence[Row], encoder: Encoder) -> None:
+    """The Arrow stream, and behind its end the sha256 of all that: a damaged cache is made anew, never trained on."""
+    hashed = _Hashed(file)
+    _write_arrow(hashed, rows, encoder)
+    file.write(hashed.digest.digest())
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            digest, rest = hashlib.sha256(), os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size
+            while rest > 0 and (block := file.read(min(rest, 1 << 20))):
+                digest.update(block)
+                rest -= len(block)
+            return rest == 0 and file.read() == digest.digest()
+    except OSError:
+        return False
 
 
 def _write_arrow(file: Any, rows: Sequence[Row], encoder: Encoder) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from huarizo.errors import ModelError, RecipeError
+from huarizo.files import fault_in, manifest_of
 from huarizo.model.int8 import Int8Linear
 from huarizo.model.int8_lora import register
 from huarizo.recipe import LoraRecipe
@@ -72,6 +73,12 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder}: no adapter here (adapter_model.safetensors)")
+    try:
+        fault = fault_in(folder, manifest_of(folder))
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        raise ModelError(f"{folder}: {fault}. Make it again from the last checkpoint, or put a whole copy there")
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:  # whatever a broken or foreign adapter sets off

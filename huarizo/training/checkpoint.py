@@ -1,91 +1,157 @@
 """A checkpoint: everything that the next step depends on, in safetensors and JSON, complete or absent.
 
     step-000120/
-      adapter_model.safetensors   LoRA weights          rng.safetensors      torch's generators (CPU, each card)
-      optimizer.safetensors       moments by parameter  state.json           scheduler, scaler, Python's and NumPy's RNG
-      trainer_state.json          step, epoch, history  manifest.json        sha256 of each file, written last
+      adapter_model.safetensors   LoRA weights            trainer_state.json   step, epoch, history
+      optimizer.safetensors       moments by parameter    metrics.jsonl        what was shown so far
+      rng.safetensors             torch's generators      recipe.yaml          what is trained
+      state.json                  scheduler, scaler, Python's and NumPy's generators, the watched losses
+      manifest.json               sha256 and size of each file and what the run depends on; written last
 
-The folder is written beside its place and renamed there in one step. Nothing in it is a pickle.
+It is made in memory, written beside its place, flushed file by file, renamed in one step, and read again before older
+ones are deleted. Nothing in it is a pickle. A name is never used twice, and what is loaded is the bytes that were
+compared with the manifest.
 """
 
+import hashlib
 import json
 import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as tensor_bytes
 
-from huarizo.errors import UserError
-from huarizo.files import sha256_of, whole_folder
+from huarizo.errors import MachineError, UserError
+from huarizo.files import discard, told, write_folder
 
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{6,})(-\d+)?")
+DAMAGED = "damaged-"
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step-{step:06d}"
+@dataclass(frozen=True)
+class Trained:
+    """What training changes: a checkpoint is taken from it and put back into it. `scaler` may be None."""
+
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    scaler: Any
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint of the highest step whose files are all as its manifest says, and the faults of newer ones."""
-    damaged = []
-    for folder in sorted(checkpoints.glob("step-*"), key=_step_of, reverse=True):
-        fault = fault_of(folder)
-        if fault is None:
-            return folder, damaged
-        damaged.append(f"{folder.name}: {fault}")
-    return None, damaged
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole. `files` are the bytes that the manifest vouches for."""
+
+    path: Path
+    manifest: dict[str, Any]
+    files: dict[str, bytes]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl up to this step."""
+        return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
+
+    @property
+    def watched(self) -> dict[str, Any]:
+        """The state of the watch on the losses."""
+        return self._state["watched"]
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        return json.loads(self.files["state.json"])
+
+    def restore_weights(self, model: Any) -> None:
+        """Put the LoRA weights into the model.
+
+        Raises:
+            UserError: the adapter has other matrices than the model's.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        weights = load_tensors(self.files["adapter_model.safetensors"])
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
+            raise UserError(
+                f"{self.path}: the checkpoint has another LoRA than the recipe. Start a new run for another adapter"
+            )
+        set_peft_model_state_dict(model, weights)
+
+    def restore_optimizer(self, trained: Trained) -> None:
+        """Put back optimizer, scheduler and loss scaler."""
+        state = self._state
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_tensors(self.files["optimizer.safetensors"]).items():
+            parameter, _, key = name.partition(".")
+            moments.setdefault(int(parameter), {})[key] = tensor
+        trained.optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer_groups"]})
+        trained.scheduler.load_state_dict(state["scheduler"])
+        if trained.scaler is not None and state["scaler"] is not None:
+            trained.scaler.load_state_dict(state["scaler"])
+
+    def restore_generators(self, rank: int) -> None:
+        """Put back the random number generators of Python, NumPy and torch."""
+        state = self._state
+        version, internal, gauss = state["python_rng"]
+        random.setstate((version, tuple(internal), gauss))
+        numpy_state = state["numpy_rng"]
+        numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+        np.random.set_state(numpy_state)
+        tensors = load_tensors(self.files["rng.safetensors"])
+        mine = tensors.get(f"process.{rank}", tensors["process.0"])
+        cpu, cards = mine[: state["cpu_rng_bytes"]], mine[state["cpu_rng_bytes"] :]
+        torch.set_rng_state(cpu)
+        if torch.cuda.is_available() and len(cards) % torch.cuda.device_count() == 0 and len(cards):
+            torch.cuda.set_rng_state_all(list(cards.view(torch.cuda.device_count(), -1)))
 
 
-def _step_of(folder: Path) -> int:
-    number = folder.name.removeprefix("step-")
-    return int(number) if number.isdecimal() else -1
+def generators() -> torch.Tensor:
+    """torch's generators of this process, of the CPU and then of each card, as uint8 [bytes]."""
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.cat([torch.get_rng_state(), *cards])
 
 
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest["files"].items():
-            if sha256_of(folder / name) != digest:
-                return f"{name} is not as it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "its manifest can't be read"
-    return None
+def contents(
+    trained: Trained, trainer_state: str, metrics: list[dict[str, Any]], recipe: str, rng: list[torch.Tensor],
+    watched: dict[str, Any],
+) -> dict[str, bytes]:  # fmt: skip
+    """The files of a checkpoint, without the manifest.
 
-
-def save(folder: Path, model: Any, optimizer: Any, scheduler: Any, scaler: Any, trainer_state: Any) -> None:
-    """Write a checkpoint in one step. `scaler` may be None.
-
-    Raises:
-        MachineError: the disk is full or can't be written; nothing that was there is damaged.
+    trainer_state: JSON of the Trainer's state; recipe: YAML; rng: `generators` of each process.
     """
-    with whole_folder(folder) as temporary:
-        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in weights.items()},
-            temporary / "adapter_model.safetensors",
-        )
-        tensors, groups = _split(optimizer.state_dict())
-        save_file(tensors, temporary / "optimizer.safetensors")
-        save_file(_rng_tensors(), temporary / "rng.safetensors")
-        numpy_state: Any = np.random.get_state(legacy=False)
-        numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-        state = {
-            "optimizer_groups": groups,
-            "scheduler": scheduler.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "python_rng": random.getstate(),
-            "numpy_rng": numpy_state,
-        }
-        (temporary / "state.json").write_text(json.dumps(state))
-        trainer_state.save_to_json(str(temporary / "trainer_state.json"))
-        files = {file.name: sha256_of(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"torch": torch.__version__, "files": files}, indent=1))
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(trained.model, save_embedding_layers=False)
+    tensors, groups = _split(trained.optimizer.state_dict())
+    numpy_state: Any = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    state = {
+        "optimizer_groups": groups,
+        "scheduler": trained.scheduler.state_dict(),
+        "scaler": trained.scaler.state_dict() if trained.scaler is not None else None,
+        "python_rng": random.getstate(),
+        "numpy_rng": numpy_state,
+        "cpu_rng_bytes": len(torch.get_rng_state()),
+        "watched": watched,
+    }
+    return {
+        "adapter_model.safetensors": tensor_bytes({n: t.detach().cpu().contiguous() for n, t in weights.items()}),
+        "optimizer.safetensors": tensor_bytes(tensors),
+        "rng.safetensors": tensor_bytes({f"process.{number}": state for number, state in enumerate(rng)}),
+        "state.json": json.dumps(state).encode(),
+        "trainer_state.json": trainer_state.encode(),
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics).encode(),
+        "recipe.yaml": recipe.encode(),
+    }
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -93,57 +159,152 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[st
     tensors = {}
     for parameter, values in state["state"].items():
         for key, value in values.items():
-            tensors[f"{parameter}.{key}"] = torch.as_tensor(value).detach().contiguous()
+            tensors[f"{parameter}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     return tensors, state["param_groups"]
 
 
-def _rng_tensors() -> dict[str, torch.Tensor]:
-    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), **{f"cuda.{i}": state for i, state in enumerate(cards)}}
+def space_needed(trainable: int, keep: int) -> int:
+    """Bytes that checkpoints and adapter may take on disk.
+
+    trainable: LoRA's parameters, of which weight and two moments are kept in fp32; some megabytes go to the history.
+    """
+    return (12 * trainable + 8_000_000) * (keep + 3) + 4 * trainable + 20_000_000
 
 
-def load_weights(folder: Path, model: Any) -> None:
-    """Put the LoRA weights of a checkpoint into the model.
+def save(checkpoints: Path, step: int, files: Mapping[str, bytes], facts: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint, read it again, and then delete older ones.
+
+    facts: what the manifest says beside the files. With `heldout_loss` and `running_loss` (or None) it tells which
+    checkpoints are the best; these are kept, and the newest `keep`.
 
     Raises:
-        UserError: the checkpoint's adapter has other matrices than the model's.
+        MachineError: the disk is full or can't be written, or gives back other bytes; no older one was touched.
     """
-    weights = load_file(folder / "adapter_model.safetensors")
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
-        raise UserError(
-            f"{folder}: the checkpoint has another LoRA than the recipe. Start a new run for another adapter"
-        )
-    set_peft_model_state_dict(model, weights)
+    manifest = {
+        "format": 1,
+        "step": step,
+        **facts,
+        "files": {n: {"sha256": hashlib.sha256(c).hexdigest(), "size": len(c)} for n, c in files.items()},
+    }
+    manifest["sha256"] = _digest(manifest)
+    path = _free_name(checkpoints, step)
+    write_folder(path, {**files, MANIFEST: json.dumps(manifest, indent=1).encode()})
+    if fault := fault_of(path):
+        raise MachineError(f"{path}: the disk does not give back what was written ({fault}). Use another disk")
+    with told(checkpoints):
+        _prune(checkpoints, keep)
+    return path
 
 
-def load_optimizer(folder: Path, optimizer: Any, scheduler: Any, scaler: Any) -> None:
-    """Restore optimizer, scheduler and loss scaler."""
-    state = _state(folder)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
-        parameter, _, key = name.partition(".")
-        moments.setdefault(int(parameter), {})[key] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": state["optimizer_groups"]})
-    scheduler.load_state_dict(state["scheduler"])
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(state["scaler"])
+def _free_name(checkpoints: Path, step: int) -> Path:
+    """`step-000120`, or `step-000120-2` where there was one already, be it whole, damaged or half written."""
+    taken = {entry.name.removeprefix(DAMAGED) for entry in checkpoints.iterdir()} if checkpoints.is_dir() else set()
+    name, number = f"step-{step:06d}", 2
+    while name in taken:
+        name, number = f"step-{step:06d}-{number}", number + 1
+    return checkpoints / name
 
 
-def load_rng(folder: Path) -> None:
-    """Restore the random number generators of Python, NumPy and torch."""
-    state = _state(folder)
-    version, internal, gauss = state["python_rng"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy_state = state["numpy_rng"]
-    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state(numpy_state)
-    tensors = load_file(folder / "rng.safetensors")
-    torch.set_rng_state(tensors.pop("cpu"))
-    if torch.cuda.is_available():
-        for name, tensor in tensors.items():
-            torch.cuda.set_rng_state(tensor, int(name.partition(".")[2]))
+def _prune(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest `keep` by step, the best by held-out loss and the one of the lowest running loss."""
+    folders = newest_first(checkpoints)
+    kept = set(folders[:keep])
+    for key in ("heldout_loss", "running_loss"):
+        losses = {folder: loss for folder in folders if (loss := _fact(folder, key)) is not None}
+        if losses:
+            kept.add(min(losses, key=lambda folder: losses[folder]))
+    for folder in folders:
+        if folder not in kept:
+            discard(folder)
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+def _fact(folder: Path, key: str) -> Any:
+    try:
+        return _manifest(folder).get(key)
+    except _DamagedError:
+        return None
+
+
+def newest_first(checkpoints: Path) -> list[Path]:
+    """All checkpoints by name, whole or not, the highest step first; never by file time."""
+    found = [(match, entry) for entry in _entries(checkpoints) if (match := NAME.fullmatch(entry.name))]
+    found.sort(key=lambda pair: (int(pair[0][1]), -int(pair[0][2] or -1)), reverse=True)
+    return [entry for _, entry in found]
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def newest_valid(checkpoints: Path, set_aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint of the highest step whose files are all as its manifest says, and the faults of newer ones.
+
+    set_aside: give the damaged ones a name that says so.
+    """
+    damaged = []
+    for folder in newest_first(checkpoints):
+        try:
+            manifest = _manifest(folder)
+            return Checkpoint(folder, manifest, dict(_verified(folder, manifest))), damaged
+        except _DamagedError as fault:
+            damaged.append(f"{folder.name}: {fault}")
+        with told(folder):
+            if set_aside:
+                folder.rename(folder.with_name(DAMAGED + folder.name))
+    return None, damaged
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words, or None. One file at a time is held in memory."""
+    try:
+        for _ in _verified(folder, _manifest(folder)):
+            pass
+    except _DamagedError as fault:
+        return str(fault)
+    return None
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not as it was written."""
+
+
+def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """Each file's name and bytes, which are those of the manifest."""
+    for name, file in manifest["files"].items():
+        try:
+            content = (folder / name).read_bytes()
+        except FileNotFoundError:
+            raise _DamagedError(f"{name} is missing") from None
+        except OSError as error:
+            raise _DamagedError(f"{name} can't be read: {error.strerror or error}") from None
+        if hashlib.sha256(content).hexdigest() != file["sha256"]:
+            raise _DamagedError(f"{name} is not as it was written")
+        yield name, content
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, judged to be whole and of this folder."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        digest = manifest.pop("sha256")
+        step = manifest["step"]
+    except FileNotFoundError:
+        raise _DamagedError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise _DamagedError("its manifest can't be read") from None
+    if digest != _digest(manifest):
+        raise _DamagedError("its manifest is not as it was written")
+    match = NAME.fullmatch(folder.name)
+    if match is None or int(match[1]) != step:
+        raise _DamagedError(f"its manifest is that of step {step}")
+    return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,25 +1,21 @@
-"""Ctrl-C and SIGTERM stop a run after the step it is in, with a checkpoint; a second one stops it at once."""
+"""Ctrl-C, SIGTERM and a lost terminal stop a run after the step it is in; a second signal stops it at once."""
 
 import signal
 from types import FrameType
 from typing import Any
 
-import torch
-from transformers import TrainerCallback
 
-from huarizo.machine import world_size
-
-
-class StopOnSignal(TrainerCallback):
-    """Within `with StopOnSignal() as stop:` signals are noted; as a callback it asks for a checkpoint and the end."""
+class Signals:
+    """Within `with Signals() as signals:` they are noted instead of ending the process."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopOnSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+    def __enter__(self) -> "Signals":
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if number := getattr(signal, name, None):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -30,14 +26,3 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        wanted = self.received is not None
-        if world_size() > 1:  # the processes stop after the same step
-            flag = torch.tensor(int(wanted), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            wanted = bool(flag.item())
-        if wanted and state.global_step < state.max_steps:
-            self.received = self.received or "SIGTERM"
-            control.should_save = True
-            control.should_training_stop = True

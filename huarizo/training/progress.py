@@ -5,6 +5,7 @@ optimizer steps, without evaluation and saving, and without the first step as so
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
-from huarizo.machine import peak_memory
+from huarizo.files import append_line, write_whole
+from huarizo.machine import peak_memory, rank
 from huarizo.model.fast import seconds_compiling
-from huarizo.runs import read_jsonl
 
 PLAIN_SECONDS = 10  # between two lines where there is no terminal
 
@@ -29,25 +31,47 @@ def duration(seconds: float) -> str:
 
 
 class Metrics:
-    """metrics.jsonl: appended line by line, and kept in memory for the summary."""
+    """metrics.jsonl: appended line by line; the rows in memory, which every checkpoint holds too, are what counts."""
 
-    def __init__(self, path: Path, keep_until: int | None = None) -> None:
-        """`keep_until` is the step of the checkpoint that a resumed run starts from; later lines are dropped."""
-        self.path = path
-        self.rows = [] if keep_until is None else [row for row in read_jsonl(path) if row["step"] <= keep_until]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+    def __init__(self, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
+        """`rows` are those of the checkpoint that a run goes on from."""
+        self.path, self.rows = path, list(rows or [])
+        self.unwritten: OSError | None = None
+        if rank() == 0:
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if rank():
+            return
+        try:
+            append_line(self.path, json.dumps(row))
+        except OSError as error:
+            self.unwritten = error
+
+    def complete(self) -> None:
+        """Write the whole file anew where a line could not be written.
+
+        Raises:
+            MachineError: it still can't.
+        """
+        if self.unwritten is not None and rank() == 0:
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.unwritten = None
+
+
+def _finite(value: float | None) -> float | None:
+    """The value where it is a number that JSON knows."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class ShowProgress(TrainerCallback):
     """Shows each logged step on the console and appends it to the metrics."""
 
-    def __init__(self, metrics: Metrics, console: Console, device: torch.device) -> None:
-        self.metrics, self.console, self.device = metrics, console, device
+    def __init__(self, metrics: Metrics, console: Console, device: torch.device, trainer: Any) -> None:
+        self.metrics, self.console, self.device, self.trainer = metrics, console, device, trainer
+        self.elapsed_before = max((row.get("elapsed_s") or 0 for row in metrics.rows), default=0)
+        self.told_unwritten = False
         self.seconds, self.tokens, self.steps = 0.0, 0, 0  # in optimizer steps since training began or went on
         self.last_line = 0.0
         self.bar: Progress | None = None
@@ -86,25 +110,38 @@ class ShowProgress(TrainerCallback):
             row["eval_loss"] = logs["eval_loss"]
         else:
             row |= {
-                "loss": logs["loss"],
+                "loss": _finite(logs["loss"]),
                 "lr": logs["learning_rate"],
-                "grad_norm": logs.get("grad_norm"),
+                "grad_norm": _finite(logs.get("grad_norm")),
                 "tokens": state.num_input_tokens_seen,
                 "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
-                "elapsed_s": round(time.perf_counter() - self.began, 1),
-                "eta_s": round((state.max_steps - state.global_step) * self.seconds / max(self.steps - 1, 1), 1),
+                "elapsed_s": round(self.elapsed_before + time.perf_counter() - self.began, 1),
+                "eta_s": self._eta(state),
                 "memory_gb": round(peak_memory(self.device) / 1e9, 2),
             }
+            skipped = self.trainer.watch.skipped
+            row |= {"skipped_steps": skipped} if skipped else {}
         self.metrics.add(row)
+        if self.metrics.unwritten and not self.told_unwritten:
+            self.told_unwritten = True
+            self.console.print(Text(f"{self.metrics.path}: {self.metrics.unwritten}. Going on without it", "yellow"))
         self._show(row, state.max_steps)
+
+    def _eta(self, state: Any) -> float | None:
+        """Seconds to the last step; None in the first step, whose time is that of compilation."""
+        if self.steps < 2:
+            return None
+        return round((state.max_steps - state.global_step) * self.seconds / (self.steps - 1), 1)
 
     def _show(self, row: dict[str, Any], max_steps: int) -> None:
         if "eval_loss" in row:
             self.console.print(f"step {row['step']}: held-out loss {row['eval_loss']:.4f}")
             return
+        loss = "not finite, step left out" if row["loss"] is None else f"{row['loss']:.4f}"
+        left = f", {duration(row['eta_s'])} left" if row["eta_s"] is not None else ""
         line = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_second'] or 0:.0f} tokens/s  "
-            f"{duration(row['elapsed_s'])} gone, {duration(row['eta_s'] or 0)} left  {row['memory_gb']:.1f} GB"
+            f"loss {loss}  lr {row['lr']:.1e}  {row['tokens_per_second'] or 0:.0f} tokens/s  "
+            f"{duration(row['elapsed_s'])} gone{left}  {row['memory_gb']:.1f} GB"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], description=line)

@@ -8,12 +8,12 @@ callbacks, trackers and mixed precision stay the Trainer's. Checkpoints are writ
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
 from huarizo.errors import MachineError
@@ -23,7 +23,9 @@ from huarizo.model.lora import count_weights
 from huarizo.model.loss import PackedLoss
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
-from huarizo.training import checkpoint
+from huarizo.training.checkpoint import Checkpoint, Trained, generators
+from huarizo.training.losses import LossWatch, WatchLosses
+from huarizo.training.saving import SaveAndStop
 
 LEAST_TOKENS = 64  # of a micro-batch, below which out of memory is final
 
@@ -31,7 +33,7 @@ LEAST_TOKENS = 64  # of a micro-batch, below which out of memory is final
 def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.device) -> TrainingArguments:
     """The recipe as TrainingArguments; `recipe.trainer` may set every field that the recipe leaves open."""
     training = recipe.training
-    defaults: dict[str, Any] = {"logging_steps": 1, "report_to": "none", "logging_nan_inf_filter": False}
+    defaults: dict[str, Any] = {"logging_steps": 1, "report_to": "none"}
     return TrainingArguments(
         **(defaults | recipe.trainer),
         output_dir=str(run.path),
@@ -42,8 +44,8 @@ def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.devic
         seed=training.seed,
         eval_strategy="steps" if training.eval_every else "no",
         eval_steps=training.eval_every,
-        save_strategy="steps" if training.save_every else "epoch",
-        save_steps=training.save_every or 500,
+        save_strategy="no",  # `huarizo.training.saving` decides when
+        logging_nan_inf_filter=False,
         fp16=choice.dtype == torch.float16,
         use_cpu=on.type == "cpu",
         remove_unused_columns=False,
@@ -59,8 +61,9 @@ class LoraTrainer(Trainer):
         args: from `training_arguments`.
         rows: the training rows; each has `input_ids` and `labels`.
         heldout: rows for the held-out loss; may be empty.
-        recipe, run: what is trained, and where its checkpoints go.
+        recipe, run: what is trained, and its folder.
         budget: tokens of a micro-batch.
+        saving: writes the checkpoints; None for a run without any.
         compiled: whether the model's layers are compiled (see `huarizo.model.fast`).
     """
 
@@ -74,11 +77,17 @@ class LoraTrainer(Trainer):
         run: Run,
         budget: int,
         compiled: bool = False,
+        saving: SaveAndStop | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=heldout, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.recipe, self.run, self.budget = recipe, run, budget
+        self.recipe, self.budget, self.saving = recipe, budget, saving
+        self.watch, self.last_loss, self.last_finite = LossWatch(), 0.0, True
+        self.checkpoint: Checkpoint | None = None  # that the run goes on from
+        self.add_callback(WatchLosses(self, recipe.precision, run.path))
+        if saving is not None:
+            self.add_callback(saving)
         self.num_weights = count_weights(model)
         self.packed_loss = PackedLoss(model.get_base_model(), compiled)
 
@@ -127,7 +136,22 @@ class LoraTrainer(Trainer):
             torch.cuda.empty_cache()
             logging.getLogger(__name__).warning("out of memory: going on with micro-batches of %d tokens", self.budget)
         self.state.num_input_tokens_seen += inputs.num_tokens
+        self._leave_out_unless_finite(model, loss)
         return loss
+
+    def _leave_out_unless_finite(self, model: Any, loss: torch.Tensor) -> None:
+        """Without gradients the optimizer changes neither weights nor moments. A loss scaler sees to it by itself."""
+        norm = torch.zeros((), device=loss.device)
+        if self._scaler() is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        finite = (loss + norm.to(loss.device)).isfinite()
+        told = torch.stack([loss.float(), finite.float()])
+        if world_size() > 1:
+            told = self.accelerator.reduce(told, "mean")  # pyright: ignore
+        self.last_loss, share_finite = told.tolist()  # pyright: ignore
+        self.last_finite = share_finite == 1 and math.isfinite(self.last_loss)
+        if not self.last_finite:
+            model.zero_grad(set_to_none=True)
 
     def _accumulate(self, model: Any, step: Any) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
@@ -182,24 +206,57 @@ class LoraTrainer(Trainer):
     # The Trainer's hooks for saving and loading (seen with transformers 5.17 to 5.23).
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.saving is None:
+            return
+        rng = generators().to(self.args.device)
+        rngs = [rng] if world_size() == 1 else list(self.accelerator.gather(rng[None]))  # pyright: ignore
         if self.is_world_process_zero():
-            folder = checkpoint.folder_of(self.run.checkpoints, self.state.global_step)
-            checkpoint.save(folder, self.model, self.optimizer, self.lr_scheduler, self._scaler(), self.state)
+            self.saving.write(self._trained(), self.state, [rng.cpu() for rng in rngs], self.watch)
         self.accelerator.wait_for_everyone()
+
+    def _trained(self) -> Trained:
+        return Trained(self.model, self.optimizer, self.lr_scheduler, self._scaler())
 
     def _scaler(self) -> Any:
         return getattr(self.accelerator, "scaler", None)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.load_weights(Path(resume_from_checkpoint), self.model)
+    def go_on(self, checkpoint: Checkpoint | None) -> None:
+        """Train to the end, from a checkpoint or from the first step.
 
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:  # pyright: ignore
-        if checkpoint_folder is not None:
-            checkpoint.load_optimizer(Path(checkpoint_folder), self.optimizer, self.lr_scheduler, self._scaler())
+        Raises:
+            DivergedError: the losses went wrong.
+            MachineError: out of memory.
+            UserError: the checkpoint has another LoRA.
+        """
+        self.checkpoint = checkpoint
+        if checkpoint is None:
+            self.train()
+            return
+        self.watch = LossWatch.from_state(checkpoint.watched)
+        if checkpoint.step < self.total_steps:
+            self.train(resume_from_checkpoint=str(checkpoint.path))
+        else:
+            checkpoint.restore_weights(self.model)
+            self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        training = self.recipe.training
+        steps = -(-len(self.train_dataset) // training.batch_size)  # pyright: ignore[reportArgumentType]
+        return training.max_steps or math.ceil(training.epochs * steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self.checkpoint is not None
+        self.checkpoint.restore_weights(self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.restore_optimizer(self._trained())
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: the scaler comes with the optimizer."""
 
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:  # pyright: ignore
-        if checkpoint_folder is not None:
-            checkpoint.load_rng(Path(checkpoint_folder))
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.restore_generators(rank())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from huarizo.data.packing import StepCollator, order
 from huarizo.data.prompts import TextFormat, alpaca
@@ -16,7 +17,9 @@ from huarizo.model.attention import NAME as PACKED
 from huarizo.model.lora import add_lora
 from huarizo.recipe import Recipe, load_recipe, make_recipe
 from huarizo.runs import Run
+from huarizo.training.interrupt import Signals
 from huarizo.training.progress import Metrics, ShowProgress
+from huarizo.training.saving import SaveAndStop
 from huarizo.training.trainer import LoraTrainer, training_arguments
 from tests.stock import padded_loss_and_gradients, tutorial_run
 from tests.tiny import make_model
@@ -55,14 +58,19 @@ def lora_model(recipe: Recipe, **config: Any) -> Any:
 
 
 def make_trainer(
-    model: Any, recipe: Recipe, rows: Any, tmp_path: Path, budget: int = 4096, console: Any = None
-) -> LoraTrainer:
+    model: Any, recipe: Recipe, rows: Any, tmp_path: Path, budget: int = 4096, console: Any = None,
+    rows_so_far: Any = None,
+) -> LoraTrainer:  # fmt: skip
     model.get_base_model().set_attn_implementation(PACKED)
     run, cpu = Run(tmp_path / "run"), torch.device("cpu")
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
     args = training_arguments(recipe, run, Choice("fp32", "test", torch.float32), cpu)
-    trainer = LoraTrainer(model, args, rows, [], recipe, run, budget)
-    if console is not None:
-        trainer.add_callback(ShowProgress(Metrics(tmp_path / "metrics.jsonl"), console, cpu))
+    quiet, metrics = Console(quiet=True), Metrics(tmp_path / "metrics.jsonl", rows_so_far)
+    saving = None
+    if recipe.training.save_every:
+        saving = SaveAndStop(recipe, run.checkpoints, {}, metrics, quiet, Signals())
+    trainer = LoraTrainer(model, args, rows, [], recipe, run, budget, saving=saving)
+    trainer.add_callback(ShowProgress(metrics, console or quiet, cpu, trainer))
     return trainer
 
 

@@ -1,0 +1,94 @@
+"""A recipe is made ready: every name found, every row checked and tokenised, precision and memory planned.
+
+What the user may have got wrong is told here, before a model loads and before anything is written into a run folder.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huarizo.data.prepare import Data, prepare_data
+from huarizo.errors import DataError, UserError
+from huarizo.files import sha256_of
+from huarizo.hub.names import Source, resolve_data, resolve_model
+from huarizo.machine import Choice, available_memory, cache_folder, choose_precision, device, micro_batch_tokens
+from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
+from huarizo.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe whose every name has been found and checked, with its data tokenised. `recipe` is resolved."""
+
+    recipe: Recipe
+    model_source: Source
+    data_sources: list[Source]
+    data: Data
+    choice: Choice
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Find model and data, read and tokenise the rows, choose the precision; nothing heavy is loaded.
+
+    Raises:
+        UserError: whatever the user can mend, with the remedy.
+    """
+    on = device()
+    choice = choose_precision(recipe.precision, on)
+    sources = {"model": resolve_model(recipe.model), "train": resolve_data(recipe.data.train)}
+    if isinstance(recipe.data.eval, str):
+        sources["eval"] = resolve_data(recipe.data.eval, heldout=True)
+    for name, source in sources.items():
+        _check_pinned(name, source, recipe.pinned.get(name, {}))
+    config = read_config(sources["model"].path)
+    eval_file = sources["eval"].path if "eval" in sources else None
+    data = prepare_data(
+        recipe.data, recipe.training.seed, sources["train"].path, eval_file,
+        load_tokenizer(sources["model"].path), cache_folder() / "tokens",
+    )  # fmt: skip
+    data_sources = [source for name, source in sources.items() if name != "model"]
+    for file in changed_files(data_sources):
+        raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
+    resolved = recipe.model_copy(deep=True)
+    _fit_memory(resolved, config, choice, available_memory(on))
+    resolved.model = sources["model"].pinned
+    resolved.data.train = sources["train"].pinned
+    if "eval" in sources:
+        resolved.data.eval = sources["eval"].pinned
+    resolved.data.prompt = data.encoder.prompt.name
+    resolved.precision = choice.precision
+    resolved.pinned = {name: source.sha256 for name, source in sources.items()}
+    return Prepared(resolved, sources["model"], data_sources, data, choice)
+
+
+def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:
+    """Choose the micro-batches, and activation checkpointing where not even the longest row fits without."""
+    if recipe.training.micro_batch_tokens is not None:
+        return
+    free = available - weight_bytes(config, choice.precision, choice.dtype)
+    tokens = micro_batch_tokens(activation_bytes_per_token(config, choice.dtype), free, device())
+    if tokens < recipe.data.max_length and "gradient_checkpointing" not in recipe.trainer:
+        recipe.trainer["gradient_checkpointing"] = True
+        tokens = recipe.data.max_length
+    recipe.training.micro_batch_tokens = max(tokens, 64)
+
+
+def changed_files(sources: Iterable[Source]) -> list[Path]:
+    """The files of data sets that are no longer what was found at first, or no longer there."""
+    changed = []
+    for source in sources:
+        for name, digest in source.sha256.items():
+            path = source.path / name if source.path.is_dir() else source.path
+            if not path.is_file() or sha256_of(path) != digest:
+                changed.append(path)
+    return changed
+
+
+def _check_pinned(name: str, source: Source, pinned: dict[str, str]) -> None:
+    for file, digest in pinned.items():
+        if source.sha256.get(file) != digest:
+            raise UserError(
+                f"{source.path}: {file} is not the file that this recipe was made with (its sha256 differs). Put the "
+                f"file back, or remove pinned.{name} from the recipe to start a new run with what is there"
+            )

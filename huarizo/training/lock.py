@@ -1,0 +1,161 @@
+"""One process at a time trains in a run folder.
+
+The lock is the kernel's (flock), which ends with its holder, however that ends. The file also says who holds it, for
+messages, and for folders that several machines share (Drive, NFS), where flock may hold on one machine only: there the
+holder renews the file's time while it trains, and a lock that was not renewed for some minutes is taken for stale.
+"""
+
+import errno
+import json
+import os
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huarizo.errors import MachineError, UserError
+from huarizo.files import told
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+STALE_AFTER = 600  # seconds without a sign of life, on a folder that several machines share
+RENEW_EVERY = 30  # seconds
+LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "apfs", "bcachefs"}
+
+
+class RunLock:
+    """Held within `with RunLock(folder) as lock:`.
+
+    Raises (on entering):
+        UserError: another process trains in this folder.
+        MachineError: the folder can't be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self._descriptor = -1
+        self._renewed = 0.0
+
+    def __enter__(self) -> "RunLock":
+        with told(self.path):
+            while self._descriptor < 0:
+                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+                try:
+                    taken = self._take()
+                except BaseException:
+                    os.close(self._descriptor)
+                    raise
+                if not taken:
+                    os.close(self._descriptor)
+                    self._descriptor = -1
+        return self
+
+    def _take(self) -> bool:
+        """Lock the open file; False where its holder has just removed it, so that another has to be opened."""
+        exclusive = self._flock()
+        if not self._is_ours():
+            return False
+        holder = self._holder()
+        if not exclusive or (holder and self._lives(holder, flock_says_free=exclusive is True)):
+            raise UserError(
+                f"{self.path.parent}: another process trains here (process {holder.get('pid', '?')} on "
+                f"{holder.get('host', '?')}). Wait for it or end it; if you know that it is gone, delete {self.path}"
+            )
+        note = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
+        return True
+
+    def _is_ours(self) -> bool:
+        """Whether the open file is the one that stands at the path."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+
+    def _flock(self) -> bool | None:
+        """True: ours now; False: another's; None: this file system has no such locks."""
+        if fcntl is None:
+            return None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+            return None
+        return True
+
+    def _holder(self) -> dict[str, Any]:
+        """Who wrote the note that stands in the file; {} after an orderly end."""
+        try:
+            note = json.loads(os.pread(self._descriptor, 4096, 0))
+            return note if isinstance(note, dict) and isinstance(note.get("pid"), int) else {}
+        except ValueError:
+            return {}
+
+    def _lives(self, holder: dict[str, Any], flock_says_free: bool) -> bool:
+        """Whether the process of the note may still train, although the kernel of this machine sees no lock."""
+        if holder.get("host") == platform.node():
+            return not flock_says_free and _runs(holder["pid"])
+        if flock_says_free and file_system(self.path) in LOCAL:
+            return False
+        return time.time() - os.fstat(self._descriptor).st_mtime < STALE_AFTER
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(OSError):  # where the drive is gone, the note grows stale
+            if self._is_ours():
+                self.path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def renew(self) -> None:
+        """A sign of life, at most every RENEW_EVERY seconds."""
+        if time.monotonic() - self._renewed >= RENEW_EVERY:
+            self._renewed = time.monotonic()
+            with suppress(OSError):  # told where something is saved
+                os.utime(self._descriptor)
+
+    def require_folder(self) -> None:
+        """Is the run folder still the one that was locked? A drive that was unmounted leaves another, or none.
+
+        Raises:
+            MachineError: it is not.
+        """
+        with told(self.path.parent):
+            if not self._is_ours():
+                raise MachineError(
+                    f"{self.path.parent} is no longer the folder that it was at the start: its drive was unmounted, or "
+                    "it was moved or replaced. Mount it or put it back"
+                )
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds `path`, as Linux names it; "" where that is unknown."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return ""
+    found, kind = "", ""
+    real = str(path.resolve())
+    for fields in mounts:
+        point = fields[4].replace("\\040", " ")
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(found):
+            found, kind = point, fields[fields.index("-") + 1]
+    return kind

@@ -1,0 +1,117 @@
+"""Watches the losses of a run: steps whose numbers are not finite, and a loss that climbs away.
+
+A step whose loss or gradients are infinite or no number is left out: the weights and the optimizer's moments stay as
+they were. Where that happens again and again, or the loss climbs, going on would only cost time.
+"""
+
+import math
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from huarizo.errors import UserError
+from huarizo.training.checkpoint import newest_first, step_of
+
+WINDOW = 20  # steps of the running mean
+MAX_SKIPPED = 5  # steps in a row
+MAX_SKIPPED_SCALED = 30  # the same with loss scaling, which begins by finding its scale
+CLIMB = 2.0  # nats above the lowest running mean, and
+ABOVE_START = 0.5  # nats above the first one
+
+
+class DivergedError(UserError):
+    """The numbers of a run went wrong; the message says how to go on."""
+
+
+@dataclass
+class LossWatch:
+    """Fed with each step's loss; its state is part of a checkpoint."""
+
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    first: float | None = None
+    lowest: float = math.inf
+    lowest_step: int = 0
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "LossWatch":
+        lowest = math.inf if state["lowest"] is None else state["lowest"]
+        return cls(**(state | {"recent": deque(state["recent"], WINDOW), "lowest": lowest}))
+
+    def state(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        lowest = self.lowest if math.isfinite(self.lowest) else None
+        return asdict(self) | {"recent": list(self.recent), "lowest": lowest}
+
+    @property
+    def running(self) -> float | None:
+        """Mean of the last WINDOW finite losses, in nats a token; None before there are so many."""
+        return sum(self.recent) / WINDOW if len(self.recent) == WINDOW else None
+
+    def add(self, step: int, loss: float, skipped: bool, scaled: bool = False) -> str | None:
+        """Note a step; returns what is wrong with the run, in words, or None.
+
+        skipped: the weights were not changed, because loss or gradients were not finite.
+        scaled: with loss scaling, where the first steps may be skipped without harm.
+        """
+        if skipped:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= (MAX_SKIPPED_SCALED if scaled else MAX_SKIPPED):
+                return f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row"
+            return None
+        self.skipped_in_a_row = 0
+        self.recent.append(loss)
+        running = self.running
+        if running is None:
+            return None
+        self.first = running if self.first is None else self.first
+        if running < self.lowest:
+            self.lowest, self.lowest_step = running, step
+        if running > self.lowest + CLIMB and running > self.first + ABOVE_START:
+            to = f"{self.lowest:.2f} (mean of {WINDOW} steps to {self.lowest_step}) to {running:.2f}"
+            return f"the loss climbed from {to}"
+        return None
+
+
+def likely_cause(watch: LossWatch, learning_rate: float, precision: str, step: int) -> str:
+    """What probably made the numbers go wrong, and what to try."""
+    if watch.skipped_in_a_row >= step:
+        return (
+            "It never went right, so the base model's weights are probably damaged, or too large for "
+            f"{precision}. Try precision=fp32, or fetch the model again"
+        )
+    lower = f"training.learning_rate={learning_rate / 4:g}"
+    if precision == "fp16":
+        return f"Likely too large a learning rate, or numbers too large for fp16. Start a new run with {lower}"
+    return f"Likely too large a learning rate. Start a new run with {lower}, or with warm-up: trainer.warmup_steps=50"
+
+
+class WatchLosses(TrainerCallback):
+    """Feeds a LossWatch after each step of the trainer, and ends a run that went wrong.
+
+    Raises:
+        DivergedError: when the watch says so, with the newest checkpoint from before.
+    """
+
+    def __init__(self, trainer: Any, precision: str, run: Path) -> None:
+        self.trainer, self.precision, self.run = trainer, precision, run
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, watch = self.trainer, self.trainer.watch
+        scaled = getattr(trainer.accelerator, "scaler", None) is not None
+        skipped = not trainer.last_finite or (scaled and trainer.accelerator.optimizer_step_was_skipped)
+        wrong = watch.add(state.global_step, trainer.last_loss, skipped, scaled)
+        if wrong:
+            cause = likely_cause(watch, self.trainer.args.learning_rate, self.precision, state.global_step)
+            raise DivergedError(f"stopped at step {state.global_step}: {wrong}. {cause}. {self._before(watch)}")
+
+    def _before(self, watch: LossWatch) -> str:
+        """The checkpoint that is left from before it went wrong."""
+        folders = newest_first(self.run / "checkpoints")
+        before = [folder for folder in folders if watch.skipped_in_a_row or step_of(folder) <= watch.lowest_step]
+        return f"The checkpoint from before is {before[0]}" if before else "There is no checkpoint from before"
