@@ -1,0 +1,98 @@
+"""Kills runs and finishes them: at random instants, at each file operation, and again while they recover.
+
+    python -m tests.faults.campaign --random 200 --operations 0 --twice 50
+
+Each case has to end with the bytes of the undisturbed run. `--operations 0` means every one. The last line of stdout
+is one JSON object with the numbers of cases; a case that fails ends it with exit code 1.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.faults.children import (
+    Lab,
+    check_after_kill,
+    ended,
+    kill_after,
+    make_lab,
+    one_case,
+    random_kill,
+    start,
+)
+from tests.faults.operations import kill_at
+
+Case = tuple[str, Callable[[Path], object]]
+
+
+def cases(lab: Lab, options: argparse.Namespace) -> Iterator[Case]:
+    """Names of cases, and what each does to a run."""
+    recipe = lab.folder / "recipe.yaml"
+    for number in range(options.random):
+        yield f"random-{number}", random_kill(lab, options.seed + number)
+    numbers = list(range(1, lab.operations + 1))
+    if options.operations:
+        numbers = random.Random(options.seed).sample(numbers, min(options.operations, len(numbers)))
+    for number in numbers:
+        for half in (False, True):
+            yield f"operation-{number}-{half:d}", lambda run, n=number, h=half: ended(start(run, recipe, kill_at(n, h)))
+    for number in range(options.twice):
+        yield f"twice-{number}", lambda run, n=number: _kill_twice(lab, run, options.seed + n)
+
+
+def _kill_twice(lab: Lab, run: Path, seed: int) -> None:
+    moments = random.Random(seed)
+    for _ in range(2):
+        if not (run / "run" / "loss.png").is_file():
+            kill_after(start(run, lab.folder / "recipe.yaml"), moments.uniform(0.2, 1) * lab.seconds)
+            check_after_kill(run)
+
+
+def work(lab: Lab, mine: list[Case], failures: Path) -> None:
+    for name, disturb in mine:
+        run = lab.folder / name
+        try:
+            one_case(lab, run, disturb)
+            shutil.rmtree(run)
+        except AssertionError:
+            with failures.open("a") as file:
+                file.write(f"{name}: {traceback.format_exc()}\n")
+
+
+def main() -> int:
+    """Run the campaign; 1 if a case failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"random": 200, "operations": 0, "twice": 50, "seed": 1, "jobs": os.cpu_count() or 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--precision", default="fp32")
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="huarizo-faults-") as folder:
+        lab, failures = make_lab(Path(folder) / "lab", options.precision), Path(folder) / "failures"
+        todo = list(cases(lab, options))
+        workers = []
+        for worker in range(options.jobs):
+            if (pid := os.fork()) == 0:
+                work(lab, todo[worker :: options.jobs], failures)
+                os._exit(0)
+            workers.append(pid)
+        died = [pid for pid in workers if ended(pid)]
+        text = failures.read_text() if failures.is_file() else ""
+    print(text, file=sys.stderr)
+    failed = text.count("Traceback (most recent call last)") + len(died)
+    counts = {"random": options.random, "operations": lab.operations, "twice": options.twice, "cases": len(todo)}
+    counts |= {"precision": options.precision, "failed": failed, "seconds": round(time.monotonic() - began)}
+    print(json.dumps(counts))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
