@@ -1,5 +1,5 @@
 # `make train` and `make test` do everything on a machine with Python 3.11 or newer and make.
-.PHONY: help train test check format bench docs clean
+.PHONY: help train test faults check format bench docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,6 +15,9 @@ train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it 
 
 test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+faults: $(VENV)/dev-ready  ## the long tests of crashes, power cuts, full disks and damaged files (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults $(ARGS)
 
 check: $(VENV)/dev-ready  ## lint, format and types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ held-out loss and some answers taken, the model trained, and the same taken agai
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from huarizo.model.lora import add_lora, count_weights
 from huarizo.prepare import Prepared, changed_files, prepare
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.results.chat import Assistant, answers
-from huarizo.results.report import Sample, card, load_samples, save_loss_plot, save_samples
+from huarizo.results.report import Sample, card, samples_as_text, samples_from_text, save_loss_plot
 from huarizo.runs import Run, new_run, unfinished_runs
 from huarizo.training.checkpoint import Checkpoint, newest_valid, space_needed
 from huarizo.training.interrupt import Signals
@@ -98,6 +99,7 @@ def fine_tune(
     prepared.recipe.output = str(run.path)
     with _locked(run) as lock:
         if lock is not None:
+            remove_leftovers(run.path)
             _open_folder(run, prepared)
         _tell(console, prepared, run)
         return _train(Session(prepared, run, console, lock, began), None)
@@ -218,7 +220,8 @@ def _train(session: Session, checkpoint: Checkpoint | None) -> Result:
         progress = ShowProgress(metrics, console, device(), trainer)
         trainer.add_callback(progress)
         assistant = Assistant(model, prepared.data.encoder)
-        samples = _samples_before(assistant, session, fresh=checkpoint is None)
+        samples = _samples_before(assistant, session, checkpoint)
+        saving.samples = samples_as_text(samples)
         if prepared.data.heldout and checkpoint is None:
             trainer.evaluate()
         try:
@@ -241,13 +244,13 @@ def _say_stopped(saving: SaveAndStop, state: Any, run: Run) -> None:
     raise Interrupted(f"{where}, which is saved. Go on with: huarizo resume {run.path}")
 
 
-def _samples_before(assistant: Assistant, session: Session, fresh: bool) -> list[Sample]:
+def _samples_before(assistant: Assistant, session: Session, checkpoint: Checkpoint | None) -> list[Sample]:
     """The prompts that are answered before and after, with the answers before."""
     prepared, run, console = session.prepared, session.run, session.console
     if rank():
         return []
-    if not fresh and run.samples.is_file():
-        return load_samples(run)
+    if checkpoint is not None:
+        return samples_from_text(checkpoint.files["samples.jsonl"].decode())
     wanted = prepared.recipe.samples
     if isinstance(wanted, list):
         turns = [(OpenExchange(prompt), "") for prompt in wanted]
@@ -261,7 +264,7 @@ def _samples_before(assistant: Assistant, session: Session, fresh: bool) -> list
         Sample(turn.instruction, turn.input, answer, None, expected)
         for (turn, expected), answer in zip(turns, before, strict=True)
     ]
-    save_samples(run, samples)
+    write_whole(run.samples, samples_as_text(samples))
     return samples
 
 
@@ -271,6 +274,8 @@ def _finish(assistant: Assistant, session: Session, result: Result, saving: Save
         return result
     run, console = session.run, session.console
     try:
+        if session.lock is not None:
+            session.lock.require_folder()
         _save_adapter(run.adapter, assistant, session, result.metrics)
     except MachineError as error:
         raise MachineError(f"{error}. {_rescued(assistant, session, result, saving)}") from None
@@ -282,7 +287,10 @@ def _finish(assistant: Assistant, session: Session, result: Result, saving: Save
     after = answers(assistant, turns)
     samples = [dataclasses.replace(s, after=text) for s, text in zip(result.samples, after, strict=True)]
     result = dataclasses.replace(result, samples=samples)
-    save_samples(run, samples)
+    write_whole(run.samples, samples_as_text(samples))
+    saving.metrics.complete()
+    remove_leftovers(run.path)
+    remove_leftovers(run.checkpoints)
     save_loss_plot(run, result.metrics)
     return result
 
@@ -298,7 +306,7 @@ def _save_adapter(target: Path, assistant: Assistant, session: Session, metrics:
 
 def _rescued(assistant: Assistant, session: Session, result: Result, saving: SaveAndStop) -> str:
     """The run's folder can't take the adapter: put it where it can be found, and say where."""
-    place = cache_folder() / "rescued" / f"{session.run.path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    place = cache_folder() / "rescued" / f"{session.run.path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     kept = f"step {saving.saved_step} is safe in {session.run.checkpoints}" if saving.saved_step >= 0 else ""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

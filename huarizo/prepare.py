@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from huarizo.data.prepare import Data, prepare_data
-from huarizo.errors import DataError, UserError
+from huarizo.errors import DataError
 from huarizo.files import sha256_of
-from huarizo.hub.names import Source, resolve_data, resolve_model
+from huarizo.hub.names import Source, check_pinned, resolve_data, resolve_model
 from huarizo.machine import Choice, available_memory, cache_folder, choose_precision, device, micro_batch_tokens
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
 from huarizo.recipe import Recipe
@@ -40,7 +40,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if isinstance(recipe.data.eval, str):
         sources["eval"] = resolve_data(recipe.data.eval, heldout=True)
     for name, source in sources.items():
-        _check_pinned(name, source, recipe.pinned.get(name, {}))
+        check_pinned(name, source, recipe.pinned.get(name, {}))
     config = read_config(sources["model"].path)
     eval_file = sources["eval"].path if "eval" in sources else None
     data = prepare_data(
@@ -83,12 +83,3 @@ def changed_files(sources: Iterable[Source]) -> list[Path]:
             if not path.is_file() or sha256_of(path) != digest:
                 changed.append(path)
     return changed
-
-
-def _check_pinned(name: str, source: Source, pinned: dict[str, str]) -> None:
-    for file, digest in pinned.items():
-        if source.sha256.get(file) != digest:
-            raise UserError(
-                f"{source.path}: {file} is not the file that this recipe was made with (its sha256 differs). Put the "
-                f"file back, or remove pinned.{name} from the recipe to start a new run with what is there"
-            )

@@ -6,14 +6,13 @@ checkpoints/       step-000120/ ...             loss.png        the curves
 skipped.jsonl      bad rows, with data.on_bad_row=skip
 """
 
-import json
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huarizo.errors import UserError
+from huarizo.files import LEFTOVER
 from huarizo.recipe import Recipe, load_recipe
 
 
@@ -94,12 +93,22 @@ def new_run(output: str | None, recipe_name: str) -> Run:
             path, number = base.with_name(f"{base.name}-{number}"), number + 1
         return Run(path)
     path = Path(output).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not _is_free(path):
         raise UserError(
             f"{path}: there is something here already. Go on with it by `huarizo resume {path}`, name another folder "
             "with output=..., or remove it"
         )
     return Run(path)
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a folder is empty, but for what a run leaves that is killed before it wrote its recipe."""
+    if not path.is_dir():
+        return False
+    entries = {entry.name: entry for entry in path.iterdir() if not LEFTOVER.fullmatch(entry.name)}
+    entries.pop(".lock", None)
+    checkpoints = entries.pop("checkpoints", None)
+    return not entries and (checkpoints is None or (checkpoints.is_dir() and not any(checkpoints.iterdir())))
 
 
 def open_run(name: Path | str) -> Run:
@@ -114,14 +123,3 @@ def open_run(name: Path | str) -> Run:
     there = sorted(str(p.parent) for p in Path("runs").glob("*/recipe.yaml"))
     known = f" The runs here are {', '.join(there[-5:])}." if there else ""
     raise UserError(f"{name}: this is no run folder (it has no recipe.yaml).{known}")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file of ours; a last line that was cut off is passed over."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows

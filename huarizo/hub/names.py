@@ -158,6 +158,20 @@ def resolve_data(name: str, heldout: bool = False) -> Source:
     return _local_data(name, local) if local else _from_hub(name, DATA_SET)
 
 
+def check_pinned(role: str, source: Source, pinned: dict[str, str]) -> None:
+    """Are the files of a model or data set those that a recipe was resolved with?
+
+    Raises:
+        UserError: one differs or is missing.
+    """
+    for file, digest in pinned.items():
+        if source.sha256.get(file) != digest:
+            raise UserError(
+                f"{source.path}: {file} is not the file that this recipe was made with (its sha256 differs). Put the "
+                f"file back, or remove pinned.{role} from the recipe to start a new run with what is there"
+            )
+
+
 def _local(name: str, kind: _Kind) -> Path | None:
     """The local path that `name` means, or None where it is a hub id."""
     path = Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)

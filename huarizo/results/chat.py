@@ -14,7 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 from huarizo.data.prompts import OpenExchange, Turn, prompt_format
 from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
-from huarizo.hub.names import resolve_model
+from huarizo.hub.names import check_pinned, resolve_model
 from huarizo.machine import choose_precision, device, float_precision
 from huarizo.model.fast import uncompiled
 from huarizo.model.load import load_base, load_tokenizer
@@ -34,10 +34,12 @@ def open_assistant(run: Run) -> Assistant:
     """The base model of a run with its adapter.
 
     Raises:
-        UserError: the run has no adapter yet, or its base model can't be found.
+        UserError: the run has no adapter yet, or its base model can't be found or is no longer the one it was.
     """
     recipe = run.recipe()
-    folder = resolve_model(recipe.model).path
+    source = resolve_model(recipe.model)
+    check_pinned("model", source, recipe.pinned.get("model", {}))
+    folder = source.path
     tokenizer = load_tokenizer(folder)
     on = device()
     wanted = float_precision(on) if recipe.precision == "int8" else recipe.precision

@@ -12,7 +12,7 @@ from rich.text import Text
 from huarizo.data.prompts import OpenExchange, user_text
 from huarizo.files import write_whole
 from huarizo.recipe import Recipe
-from huarizo.runs import Run, read_jsonl
+from huarizo.runs import Run
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,10 @@ class Sample:
         return user_text(OpenExchange(self.instruction, self.input))
 
 
-def save_samples(run: Run, samples: list[Sample]) -> None:
-    """samples.jsonl, one JSON object a prompt."""
-    write_whole(
-        run.samples,
-        "".join(
-            json.dumps({"prompt": sample.prompt, **asdict(sample)}, ensure_ascii=False) + "\n" for sample in samples
-        ),
-    )
+def samples_as_text(samples: list[Sample]) -> str:
+    """The content of samples.jsonl: one JSON object a prompt."""
+    rows = ({"prompt": sample.prompt, **asdict(sample)} for sample in samples)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
@@ -105,9 +101,9 @@ Trained with Huarizo.
 """
 
 
-def load_samples(run: Run) -> list[Sample]:
-    """samples.jsonl, read back."""
-    rows = read_jsonl(run.samples)
+def samples_from_text(text: str) -> list[Sample]:
+    """`samples_as_text`, read back."""
+    rows = [json.loads(line) for line in text.splitlines()]
     return [Sample(**{field.name: row[field.name] for field in fields(Sample)}) for row in rows]
 
 

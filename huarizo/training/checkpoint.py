@@ -3,7 +3,8 @@
     step-000120/
       adapter_model.safetensors   LoRA weights            trainer_state.json   step, epoch, history
       optimizer.safetensors       moments by parameter    metrics.jsonl        what was shown so far
-      rng.safetensors             torch's generators      recipe.yaml          what is trained
+      rng.safetensors             torch's generators      samples.jsonl        the answers before
+      recipe.yaml                 what is trained
       state.json                  scheduler, scaler, Python's and NumPy's generators, the watched losses
       manifest.json               sha256 and size of each file and what the run depends on; written last
 
@@ -17,6 +18,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
 from huarizo.errors import MachineError, UserError
-from huarizo.files import discard, told, write_folder
+from huarizo.files import discard, remove_leftovers, told, write_folder
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})(-\d+)?")
@@ -120,13 +122,10 @@ def generators() -> torch.Tensor:
     return torch.cat([torch.get_rng_state(), *cards])
 
 
-def contents(
-    trained: Trained, trainer_state: str, metrics: list[dict[str, Any]], recipe: str, rng: list[torch.Tensor],
-    watched: dict[str, Any],
-) -> dict[str, bytes]:  # fmt: skip
-    """The files of a checkpoint, without the manifest.
+def contents(trained: Trained, rng: list[torch.Tensor], watched: dict[str, Any]) -> dict[str, bytes]:
+    """The files that hold what training changes.
 
-    trainer_state: JSON of the Trainer's state; recipe: YAML; rng: `generators` of each process.
+    rng: `generators` of each process; watched: the state of the watch on the losses.
     """
     from peft import get_peft_model_state_dict
 
@@ -148,9 +147,6 @@ def contents(
         "optimizer.safetensors": tensor_bytes(tensors),
         "rng.safetensors": tensor_bytes({f"process.{number}": state for number, state in enumerate(rng)}),
         "state.json": json.dumps(state).encode(),
-        "trainer_state.json": trainer_state.encode(),
-        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics).encode(),
-        "recipe.yaml": recipe.encode(),
     }
 
 
@@ -191,7 +187,8 @@ def save(checkpoints: Path, step: int, files: Mapping[str, bytes], facts: Mappin
     write_folder(path, {**files, MANIFEST: json.dumps(manifest, indent=1).encode()})
     if fault := fault_of(path):
         raise MachineError(f"{path}: the disk does not give back what was written ({fault}). Use another disk")
-    with told(checkpoints):
+    remove_leftovers(checkpoints)
+    with suppress(OSError):  # what can't be deleted now is deleted with the next one
         _prune(checkpoints, keep)
     return path
 

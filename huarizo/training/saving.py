@@ -49,6 +49,7 @@ class SaveAndStop(TrainerCallback):
         self.recipe, self.checkpoints, self.facts, self.metrics = recipe, checkpoints, facts, metrics
         self.console, self.signals, self.lock = console, signals, lock
         self.began = time.monotonic() if began is None else began
+        self.samples = ""  # samples.jsonl, with the answers before
         self.stopped: str | None = None
         self.failure: MachineError | None = None
         self.saved_step = self.tried_step = -1
@@ -112,9 +113,15 @@ class SaveAndStop(TrainerCallback):
         try:
             if self.lock is not None:
                 self.lock.require_folder()
-            trainer_state = json.dumps(dataclasses.asdict(state))
-            files = contents(trained, trainer_state, self.metrics.rows, to_yaml(self.recipe), rng, watch.state())
+            files = contents(trained, rng, watch.state()) | {
+                "trainer_state.json": json.dumps(dataclasses.asdict(state)).encode(),
+                "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in self.metrics.rows).encode(),
+                "samples.jsonl": self.samples.encode(),
+                "recipe.yaml": to_yaml(self.recipe).encode(),
+            }
             save(self.checkpoints, step, files, facts, self.recipe.training.keep)
+            if self.lock is not None:
+                self.lock.require_folder()
         except MachineError as error:
             self.failure = error
             kept = f"step {self.saved_step} is safe" if self.saved_step >= 0 else "no step is safe yet"

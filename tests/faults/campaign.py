@@ -1,8 +1,9 @@
-"""Kills runs and finishes them: at random instants, at each file operation, and again while they recover.
+"""Disturbs runs and finishes them: kills at random instants, at each file operation, and again while they recover;
+disks that are full or gone.
 
-    python -m tests.faults.campaign --random 200 --operations 0 --twice 50
+    python -m tests.faults.campaign --random 200 --operations -1 --twice 50 --disk 1
 
-Each case has to end with the bytes of the undisturbed run. `--operations 0` means every one. The last line of stdout
+Each case has to end with the bytes of the undisturbed run. `--operations -1` means every one. The last line of stdout
 is one JSON object with the numbers of cases; a case that fails ends it with exit code 1.
 """
 
@@ -28,41 +29,52 @@ from tests.faults.children import (
     random_kill,
     start,
 )
+from tests.faults.disturb import CASES
 from tests.faults.operations import kill_at
 
-Case = tuple[str, Callable[[Path], object]]
+Case = tuple[str, Callable[[Lab, Path], object]]
 
 
 def cases(lab: Lab, options: argparse.Namespace) -> Iterator[Case]:
     """Names of cases, and what each does to a run."""
     recipe = lab.folder / "recipe.yaml"
     for number in range(options.random):
-        yield f"random-{number}", random_kill(lab, options.seed + number)
+        yield f"random-{number}", lambda lab, run, n=number: one_case(lab, run, random_kill(lab, options.seed + n))
     numbers = list(range(1, lab.operations + 1))
-    if options.operations:
+    if options.operations >= 0:
         numbers = random.Random(options.seed).sample(numbers, min(options.operations, len(numbers)))
     for number in numbers:
         for half in (False, True):
-            yield f"operation-{number}-{half:d}", lambda run, n=number, h=half: ended(start(run, recipe, kill_at(n, h)))
+            kill = kill_at(number, half)
+            yield (
+                f"operation-{number}-{half:d}",
+                lambda lab, run, k=kill: one_case(lab, run, lambda run: ended(start(run, recipe, k))),
+            )
     for number in range(options.twice):
-        yield f"twice-{number}", lambda run, n=number: _kill_twice(lab, run, options.seed + n)
+        kill_twice = _twice(lab, options.seed + number)
+        yield f"twice-{number}", lambda lab, run, k=kill_twice: one_case(lab, run, k)
+    if options.disk:
+        yield from CASES.items()
 
 
-def _kill_twice(lab: Lab, run: Path, seed: int) -> None:
-    moments = random.Random(seed)
-    for _ in range(2):
-        if not (run / "run" / "loss.png").is_file():
-            kill_after(start(run, lab.folder / "recipe.yaml"), moments.uniform(0.2, 1) * lab.seconds)
-            check_after_kill(run)
+def _twice(lab: Lab, seed: int) -> Callable[[Path], None]:
+    def kill(run: Path) -> None:
+        moments = random.Random(seed)
+        for _ in range(2):
+            if not (run / "run" / "loss.png").is_file():
+                kill_after(start(run, lab.folder / "recipe.yaml"), moments.uniform(0.2, 1) * lab.seconds)
+                check_after_kill(run)
+
+    return kill
 
 
 def work(lab: Lab, mine: list[Case], failures: Path) -> None:
     for name, disturb in mine:
         run = lab.folder / name
         try:
-            one_case(lab, run, disturb)
+            disturb(lab, run)
             shutil.rmtree(run)
-        except AssertionError:
+        except Exception:
             with failures.open("a") as file:
                 file.write(f"{name}: {traceback.format_exc()}\n")
 
@@ -70,7 +82,14 @@ def work(lab: Lab, mine: list[Case], failures: Path) -> None:
 def main() -> int:
     """Run the campaign; 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"random": 200, "operations": 0, "twice": 50, "seed": 1, "jobs": os.cpu_count() or 1}.items():
+    for name, default in {
+        "random": 0,
+        "operations": 0,
+        "twice": 0,
+        "disk": 0,
+        "seed": 1,
+        "jobs": os.cpu_count() or 1,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--precision", default="fp32")
     options = parser.parse_args()
@@ -88,7 +107,7 @@ def main() -> int:
         text = failures.read_text() if failures.is_file() else ""
     print(text, file=sys.stderr)
     failed = text.count("Traceback (most recent call last)") + len(died)
-    counts = {"random": options.random, "operations": lab.operations, "twice": options.twice, "cases": len(todo)}
+    counts = {"cases": len(todo), "random": options.random, "operations": lab.operations, "twice": options.twice}
     counts |= {"precision": options.precision, "failed": failed, "seconds": round(time.monotonic() - began)}
     print(json.dumps(counts))
     return int(failed > 0)
