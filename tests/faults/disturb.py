@@ -11,7 +11,7 @@ from tests.faults.operations import Operation, fail_at
 
 def disk_full_for_a_while(lab: Lab, run: Path) -> None:
     """Checkpoints fail for some time: training goes on, says so, and ends with the same result."""
-    before = fail_at(range(140, 230), errno.ENOSPC, inside=run / "run" / "checkpoints")
+    before = fail_at(range(140, 146), errno.ENOSPC, inside=run / "run" / "checkpoints")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 0, _log(run)
     assert "could not be saved" in _log(run) and "Going on" in _log(run)
     check_outcome(lab, run)
@@ -19,7 +19,7 @@ def disk_full_for_a_while(lab: Lab, run: Path) -> None:
 
 def progress_can_not_be_written(lab: Lab, run: Path) -> None:
     """A line of metrics.jsonl fails: it is said once, and the file is complete in the end."""
-    before = fail_at(range(100, 200), errno.EIO, inside=run / "run" / "metrics.jsonl")
+    before = fail_at(range(100, 130), errno.EIO, inside=run / "run" / "metrics.jsonl")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 0, _log(run)
     assert _log(run).count("Going on without it") == 1
     check_outcome(lab, run)
