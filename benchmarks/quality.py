@@ -28,8 +28,8 @@ from huarizo.data.tokens import Encoder
 from huarizo.errors import HuarizoError
 from huarizo.finetune import fine_tune
 from huarizo.hub.names import resolve_model
+from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base, load_tokenizer
-from huarizo.model.lora import load_adapter
 from huarizo.model.loss import PackedLoss
 from huarizo.recipe import make_recipe
 

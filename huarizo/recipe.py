@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from huarizo.errors import RecipeError, listed
+from huarizo.recipe_file import apply_override, read_yaml
 
 Precision = Literal["auto", "int8", "bf16", "fp16", "fp32"]
 PROMPT_NAMES = ("auto", "chat", "alpaca", "stanford")
@@ -52,6 +53,9 @@ DECIDED_ELSEWHERE = {
     "hub_token": "HF_TOKEN or `hf auth login`; a recipe never holds a token",
     "disable_tqdm": "nothing: Huarizo shows its own progress",
 }
+
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")  # as the hub makes them
 
 
 class Section(BaseModel):
@@ -193,6 +197,13 @@ class Recipe(Section):
         default_factory=dict, description="written by Huarizo: sha256 of each file used. Checked where present"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_token(cls, values: Any) -> Any:
+        if TOKEN.search(repr(values)):
+            raise ValueError("a recipe never holds a token of the hub: use HF_TOKEN or `hf auth login`, and revoke it")
+        return values
+
     @field_validator("trainer")
     @classmethod
     def _trainer_fields_exist(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +229,9 @@ class Recipe(Section):
             return value
         from peft import LoraConfig
 
+        imports = {"megatron_config", "megatron_core", "auto_mapping"} & value.options.keys()
+        if imports:
+            raise ValueError(f"options: {', '.join(sorted(imports))} would import other code; leave it out")
         taken = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"}
         taken |= {"target_modules": "lora.target_modules"}
         for name in value.options:
@@ -243,8 +257,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with every mistake found in the file and the overrides, each with its dotted key.
     """
     path = Path(path)
-    values = _read_yaml(path)
-    problems = [problem for override in overrides if (problem := _apply(values, override))]
+    values = read_yaml(path)
+    problems = [problem for override in overrides if (problem := apply_override(values, override))]
     return _validated(values, path.name, problems)
 
 
@@ -284,79 +298,13 @@ def _told(mistake: Any) -> str:
         key = key.rpartition(".")[0]
     message = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "value_error":
-        return message if message.startswith("data.") else f"{key}: {message}"
+        return message if message.startswith("data.") or not key else f"{key}: {message}"
     return f"{key}: {message[0].lower()}{message[1:]}, not {_shown(mistake['input'])}"
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = TOKEN.sub("hf_***", repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Safe YAML in which a key that stands twice is a mistake, and 2e-4 is a number as in YAML 1.2."""
-
-
-def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = key_node.value
-        if key in seen and key != "<<":
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_RecipeLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_doubles)
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Safe YAML with the recipe's stricter rules. Raises `yaml.YAMLError`."""
-    return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        there = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
-        known = f" The recipes here are {', '.join(there)}." if there else ""
-        raise RecipeError(f"{path}: there is no such recipe file.{known}")
-    if path.stat().st_size > 1_000_000:
-        raise RecipeError(f"{path}: {path.stat().st_size:,} bytes are no recipe; is this the data file?")
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (UnicodeDecodeError, OSError, RecursionError) as error:
-        raise RecipeError(f"{path}: can't be read as a UTF-8 text file: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(values).__name__}")
-    return values
-
-
-def _apply(values: dict[str, Any], override: str) -> str | None:
-    """Set one `key=value` in the nested mapping; returns what is wrong with it, or None."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        return f"{override!r}: an override is written key=value, such as lora.r=16"
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError:
-        if text.lstrip().startswith(("[", "{")):
-            return f"{override!r}: not valid YAML; put texts with punctuation in quotes, such as ['Who are you?']"
-        value = text
-    section = values
-    for part in parts[:-1]:
-        section = section.setdefault(part, {})
-        if not isinstance(section, dict):
-            return f"{key}: {part!r} is a single value and has no keys inside"
-    section[parts[-1]] = value
-    return None
 
 
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -10,7 +10,7 @@ FILES = sorted((ROOT / "huarizo").rglob("*.py"))
 # cli -> finetune -> results, training -> model, data -> kernels -> machine, hub, runs -> recipe, files -> errors
 LEVELS = [
     {"__main__"}, {"cli"}, {"finetune", "prepare", "doctor"}, {"results", "training"}, {"model", "data"}, {"kernels"},
-    {"hub", "machine", "runs"}, {"recipe", "files"}, {"errors"}, {""},
+    {"hub", "machine", "runs"}, {"recipe", "files"}, {"recipe_file"}, {"errors"}, {""},
 ]  # fmt: skip
 
 

@@ -6,15 +6,19 @@ exchange's output is None and the pieces end with the prompt.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import Environment, StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from huarizo.data.limits import TooLongError, bounded_memory, bounded_time
 from huarizo.data.rows import Exchange
 from huarizo.errors import DataError, ModelError, RecipeError
 
+LONGEST_TEMPLATE = 200_000  # characters
+LONGEST_RENDERING, MOST_MEMORY = 5.0, 512 * 2**20  # seconds and bytes, of one conversation
 STANFORD_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -53,6 +57,30 @@ class PromptFormat(Protocol):
     stop: str
 
     def pieces(self, system: str, turns: Sequence[Turn]) -> list[Piece]: ...
+
+
+def _bounded() -> ExitStack:
+    """The time and memory that one rendering may take."""
+    bounds = ExitStack()
+    bounds.enter_context(bounded_memory(MOST_MEMORY))
+    bounds.enter_context(bounded_time(LONGEST_RENDERING))
+    return bounds
+
+
+def _too_costly(template: str) -> str | None:
+    """What in a template could cost more than `_bounded` can stop: one power of numbers may take hours."""
+    if len(template) > LONGEST_TEMPLATE:
+        return f"has {len(template):,} characters, too many for one"
+    try:
+        if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(template)):
+            return "computes powers (**), which no template needs"
+    except TemplateError:
+        pass  # it will be refused when it is read
+    return None
+
+
+def _too_much(error: BaseException) -> str:
+    return "more memory than a text can" if isinstance(error, MemoryError) else str(error)
 
 
 def user_text(turn: Turn) -> str:
@@ -97,6 +125,8 @@ class JinjaFormat(TextFormat):
     """A template of the recipe's own, in Jinja's sandbox, with `instruction` and `input`."""
 
     def __init__(self, template: str, stop: str, with_stop: bool = True) -> None:
+        if wrong := _too_costly(template):
+            raise RecipeError(f"data.prompt: the template {wrong}")
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         try:
             compiled = environment.from_string(template)
@@ -105,7 +135,10 @@ class JinjaFormat(TextFormat):
 
         def render(turn: Turn) -> str:
             try:
-                return compiled.render(instruction=turn.instruction, input=turn.input)
+                with _bounded():
+                    return compiled.render(instruction=turn.instruction, input=turn.input)
+            except (MemoryError, TooLongError) as error:
+                raise RecipeError(f"data.prompt: the template takes {_too_much(error)}") from None
             except Exception as error:  # whatever a user's template does, the message is about the template
                 raise RecipeError(f"data.prompt: {error}. A template has `instruction` and `input`") from None
 
@@ -127,6 +160,8 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        if wrong := _too_costly(str(tokenizer.chat_template)):
+            raise ModelError(f"the model's chat template {wrong}. Use data.prompt=alpaca")
         probe = [{"role": "user", "content": "u"}]
         prompt = self._text(probe, answer_next=True)
         tail = self._text([*probe, {"role": "assistant", "content": "x"}])
@@ -142,9 +177,15 @@ class ChatFormat:
 
     def _text(self, messages: list[dict[str, str]], answer_next: bool = False) -> str:
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+            with _bounded():
+                text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
         except TemplateError as error:
             raise DataError(f"the model's chat template refuses this conversation: {error}") from None
+        except (MemoryError, TooLongError) as error:
+            raise ModelError(f"the model's chat template takes {_too_much(error)}. Use data.prompt=alpaca") from None
+        except Exception as error:  # whatever a foreign template does
+            raise ModelError(f"the model's chat template fails: {error}. Use data.prompt=alpaca") from None
+        return str(text)
 
     def pieces(self, system: str, turns: Sequence[Turn]) -> list[Piece]:
         messages = [{"role": "system", "content": system}] if system else []

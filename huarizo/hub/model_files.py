@@ -8,6 +8,7 @@ and pickles (`*.bin`, `*.pt`) are never opened, because opening one can run any 
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -29,6 +30,13 @@ FILES = (
 EXCEPT_FILES = ("*/*", "consolidated*", "adapter_model.safetensors")
 """Weights that match the patterns above but are not the model in Transformers' format."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+FORBIDDEN = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "custom_generate")
+"""Fields by which a configuration names code to run."""
+HARMLESS_PATHS = ("special_tokens_map_file", "name_or_path", "_name_or_path")
+"""Fields that tools wrote with their own paths for years, and that nothing reads."""
+LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file; the format's own limit
+LARGEST_JSON = {"tokenizer.json": 200_000_000, INDEX: 50_000_000}  # bytes
+LARGEST_OTHER_JSON = 10_000_000  # TinyLlama's largest has under 2,000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -72,7 +80,7 @@ def _no_safetensors(present: set[str]) -> str:
 
 def broken(folder: Path) -> str | None:
     """What is wrong with a model folder on disk, with the remedy; None where all its parts are there and whole."""
-    problem = lacking(file.name for file in folder.iterdir())
+    problem = lacking(file.name for file in folder.iterdir()) or hostile(folder)
     if problem:
         return problem
     if (folder / WEIGHTS).exists():
@@ -87,6 +95,40 @@ def broken(folder: Path) -> str | None:
     return next((problem for part in sorted(parts) if (problem := _broken_weights(folder / part))), None)
 
 
+def hostile(folder: Path) -> str | None:
+    """What in a model's configuration would run code or reach outside its folder, with the remedy; None for nothing."""
+    for file in sorted(folder.glob("*.json")):
+        if file.stat().st_size > LARGEST_JSON.get(file.name, LARGEST_OTHER_JSON):
+            return f"{file.name} has {file.stat().st_size:,} bytes, too many for it. Fetch or save the model again"
+        if file.name in LARGEST_JSON or file.name in ("vocab.json", "added_tokens.json"):
+            continue
+        try:
+            found = _forbidden(json.loads(file.read_bytes()))
+        except (ValueError, RecursionError):
+            continue  # told where it is read
+        if found:
+            return f"{file.name} sets {found}. Huarizo runs no code of a model; where you trust it, delete that field"
+    return None
+
+
+def _forbidden(value: Any) -> str | None:
+    """The field of a configuration, however deep, that names code or a path."""
+    if isinstance(value, list):
+        return next((found for inner in value if (found := _forbidden(inner))), None)
+    if not isinstance(value, dict):
+        return None
+    for key, inner in value.items():
+        if key in FORBIDDEN and inner:
+            return f"{key}, which names code to run"
+        if "attn_implementation" in key and isinstance(inner, str) and "/" in inner:
+            return f"{key} to {inner!r}, which is code on the hub"
+        if key.endswith(("_file", "_path")) and key not in HARMLESS_PATHS and isinstance(inner, str) and inner:
+            return f"{key} to {inner!r}: a path in a foreign configuration is never followed"
+        if found := _forbidden(inner):
+            return found
+    return None
+
+
 def _broken_weights(file: Path) -> str | None:
     """Compares a safetensors file's length with what its header says: 8 bytes of header length, JSON header, data."""
     with file.open("rb") as handle:
@@ -97,7 +139,7 @@ def _broken_weights(file: Path) -> str | None:
         header_length = int.from_bytes(start[:8], "little")
         size = file.stat().st_size
         try:
-            header = json.loads(handle.read(header_length) if header_length < size else b"")
+            header = json.loads(handle.read(header_length) if header_length < min(size, LARGEST_HEADER) else b"")
             ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return f"{file.name} is not a whole safetensors file. Fetch or save the model again"

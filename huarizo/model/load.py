@@ -15,6 +15,8 @@ from huarizo.errors import ModelError
 from huarizo.machine import spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder, checked to be a Llama.
@@ -36,7 +38,20 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: the architecture is {found!r} ({', '.join(names or ['no class named'])}). Huarizo trains "
             "the Llama architecture (model_type 'llama'): TinyLlama, Llama 2 and 3, SmolLM2, Vicuna and others"
         )
+    _check_sizes(path, config)
     return config
+
+
+def _check_sizes(path: Path, config: dict[str, Any]) -> None:
+    """The sizes are whole numbers, and such that the weights can be those of the files beside it."""
+    wrong = [name for name in SIZES if type(config.get(name)) is not int or not 0 < config[name] < 2**31]
+    shared = config.get("num_key_value_heads")
+    if wrong or (shared is not None and (type(shared) is not int or not 0 < shared <= config["num_attention_heads"])):
+        raise ModelError(f"{path}: {(wrong or ['num_key_value_heads'])[0]} is no size of a model")
+    expected = weight_bytes(config, "int8", torch.float16) // 2
+    there = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+    if expected > there:
+        raise ModelError(f"{path}: a model of these sizes has more weights than the {there:,} bytes beside it can be")
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -4,13 +4,11 @@ The adapter is an ordinary PEFT adapter: stock `peft` loads it on the stock mode
 """
 
 import difflib
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from huarizo.errors import ModelError, RecipeError
-from huarizo.files import fault_in, manifest_of
+from huarizo.errors import RecipeError
 from huarizo.model.int8 import Int8Linear
 from huarizo.model.int8_lora import register
 from huarizo.recipe import LoraRecipe
@@ -61,25 +59,3 @@ def count_weights(model: Any) -> int:
     """All weights of a model: its parameters, and what is kept in int8."""
     quantised = sum(module.weight.numel() for module in model.modules() if isinstance(module, Int8Linear))
     return quantised + sum(parameter.numel() for parameter in model.parameters())
-
-
-def load_adapter(model: Any, folder: Path) -> Any:
-    """A PeftModel of `model` with the adapter of a folder, for use, not for training.
-
-    Raises:
-        ModelError: no adapter there, or one that does not fit the model.
-    """
-    from peft import PeftModel
-
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{folder}: no adapter here (adapter_model.safetensors)")
-    try:
-        fault = fault_in(folder, manifest_of(folder))
-    except ValueError as error:
-        fault = str(error)
-    if fault:
-        raise ModelError(f"{folder}: {fault}. Make it again from the last checkpoint, or put a whole copy there")
-    try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
-    except Exception as error:  # whatever a broken or foreign adapter sets off
-        raise ModelError(f"{folder}: the adapter does not load: {str(error).strip().splitlines()[0]}") from None

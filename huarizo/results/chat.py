@@ -16,9 +16,9 @@ from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
 from huarizo.hub.names import check_pinned, resolve_model
 from huarizo.machine import choose_precision, device, float_precision
+from huarizo.model.adapter import load_adapter
 from huarizo.model.fast import uncompiled
 from huarizo.model.load import load_base, load_tokenizer
-from huarizo.model.lora import load_adapter
 from huarizo.runs import Run
 
 

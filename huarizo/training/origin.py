@@ -15,20 +15,21 @@ import torch
 
 from huarizo.errors import UserError
 from huarizo.machine import world_size
-from huarizo.recipe import Recipe, parse_yaml, to_yaml
+from huarizo.recipe import Recipe, to_yaml
+from huarizo.recipe_file import parse_yaml
 from huarizo.training.checkpoint import Checkpoint
 
 LIBRARIES = ("huarizo", "torch", "transformers", "peft", "accelerate")
 NO_MATTER = {
-    "output", "samples", "training.eval_every",
+    "model", "data.train", "output", "samples", "training.eval_every",
     "training.save_every", "training.save_minutes", "training.keep", "training.max_minutes",
 }  # fmt: skip
-"""Settings on which no number of the training depends."""
+"""Settings on which no number of the training depends; of model and data, the pinned digests count, not the place."""
 ONLY_ROUNDING = {"training.micro_batch_tokens", "training.compile", "trainer.gradient_checkpointing", "precision"}
 """Settings that the machine may choose, and that change how it is computed."""
-OTHER_RUN = ("model", "data.", "pinned.", "lora.", "training.batch_size", "training.seed")
+OTHER_RUN = ("data.", "pinned.", "lora.", "training.batch_size", "training.seed")
 """Settings, or beginnings of them, without which it is another run; but for those of the next line."""
-STILL_THIS_RUN = ("lora.dropout", "lora.loraplus_lr_ratio", "data.on_bad_row")
+STILL_THIS_RUN = ("lora.dropout", "lora.loraplus_lr_ratio", "data.on_bad_row", "data.eval")
 
 
 def facts(recipe: Recipe, data_fingerprint: str, precision: str, device: torch.device) -> dict[str, Any]:

@@ -234,6 +234,7 @@ def test_skip_and_what_is_written_of_it(tmp_path: Path) -> None:
     rows = read_rows(path)
     assert [row.number for row in require_good(rows, "skip")] == [1]
     assert (rows.problem_count, rows.bad_row_count) == (3, 2)
+    (tmp_path / "run").mkdir()
     write_skipped(rows.problems, tmp_path / "run" / "skipped.jsonl")
     written = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text("utf-8").splitlines()]
     assert [(line["row"], line["field"], line["what"]) for line in written] == [

@@ -1,9 +1,9 @@
 """Disturbs runs and finishes them: kills at random instants, at each file operation, and again while they recover;
-disks that are full or gone.
+disks that are full or gone; damaged files.
 
-    python -m tests.faults.campaign --random 200 --operations -1 --twice 50 --disk 1
+    python -m tests.faults.campaign --random 200 --operations -1 --twice 50 --disk 1 --damage 300
 
-Each case has to end with the bytes of the undisturbed run. `--operations -1` means every one. The last line of stdout
+Each case has to end with the bytes of the undisturbed run, or with a message. `--operations -1` means every one. The last line of stdout
 is one JSON object with the numbers of cases; a case that fails ends it with exit code 1.
 """
 
@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.faults import damage, disturb
 from tests.faults.children import (
     Lab,
     check_after_kill,
@@ -29,9 +31,9 @@ from tests.faults.children import (
     random_kill,
     start,
 )
-from tests.faults.disturb import CASES
 from tests.faults.operations import kill_at
 
+DEFAULTS = {"random": 0, "operations": 0, "twice": 0, "disk": 0, "damage": 0, "seed": 1, "jobs": os.cpu_count() or 1}
 Case = tuple[str, Callable[[Lab, Path], object]]
 
 
@@ -54,7 +56,10 @@ def cases(lab: Lab, options: argparse.Namespace) -> Iterator[Case]:
         kill_twice = _twice(lab, options.seed + number)
         yield f"twice-{number}", lambda lab, run, k=kill_twice: one_case(lab, run, k)
     if options.disk:
-        yield from CASES.items()
+        yield from disturb.CASES.items()
+    if options.damage:
+        damage.prepare(lab)
+        yield from damage.cases(lab, options.damage, options.seed)
 
 
 def _twice(lab: Lab, seed: int) -> Callable[[Path], None]:
@@ -69,10 +74,10 @@ def _twice(lab: Lab, seed: int) -> Callable[[Path], None]:
 
 
 def work(lab: Lab, mine: list[Case], failures: Path) -> None:
-    for name, disturb in mine:
+    for name, case in mine:
         run = lab.folder / name
         try:
-            disturb(lab, run)
+            case(lab, run)
             shutil.rmtree(run)
         except Exception:
             with failures.open("a") as file:
@@ -82,14 +87,7 @@ def work(lab: Lab, mine: list[Case], failures: Path) -> None:
 def main() -> int:
     """Run the campaign; 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {
-        "random": 0,
-        "operations": 0,
-        "twice": 0,
-        "disk": 0,
-        "seed": 1,
-        "jobs": os.cpu_count() or 1,
-    }.items():
+    for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--precision", default="fp32")
     options = parser.parse_args()
@@ -105,9 +103,12 @@ def main() -> int:
             workers.append(pid)
         died = [pid for pid in workers if ended(pid)]
         text = failures.read_text() if failures.is_file() else ""
+        tally = lab.folder / "exit codes"
+        codes = Counter(tally.read_text().split()) if tally.is_file() else {}
     print(text, file=sys.stderr)
     failed = text.count("Traceback (most recent call last)") + len(died)
     counts = {"cases": len(todo), "random": options.random, "operations": lab.operations, "twice": options.twice}
+    counts |= {"damage": options.damage, "exit codes after damage": dict(sorted(codes.items()))} if codes else {}
     counts |= {"precision": options.precision, "failed": failed, "seconds": round(time.monotonic() - began)}
     print(json.dumps(counts))
     return int(failed > 0)

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,36 +76,39 @@ def outcome(run: Path) -> dict[str, Any]:
 def start(run: Path, recipe: Path, before: Any = None) -> int:
     """Fork a child that trains, or goes on where a run is there. Returns its pid."""
     run.mkdir(exist_ok=True)
-    pid = os.fork()
-    if pid:
+    begun = (run / "run" / "recipe.yaml").is_file()
+    return _fork(run, ["resume", f"{run}/run"] if begun else ["train", str(recipe), f"output={run}/run"], before)
+
+
+def call(place: Path, arguments: list[str]) -> tuple[int, str]:
+    """Run a command in a child: its exit status, and what it said."""
+    (place / "log").unlink(missing_ok=True)
+    return ended(_fork(place, arguments)), (place / "log").read_text()
+
+
+def _fork(place: Path, arguments: list[str], before: Any = None) -> int:
+    if pid := os.fork():
         return pid
     status = 70
     try:
-        log = os.open(run / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.chdir(run)
+        os.chdir(place)
         operations = Operations(before)
-        log_rows(run / "rows")
-        begun = (run / "run" / "recipe.yaml").is_file()
-        sys.argv = [
-            "huarizo",
-            *(["resume", str(run / "run")] if begun else ["train", str(recipe), f"output={run}/run"]),
-        ]
+        log_rows(place / "rows")
+        sys.argv = ["huarizo", *arguments]
         try:
             main()
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(bool(end.code))
-        (run / "operations").write_text(str(len(operations.done)))
+        (place / "operations").write_text(str(len(operations.done)))
+    except BaseException:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
         os._exit(status)
 
 

@@ -19,7 +19,7 @@ def disk_full_for_a_while(lab: Lab, run: Path) -> None:
 
 def progress_can_not_be_written(lab: Lab, run: Path) -> None:
     """A line of metrics.jsonl fails: it is said once, and the file is complete in the end."""
-    before = fail_at(range(100, 130), errno.EIO, inside=run / "run" / "metrics.jsonl")
+    before = fail_at(range(100, 200), errno.EIO, inside=run / "run" / "metrics.jsonl")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 0, _log(run)
     assert _log(run).count("Going on without it") == 1
     check_outcome(lab, run)

@@ -1,0 +1,169 @@
+"""An adapter's folder becomes an adapter on a model, whoever made it.
+
+Its configuration is foreign text: PEFT would import modules that it names and compile patterns that it holds. Only what
+describes a plain LoRA is taken from it; anything else that is set is refused by name. Only safetensors are read.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huarizo.errors import ModelError
+from huarizo.files import fault_in, manifest_of
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LARGEST_CONFIG = 1_000_000  # bytes
+LARGEST_RANK = 4096
+PLAIN_NAME = re.compile(r"[\w.]{1,200}")
+INITS = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")
+"""Initialisations that change the base model, or do nothing, when an adapter is loaded; all without code or data."""
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """A PeftModel of `model` with the adapter of a folder, for use, not for training.
+
+    Raises:
+        ModelError: no adapter there, one that does not fit the model, or that asks for more than a plain LoRA.
+    """
+    from peft import PeftModel
+
+    if not (folder / WEIGHTS).is_file():
+        pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).is_file()]
+        if pickled:
+            raise ModelError(
+                f"{folder}: the adapter is a pickle ({pickled[0]}), which is never read. Where you trust it, load it "
+                "once with PEFT and call save_pretrained, which writes safetensors"
+            )
+        raise ModelError(f"{folder}: no adapter here ({WEIGHTS})")
+    try:
+        fault = fault_in(folder, manifest_of(folder))
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        raise ModelError(f"{folder}: {fault}. Make it again from the last checkpoint, or put a whole copy there")
+    config = read_adapter_config(folder)
+    _check_shapes(folder, config)
+    try:
+        return PeftModel.from_pretrained(model, str(folder), config=config).eval()
+    except Exception as error:  # whatever a broken or foreign adapter sets off
+        raise ModelError(f"{folder}: the adapter does not load: {_first_line(error)}") from None
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """A LoraConfig from adapter_config.json, for inference.
+
+    Raises:
+        ModelError: it is missing, broken, or not a plain LoRA; the message names the field.
+    """
+    from peft import LoraConfig
+
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: {CONFIG} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: can't be read: {error}") from None
+    defaults = dataclasses.asdict(LoraConfig())
+    for name, value in values.items():
+        if name in CHECKS:
+            if not CHECKS[name](value):
+                raise ModelError(f"{path}: {name} is {json.dumps(value)[:80]}, which is not that of a plain LoRA")
+        elif value and value != defaults.get(name):
+            raise ModelError(f"{path}: it sets {name}, which Huarizo does not load. Only a plain LoRA is")
+    taken = {name: value for name, value in values.items() if name in CHECKS and value is not None}
+    for name in ("peft_type", "task_type"):
+        taken.pop(name, None)
+    taken |= {"task_type": "CAUSAL_LM", "inference_mode": True}
+    return LoraConfig(**taken)  # pyright: ignore[reportArgumentType]
+
+
+def _is_names(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return value is None or (
+        isinstance(names, list)
+        and len(names) < 2000
+        and all(isinstance(n, str) and PLAIN_NAME.fullmatch(n) for n in names)
+    )
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_RANK
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e6
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_pattern(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and _is_names(list(value)) and all(map(_is_number, value.values()))
+    )
+
+
+def _is_layers(value: Any) -> bool:
+    return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
+
+
+CHECKS = {
+    "peft_type": lambda value: value == "LORA",
+    "task_type": lambda value: value in (None, "CAUSAL_LM"),
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: _is_number(value) and value < 1,
+    "target_modules": _is_names,
+    "exclude_modules": _is_names,
+    "modules_to_save": _is_names,
+    "layers_to_transform": _is_layers,
+    "layers_pattern": _is_names,
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+    "bias": lambda value: value == "none",
+    "fan_in_fan_out": lambda value: value is False,
+    "use_rslora": _is_flag,
+    "use_dora": _is_flag,
+    "lora_bias": _is_flag,
+    "inference_mode": _is_flag,
+    "init_lora_weights": lambda value: _is_flag(value) or (isinstance(value, str) and bool(INITS.fullmatch(value))),
+    "base_model_name_or_path": _is_text,
+    "revision": _is_text,
+    "peft_version": _is_text,
+}
+"""Fields that are taken, each with what it may be."""
+
+
+def _check_shapes(folder: Path, config: Any) -> None:
+    """The configuration's rank is that of the matrices, so that no memory is taken for more than the file holds."""
+    from safetensors import SafetensorError, safe_open
+
+    allowed = {config.r, *(config.rank_pattern or {}).values()}
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file: {_first_line(error)}") from None
+    matrices = {name: shape for name, shape in shapes.items() if "lora_A" in name}
+    wrong = next((name for name, shape in matrices.items() if shape[:1] and shape[0] not in allowed), None)
+    if wrong or not matrices:
+        what = (
+            f"{wrong} has the rank {matrices[wrong][0]}, not {config.r}" if wrong else "there is no LoRA matrix in it"
+        )
+        raise ModelError(f"{folder}: {what}, so {WEIGHTS} and {CONFIG} don't belong together")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
