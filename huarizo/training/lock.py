@@ -60,7 +60,7 @@ class RunLock:
         if not self._is_ours():
             return False
         holder = self._holder()
-        if not exclusive or (holder and self._lives(holder, flock_says_free=exclusive is True)):
+        if exclusive is False or (holder and self._lives(holder, flock_says_free=exclusive is True)):
             raise UserError(
                 f"{self.path.parent}: another process trains here (process {holder.get('pid', '?')} on "
                 f"{holder.get('host', '?')}). Wait for it or end it; if you know that it is gone, delete {self.path}"

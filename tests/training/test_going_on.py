@@ -1,0 +1,257 @@
+"""What a run may be gone on with, who may, when it stops, and that it is asked for."""
+
+import io
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+import huarizo.finetune
+from huarizo.errors import HuarizoError, Interrupted, MachineError, UserError
+from huarizo.finetune import fine_tune, resume
+from huarizo.recipe import Recipe, make_recipe
+from huarizo.runs import Run
+from huarizo.training.interrupt import Signals
+from huarizo.training.lock import STALE_AFTER, RunLock
+from huarizo.training.saving import SaveAndStop
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return make_recipe(
+        model=str(tiny_model_folder), data={"train": str(alpaca_file), "eval": 2}, precision="fp32", samples=1,
+        lora={"dropout": 0.2}, training={"epochs": 2, "save_every": 2, "compile": False}, output=str(tmp_path / "run"),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=500)
+
+
+def said(console: Console) -> str:
+    file: Any = console.file
+    return file.getvalue()
+
+
+@pytest.fixture
+def stopped(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """A run that was killed after its fifth step; four are saved."""
+    end_of_step = SaveAndStop.on_step_end
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise Killed
+        end_of_step(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SaveAndStop, "on_step_end", killed)
+        with pytest.raises(Killed):
+            fine_tune(recipe, console=Console(quiet=True))
+    assert recipe.output is not None
+    yield Run(Path(recipe.output))
+
+
+def edit(run: Run, key: str, value: Any) -> None:
+    values = yaml.safe_load(run.recipe_file.read_text())
+    section = values
+    *parts, last = key.split(".")
+    for part in parts:
+        section = section[part]
+    section[last] = value
+    run.recipe_file.write_text(yaml.safe_dump(values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lora.r", 4), ("lora.alpha", 32), ("training.seed", 7), ("training.batch_size", 2), ("data.max_length", 40),
+     ("data.prompt", "alpaca"), ("data.eval", 3)],
+)  # fmt: skip
+def test_what_would_be_another_run_is_refused(stopped: Run, key: str, value: Any) -> None:
+    edit(stopped, key, value)
+    with pytest.raises(UserError, match="can't be gone on with") as error:
+        resume(stopped, Console(quiet=True))
+    assert key in str(error.value) or "the rows" in str(error.value)
+    assert "start a new run" in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["data", "model"])
+def test_other_files_are_refused(stopped: Run, change: str, alpaca_file: Path, tiny_model_folder: Path) -> None:
+    if change == "data":
+        alpaca_file.write_text(json.dumps(json.loads(alpaca_file.read_text())[::-1]))
+    else:
+        from tests.tiny import make_model
+
+        make_model(seed=5).save_pretrained(tiny_model_folder)
+    with pytest.raises(UserError, match="sha256 differs"):
+        resume(stopped, Console(quiet=True))
+
+
+def test_what_only_changes_the_numbers_is_told(stopped: Run, console: Console) -> None:
+    edit(stopped, "training.learning_rate", 1e-4)
+    manifest = next(stopped.checkpoints.glob("step-*4/manifest.json"))
+    assert json.loads(manifest.read_text())["versions"]["torch"]
+    resume(stopped, console)
+    assert "not bit-identical: training.learning_rate was 0.0002 and is 0.0001" in said(console)
+
+
+def test_a_moved_model_and_moved_data_are_the_same(
+    stopped: Run, console: Console, alpaca_file: Path, tiny_model_folder: Path
+) -> None:
+    elsewhere = alpaca_file.parent / "elsewhere"
+    elsewhere.mkdir()
+    for key, path in {"data.train": alpaca_file, "model": tiny_model_folder}.items():
+        path.rename(elsewhere / path.name)
+        edit(stopped, key, str(elsewhere / path.name))
+    resume(stopped, console)
+    assert "going on from step 4" in said(console) and "changed since" not in said(console)
+
+
+def test_the_same_command_offers_to_go_on(stopped: Run, recipe: Recipe, console: Console) -> None:
+    asked: list[Run] = []
+
+    def no(run: Run) -> bool:
+        asked.append(run)
+        return False
+
+    with pytest.raises(UserError, match="huarizo resume"):
+        fine_tune(recipe, go_on=no)
+    assert asked == [stopped]
+    other = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": 2})})
+    with pytest.raises(UserError, match="huarizo resume"):
+        fine_tune(other, go_on=no)
+    assert len(asked) == 1, "another recipe is not offered"
+    result = fine_tune(recipe, console=console, go_on=lambda run: True)
+    assert "going on from step 4" in said(console) and result.run == stopped and stopped.is_complete()
+    with pytest.raises(UserError, match="complete"):
+        resume(stopped)
+
+
+def test_a_second_process_is_refused(stopped: Run) -> None:
+    with RunLock(stopped.path), pytest.raises(UserError, match=f"process {os.getpid()} on .*delete .*lock"):
+        resume(stopped)
+    assert not (stopped.path / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "age", "flock", "kind", "refused"),
+    [
+        ("here", 0, True, "ext4", False),  # the kernel knows that its holder is dead
+        ("here", 0, None, "nfs", True),  # no locks there, and the process lives
+        ("elsewhere", 0, True, "ext4", False),  # nobody elsewhere writes to a local disk
+        ("elsewhere", 0, True, "fuse.drive", True),
+        ("elsewhere", STALE_AFTER + 60, True, "fuse.drive", False),
+        ("elsewhere", STALE_AFTER + 60, None, "nfs", False),
+        ("elsewhere", 5, None, "nfs", True),
+    ],
+)  # fmt: skip
+def test_stale_locks_are_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, age: int, flock: Any, kind: str, refused: bool
+) -> None:
+    import platform
+    import time
+
+    monkeypatch.setattr("huarizo.training.lock.file_system", lambda path: kind)
+    if flock is None:
+        monkeypatch.setattr("huarizo.training.lock.fcntl", None)
+    note = {"pid": os.getpid(), "host": platform.node() if host == "here" else "other-machine"}
+    (tmp_path / ".lock").write_text(json.dumps(note))
+    os.utime(tmp_path / ".lock", (time.time() - age,) * 2)
+    if refused:
+        with pytest.raises(UserError, match="another process trains here"), RunLock(tmp_path):
+            pass
+        return
+    with RunLock(tmp_path) as lock:
+        lock.renew()
+        lock.require_folder()
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(MachineError, match="no longer the folder"):
+            lock.require_folder()
+
+
+def test_a_lock_of_a_process_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import platform
+
+    monkeypatch.setattr("huarizo.training.lock.fcntl", None)
+    (tmp_path / ".lock").write_text(json.dumps({"pid": 2**22 + 1, "host": platform.node()}))
+    with RunLock(tmp_path):
+        pass
+    (tmp_path / ".lock").write_text("not JSON")
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_are_noted_once_and_then_end_at_once(number: str) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        os.kill(os.getpid(), getattr(signal, number))
+        assert signals.received == number
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_session_that_ends_is_left_in_time(recipe: Recipe, console: Console) -> None:
+    recipe.training.max_minutes = 1e-6
+    with pytest.raises(Interrupted, match=r"at training.max_minutes=1e-06 after step 1 of 6, which is saved.*resume"):
+        fine_tune(recipe, console=console)
+    assert recipe.output is not None
+    edit(Run(Path(recipe.output)), "training.max_minutes", None)
+    resume(Run(Path(recipe.output)), console)
+    assert "going on from step 1" in said(console) and "changed since" not in said(console)
+
+
+def test_checkpoints_come_by_time_but_cost_no_more_than_a_hundredth(
+    recipe: Recipe, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.training.save_every, recipe.training.save_minutes = None, 1e-6
+    fine_tune(recipe, console=console)
+    assert said(console).count("saved step") < 6, "after a checkpoint there is a hundred times its cost without one"
+    assert "saved step 1\n" in said(console) and "saved step 6\n" in said(console)
+
+
+def test_data_that_changes_during_the_run_is_told(
+    recipe: Recipe, console: Console, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = huarizo.finetune.load_model
+
+    def changing(prepared: Any) -> Any:
+        alpaca_file.write_text("[]")
+        return load(prepared)
+
+    monkeypatch.setattr(huarizo.finetune, "load_model", changing)
+    fine_tune(recipe, console=console)
+    assert f"{alpaca_file} changed during the run" in said(console)
+
+
+def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_file: Path, monkeypatch: Any) -> None:
+    import huarizo.prepare
+
+    read = huarizo.prepare.prepare_data
+
+    def changing(*arguments: Any) -> Any:
+        data = read(*arguments)
+        alpaca_file.write_text("[]")
+        return data
+
+    monkeypatch.setattr(huarizo.prepare, "prepare_data", changing)
+    with pytest.raises(HuarizoError, match="changed while it was read"):
+        fine_tune(recipe)
+
+
+def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huarizo.finetune, "space_needed", lambda trainable, keep: 10**18)
+    with pytest.raises(MachineError, match="checkpoints and adapter take"):
+        fine_tune(recipe)

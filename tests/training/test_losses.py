@@ -1,0 +1,120 @@
+"""Numbers that are not finite never reach the weights; a run that went wrong ends, and says why."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from huarizo.recipe import make_recipe
+from huarizo.training.checkpoint import Trained, contents, newest_valid, save
+from huarizo.training.losses import CLIMB, MAX_SKIPPED, WINDOW, DivergedError, LossWatch, likely_cause
+from huarizo.training.trainer import LoraTrainer
+from tests.training.test_checkpoint import weights
+from tests.training.test_parity import lora_model, make_trainer, random_examples
+
+
+def trainer_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: dict[int, str], steps: int = 8) -> LoraTrainer:
+    """A trainer whose loss or gradients are not finite in some steps."""
+    recipe = make_recipe(training={"epochs": 2, "save_every": 1, "keep": 99, "max_steps": steps})
+    plain = LoraTrainer._accumulate
+
+    def accumulate(self: Any, model: Any, step: Any) -> torch.Tensor:
+        loss = plain(self, model, step)
+        kind = bad.get(self.state.global_step + 1)
+        if kind == "loss":
+            return loss * math.inf
+        if kind == "gradient":
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(LoraTrainer, "_accumulate", accumulate)
+    return make_trainer(lora_model(recipe), recipe, random_examples([20, 30, 40, 50] * 4), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, {3: kind, 6: kind})
+    trainer.go_on(None)
+    assert trainer.state.global_step == 8 and trainer.watch.skipped == 2
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
+    files = {int(path.name[5:11]): path for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    parts = ("adapter_model.safetensors", "optimizer.safetensors")
+    for step in (3, 6):
+        for part in parts:
+            assert (files[step] / part).read_bytes() == (files[step - 1] / part).read_bytes()
+    assert (files[4] / parts[0]).read_bytes() != (files[3] / parts[0]).read_bytes()
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    assert rows.count('"skipped_steps": 2') == 3 and "NaN" not in rows and "Infinity" not in rows
+
+
+def test_repeated_skips_end_the_run_with_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, dict.fromkeys(range(3, 9), "gradient"))
+    with pytest.raises(
+        DivergedError, match=r"not finite in 5 steps in a row\. Likely too large a learning rate"
+    ) as error:
+        trainer.go_on(None)
+    assert "step-000006" in str(error.value) and error.value.exit_code == 2
+    checkpoint, _ = newest_valid(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 6
+
+
+def test_a_model_that_never_goes_right_is_the_likely_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, dict.fromkeys(range(1, 9), "loss"))
+    with pytest.raises(DivergedError, match="base model's weights are probably damaged"):
+        trainer.go_on(None)
+
+
+def test_a_climbing_loss_is_noticed_and_noise_is_not() -> None:
+    watch, generator = LossWatch(), torch.Generator().manual_seed(0)
+    for step in range(1, 1000):
+        noise = float(torch.randn((), generator=generator))
+        assert watch.add(step, 2.0 + 0.7 * noise, skipped=False) is None
+    wrong = [watch.add(step, 2.0 + 0.2 * (step - 999), skipped=False) for step in range(1000, 1100)]
+    told = next(text for text in wrong if text)
+    assert told.startswith("the loss climbed from ") and watch.lowest_step < 1000
+    first = next(step for step, text in enumerate(wrong) if text)
+    assert first < WINDOW + CLIMB / 0.2 + 5
+
+
+def test_the_watch_goes_on_from_a_checkpoint() -> None:
+    watch = LossWatch()
+    assert LossWatch.from_state(watch.state()) == watch
+    for step in range(1, 30):
+        watch.add(step, float(step % 7), skipped=step % 11 == 0)
+    assert LossWatch.from_state(watch.state()) == watch
+    assert math.isfinite(watch.lowest)
+
+
+def test_loss_scaling_may_skip_at_first() -> None:
+    watch = LossWatch()
+    assert all(watch.add(step, 1.0, skipped=True, scaled=True) is None for step in range(1, MAX_SKIPPED + 10))
+    assert "too large for fp16" in likely_cause(watch, 2e-4, "fp16", 100)
+
+
+def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path: Path) -> None:
+    recipe = make_recipe(training={"save_every": 1, "max_steps": 1})
+    trainer = make_trainer(lora_model(recipe), recipe, random_examples([20, 30]), tmp_path / "a")
+    trainer.go_on(None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    scaler.scale(torch.ones(()))
+    scaler.update(4.0)
+    trained = Trained(trainer.model, trainer.optimizer, trainer.lr_scheduler, scaler)
+    save(tmp_path, 1, contents(trained, [torch.get_rng_state()], {}), {}, keep=1)
+    checkpoint, _ = newest_valid(tmp_path)
+    fresh = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    assert checkpoint is not None
+    checkpoint.restore_optimizer(Trained(trainer.model, trainer.optimizer, trainer.lr_scheduler, fresh))
+    assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 4.0
+
+
+def test_lora_is_fp32_under_an_fp16_base() -> None:
+    from huarizo.model.lora import add_lora
+    from tests.tiny import make_model
+
+    recipe = make_recipe()
+    model = add_lora(make_model().half().requires_grad_(False), recipe.lora, 0)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
