@@ -15,11 +15,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from huarizo.data.files import SUFFIXES, enumerated, excerpt, refusal, shown, told, unknown_kind
+from huarizo.data.limits import bounded_memory
 from huarizo.errors import DataError
+from huarizo.machine import available_memory
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
+PARQUET_MEMORY = 16 * 2**30  # bytes at most, with what is read of its rows
+CPU = torch.device("cpu")
 BATCH = 1000  # Parquet rows converted at a time
 
 DISGUISES = (  # how the file begins, what it is, what to do
@@ -346,7 +352,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Record]:
 
     remedy = "It may be cut off or damaged: download or write it again"
     try:
-        with pq.ParquetFile(path) as file:
+        with bounded_memory(min(PARQUET_MEMORY, available_memory(CPU))), pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _check_columns_differ(path, names)
             chosen = [name for name in names if name in wanted]
@@ -359,6 +365,9 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Record]:
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     number += 1
                     yield number, empty | dict(zip(batch.schema.names, values, strict=True))
+    except MemoryError:
+        what = "takes more memory to unpack than there is"
+        raise refusal(path, what, "Write it with smaller row groups, or check that this is a file of rows") from None
     except UnicodeDecodeError:
         raise refusal(path, "has a text column with bytes that are not UTF-8", "Decode it before writing it") from None
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:

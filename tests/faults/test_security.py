@@ -1,0 +1,265 @@
+"""What is hostile leads to a message: not to code, not to a path outside, not to a full memory, not to a token told."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from huarizo.data.prompts import ChatFormat, prompt_format
+from huarizo.data.rows import read_rows
+from huarizo.errors import DataError, ModelError, RecipeError, UserError
+from huarizo.hub.names import resolve_model
+from huarizo.model.adapter import load_adapter, read_adapter_config
+from huarizo.model.load import load_tokenizer, read_config
+from huarizo.model.lora import add_lora
+from huarizo.recipe import load_recipe, make_recipe
+from tests.tiny import CHATML, make_model, make_tokenizer
+
+TOKEN = "hf_" + "plantedTokenThatNobodyMayTell" + "0123"
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "named"),
+    [
+        ("config.json", {"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map"),
+        ("config.json", {"_attn_implementation_internal": "evil/kernel"}, "_attn_implementation_internal"),
+        ("config.json", {"attn_implementation": "evil/kernel"}, "attn_implementation"),
+        ("config.json", {"text_config": {"auto_map": {"AutoModel": "evil.M"}}}, "auto_map"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.T", None]}}, "auto_map"),
+        ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}, "vocab_file"),
+        ("tokenizer_config.json", {"tokenizer_file": "../../secret.json"}, "tokenizer_file"),
+        ("generation_config.json", {"custom_generate": "evil/code"}, "custom_generate"),
+    ],
+)
+def test_a_model_that_names_code_or_paths_is_refused(
+    tiny_model_folder: Path, file: str, fields: dict[str, Any], named: str
+) -> None:
+    path = tiny_model_folder / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | fields))
+    with pytest.raises(ModelError, match=f"{file} sets {named}.*"):
+        resolve_model(str(tiny_model_folder))
+
+
+def test_fields_that_tools_wrote_for_years_are_no_attack(tiny_model_folder: Path) -> None:
+    path = tiny_model_folder / "tokenizer_config.json"
+    old = {"name_or_path": "/home/me/llama", "special_tokens_map_file": "/root/.cache/x.json", "tokenizer_file": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | old))
+    assert load_tokenizer(resolve_model(str(tiny_model_folder)).path)("a")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_hidden_layers": 10**9}, {"hidden_size": 10**7}, {"vocab_size": -5}, {"vocab_size": "many"},
+     {"num_attention_heads": 0}, {"num_key_value_heads": 10**9}, {"intermediate_size": 1.5}],
+)  # fmt: skip
+def test_sizes_that_the_weights_can_not_have_take_no_memory(tiny_model_folder: Path, sizes: dict[str, Any]) -> None:
+    path = tiny_model_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+    with pytest.raises(ModelError, match="no size of a model|more weights than"):
+        read_config(tiny_model_folder)
+
+
+@pytest.mark.parametrize("header", [2**63, 10**12, 200_000_000, 0])
+def test_a_safetensors_header_of_any_length_takes_no_memory(tiny_model_folder: Path, header: int) -> None:
+    file = tiny_model_folder / "model.safetensors"
+    with file.open("r+b") as handle:
+        handle.write(struct.pack("<Q", header))
+        handle.truncate(300_000_000)  # sparse
+    with pytest.raises(ModelError, match="not a whole safetensors file|bytes instead of"):
+        resolve_model(str(tiny_model_folder))
+
+
+def test_configurations_of_any_length_take_no_memory(tiny_model_folder: Path) -> None:
+    with (tiny_model_folder / "tokenizer.json").open("r+b") as file:
+        file.truncate(10**10)  # sparse
+    with pytest.raises(ModelError, match=r"tokenizer\.json has 10,000,000,000 bytes"):
+        resolve_model(str(tiny_model_folder))
+
+
+def test_names_in_an_index_can_not_leave_the_folder(tiny_model_folder: Path) -> None:
+    (tiny_model_folder / "model.safetensors").rename(tiny_model_folder.parent / "outside.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (tiny_model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="weights are missing: \\.\\./outside"):
+        resolve_model(str(tiny_model_folder))
+
+
+# Chat templates
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
+        ("{{ 'a' * 10**10 }}", "computes powers"),
+        ("{{ 'a' * 10000000000 }}", "takes more memory"),
+        ("{{ '%9999999999d' % 1 }}", "takes more memory"),
+        ("{{ 'a'|center(9999999999) }}", "takes more memory"),
+        ("{{ 9**(9**9) }}", "computes powers"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this conversation"),
+        ("{{ cycler.__init__.__globals__.os.system('id') }}", "refuses this conversation"),
+        ("{{ self._TemplateReference__context }}", "refuses|rewrites"),
+        ("{% include '/etc/passwd' %}", "refuses|fails"),
+        ("{{ 1/0 }}", "fails: division"),
+        ("x" * 300_000, "300,000 characters"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else None,
+)
+def test_chat_templates_run_in_bounds(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huarizo.data.prompts.LONGEST_RENDERING", 0.3)
+    with pytest.raises(UserError, match=message):
+        ChatFormat(make_tokenizer(chat_template=template))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ instruction }}{{ ''.__class__.__base__ }}", "{{ instruction }}{{ 9**9**9 }}", "{{ instruction * 9999999999 }}",
+     "{{ instruction }}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"],
+)  # fmt: skip
+def test_a_recipes_template_runs_in_bounds(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huarizo.data.prompts.LONGEST_RENDERING", 0.3)
+    with pytest.raises(RecipeError, match=r"data\.prompt"):
+        prompt_format(template, make_tokenizer())
+
+
+def test_ordinary_templates_with_stars_in_their_text_are_fine() -> None:
+    assert ChatFormat(make_tokenizer(chat_template="{{ '**bold** ' }}" + CHATML)).stop == "<|im_end|>"
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    model = add_lora(make_model().requires_grad_(False), make_recipe(lora={"r": 4}).lora, 0)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    return tmp_path / "adapter"
+
+
+def change(adapter: Path, **fields: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_a_plain_adapter_loads(adapter: Path) -> None:
+    assert load_adapter(make_model(), adapter).peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("megatron_config", {"x": 1}), ("megatron_core", "os"), ("auto_mapping", {"parent_library": "os"}),
+        ("loftq_config", {"x": 1}), ("eva_config", {"x": 1}), ("corda_config", {"x": 1}), ("layer_replication", [[0, 9]]),
+        ("peft_type", "PROMPT_TUNING"), ("r", 10**9), ("r", -1), ("r", "8"), ("target_modules", "(a+)+$"),
+        ("target_modules", ["(a+)+$"]), ("rank_pattern", {"(a+)+$": 4}), ("init_lora_weights", "eva"),
+        ("modules_to_save", ["../x"]), ("bias", "all"), ("something_new", "x"), ("lora_alpha", 1e30),
+    ],
+    ids=lambda value: str(value)[:20] if isinstance(value, str) else None,
+)  # fmt: skip
+def test_an_adapter_that_asks_for_more_is_refused(adapter: Path, field: str, value: Any) -> None:
+    change(adapter, **{field: value})
+    with pytest.raises(ModelError, match=f"{field}"):
+        load_adapter(make_model(), adapter)
+
+
+def test_a_rank_that_is_not_the_matrices_own_takes_no_memory(adapter: Path) -> None:
+    change(adapter, r=4000)
+    with pytest.raises(ModelError, match="has the rank 4, not 4000"):
+        load_adapter(make_model(), adapter)
+
+
+def test_adapters_and_checkpoints_hold_no_pickle(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ModelError, match=r"is a pickle \(adapter_model\.bin\), which is never read.*save_pretrained"):
+        load_adapter(make_model(), adapter)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, " " * 2_000_000])
+def test_a_broken_adapter_configuration_is_told(adapter: Path, text: str) -> None:
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(ModelError, match="can't be read"):
+        read_adapter_config(adapter)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: !!python/object/apply:os.system ['id']", "not valid YAML"),
+        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)), "aliases unfolded"),
+        ("a: &a [*a]", "aliases unfolded"),
+        ("training: {seed: " + "1" * 5000 + "}", "not valid YAML"),
+        ("? [a, b]\n: 1", "a key is a list"),
+        ("trainer: {run_name: 2001-13-45}", "not valid YAML"),
+        ("[" * 3000, "not valid YAML"),
+        (f"model: {TOKEN}", "never holds a token"),
+        (f"trainer: {{hub_token: {TOKEN}}}", "never holds a token"),
+        ("trainer: {push_to_hub: true}", "push_to_hub"),
+        ("trainer: {output_dir: /etc}", "output_dir"),
+        ("lora: {options: {megatron_config: {a: 1}}}", "would import other code"),
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_a_hostile_recipe_is_a_message(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert TOKEN not in str(error.value)
+
+
+# Data
+
+
+def test_a_parquet_file_that_unfolds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("huarizo.data.records.PARQUET_MEMORY", 300 * 2**20)
+    column = pa.array(["a" * 100_000_000] * 12)
+    pq.write_table(pa.table({"instruction": column, "output": column}), tmp_path / "bomb.parquet", compression="zstd")
+    assert (tmp_path / "bomb.parquet").stat().st_size < 2_000_000
+    with pytest.raises(DataError, match=r"bomb\.parquet.*memory"):
+        read_rows(tmp_path / "bomb.parquet", {})
+
+
+# Tokens
+
+
+def test_no_token_is_ever_told(tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path) -> None:
+    recipe = {"model": str(tiny_model_folder), "data": {"train": str(alpaca_file)}, "training": {"compile": False},
+              "output": str(tmp_path / "run"), "trainer": {"report_to": "none"}}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
+    (tmp_path / "home").mkdir()
+    environment = {**os.environ, "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "HOME": str(tmp_path / "home"),
+                   "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(Path(__file__).parents[2])}  # fmt: skip
+    environment.pop("HF_HUB_OFFLINE", None)
+    for arguments in (["train", "recipe.yaml"], ["ask", str(tmp_path / "run"), "Count"], ["train", "recipe.yaml", f"lora.r={TOKEN}"],
+                      ["train", "recipe.yaml", f"model=owner/{TOKEN}", "output=x"], ["train", "recipe.yaml", "model=owner/name", "output=x"]):  # fmt: skip
+        command = [sys.executable, "-m", "huarizo", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert TOKEN not in done.stdout + done.stderr, arguments
+        assert done.returncode == (0 if (len(arguments) < 4 and arguments[0] != "train") or len(arguments) == 2 else 2)
+    for file in tmp_path.rglob("*"):
+        if file.is_file() and file.name != ".env":
+            assert TOKEN.encode() not in file.read_bytes(), file
+
+
+def test_the_base_of_an_adapter_with_other_names(adapter: Path) -> None:
+    save_file({"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="there is no LoRA matrix"):
+        load_adapter(make_model(), adapter)
