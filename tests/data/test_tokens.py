@@ -183,6 +183,43 @@ def test_prepared_rows_are_cached_by_content(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.arrow"))) == 3
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "prolonged"])
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: str) -> None:
+    rows, encoder = [row(f"answer {n}") for n in range(50)], Encoder(TINY, prompt_format("alpaca", TINY))
+    first = tokenise(rows, encoder, tmp_path)
+    (file,) = tmp_path.glob("*.arrow")
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    damaged = {"cut": whole[:middle], "emptied": b"", "prolonged": whole + b"x"}
+    damaged["flipped"] = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    file.unlink()  # the first one is still mapped
+    file.write_bytes(damaged[damage])
+    again = tokenise(rows, encoder, tmp_path)
+    assert file.read_bytes() == whole and again.dataset[:] == first.dataset[:]
+    assert again.fingerprint == first.fingerprint
+
+
+def test_two_runs_may_prepare_the_same_rows_at_once(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    rows, encoder = [row(f"answer {n}") for n in range(300)], Encoder(TINY, prompt_format("alpaca", TINY))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: tokenise(rows, encoder, tmp_path), range(8)))
+    assert all(one.dataset[:] == found[0].dataset[:] for one in found)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".arrow"]
+
+
+def test_what_a_killed_run_left_in_the_cache_is_removed_later(tmp_path: Path) -> None:
+    import os
+
+    for name, age in {".old.arrow.0123abcd.tmp": 2e5, ".new.arrow.0123abcd.tmp": 0}.items():
+        (tmp_path / name).write_bytes(b"half")
+        stamp = (tmp_path / name).stat().st_mtime - age
+        os.utime(tmp_path / name, (stamp, stamp))
+    tokenise([row("x")], Encoder(TINY, prompt_format("alpaca", TINY)), tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"} == {".new.arrow.0123abcd.tmp"}
+
+
 def test_rows_without_any_response_within_the_length_are_refused(tmp_path: Path) -> None:
     encoder = Encoder(TINY, prompt_format("alpaca", TINY), max_length=8)
     with pytest.raises(DataError, match="data.max_length=8"):

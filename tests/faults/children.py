@@ -25,7 +25,8 @@ RECIPE = """
 model: {folder}/model
 data: {{train: {folder}/rows.json, eval: 4, prompt: alpaca, max_length: 64}}
 lora: {{dropout: 0.1}}
-training: {{epochs: 2, batch_size: 4, save_every: {every}, save_minutes: null, keep: 2, eval_every: 4, compile: false}}
+training: {{epochs: 2, batch_size: 4, save_every: {every}, save_minutes: null, keep: 2, eval_every: 4, compile: false,
+  micro_batch_tokens: 64}}
 precision: {precision}
 samples: 1
 """

@@ -88,6 +88,9 @@ def test_the_cache_is_in_the_home_without_xdg(
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "weights cut": lambda folder: (folder / "model.safetensors").write_bytes(b"GG"),
+    "one bit of the weights": lambda folder: (folder / "model.safetensors").write_bytes(
+        bytes([GGUF[0] ^ 1]) + GGUF[1:]
+    ),
     "weights gone": lambda folder: (folder / "model.safetensors").unlink(),
     "small file changed": lambda folder: (folder / "config.json").write_text("[]"),
     "manifest cut": lambda folder: (folder / "manifest.json").write_text("{"),
