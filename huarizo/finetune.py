@@ -89,7 +89,7 @@ def fine_tune(
     """
     began, console = time.monotonic(), _console(console)
     unfinished = unfinished_runs(recipe.output, name) if go_on and world_size() == 1 else []
-    if not unfinished:
+    if rank() == 0 and not unfinished:
         new_run(recipe.output, name)  # says at once if it can't be
     prepared = prepare(recipe)
     for old in unfinished:
@@ -279,8 +279,8 @@ def _finish(assistant: Assistant, session: Session, result: Result, saving: Save
         _save_adapter(run.adapter, assistant, session, result.metrics)
     except MachineError as error:
         raise MachineError(f"{error}. {_rescued(assistant, session, result, saving)}") from None
-    minutes = (time.monotonic() - session.began) / 60
-    console.print(f"{'saving':<10} took {saving.seconds:.1f} s of {minutes:.1f} minutes", soft_wrap=True)
+    share = 100 * saving.seconds / (time.monotonic() - session.began)
+    console.print(f"{'saving':<10} took {saving.seconds:.1f} s, {share:.1f} % of the time", soft_wrap=True)
     for fault in changed_files(session.prepared.data_sources):
         console.print(Text(f"{fault} changed during the run, which used it as it was", style="yellow"))
     turns = [OpenExchange(sample.instruction, sample.input) for sample in result.samples]
