@@ -12,7 +12,7 @@ from huarizo.data.rows import read_rows
 from huarizo.errors import HuarizoError, RecipeError
 from huarizo.recipe import fields, load_recipe, to_yaml
 
-QUICK, LONG = 150, 20_000  # inputs of each kind
+QUICK, LONG = 150, 5_000  # inputs of each kind
 COUNTS = [QUICK, pytest.param(LONG, marks=pytest.mark.slow)]
 KEYS = [key for key, _ in fields()]
 VALUES = st.recursive(
