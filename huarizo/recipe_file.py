@@ -31,6 +31,13 @@ def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, de
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    """A text in which JSON's escapes of one character in two halves, \\ud83d\\ude00, are that character."""
+    text = loader.construct_scalar(node)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:str", _text)
 _RecipeLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_doubles)
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")

@@ -1,5 +1,6 @@
 """The recipe: all mistakes at once, each with its key; what is written is read back the same."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,11 @@ def test_a_missing_recipe_names_those_there_are(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(Path(__file__).parents[1])
     with pytest.raises(RecipeError, match="no such recipe file.*recipes/quickstart.yaml"):
         load_recipe("recipes/quickstrat.yaml")
+
+
+def test_a_recipe_written_as_json_keeps_its_emoji(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"samples": ["Who are you? 🦙 안녕"]}))
+    assert load_recipe(tmp_path / "recipe.json").samples == ["Who are you? 🦙 안녕"]
+    (tmp_path / "recipe.json").write_text('{"samples": ["\\ud83d"]}')
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "recipe.json")

@@ -35,8 +35,8 @@ FORBIDDEN = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "c
 HARMLESS_PATHS = ("special_tokens_map_file", "name_or_path", "_name_or_path")
 """Fields that tools wrote with their own paths for years, and that nothing reads."""
 LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file; the format's own limit
-LARGEST_JSON = {"tokenizer.json": 200_000_000, INDEX: 50_000_000}  # bytes
-LARGEST_OTHER_JSON = 10_000_000  # TinyLlama's largest has under 2,000
+LARGEST = {"tokenizer.json": 200_000_000, "tokenizer.model": 100_000_000, INDEX: 50_000_000}  # bytes
+LARGEST_OTHER = 10_000_000  # bytes; TinyLlama's others have under 2,000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -97,10 +97,12 @@ def broken(folder: Path) -> str | None:
 
 def hostile(folder: Path) -> str | None:
     """What in a model's configuration would run code or reach outside its folder, with the remedy; None for nothing."""
-    for file in sorted(folder.glob("*.json")):
-        if file.stat().st_size > LARGEST_JSON.get(file.name, LARGEST_OTHER_JSON):
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".json", ".model", ".txt", ".jinja"):
+            continue
+        if file.stat().st_size > LARGEST.get(file.name, LARGEST_OTHER):
             return f"{file.name} has {file.stat().st_size:,} bytes, too many for it. Fetch or save the model again"
-        if file.name in LARGEST_JSON or file.name in ("vocab.json", "added_tokens.json"):
+        if file.suffix != ".json" or file.name in (*LARGEST, "vocab.json", "added_tokens.json"):
             continue
         try:
             found = _forbidden(json.loads(file.read_bytes()))

@@ -80,10 +80,11 @@ def test_a_safetensors_header_of_any_length_takes_no_memory(tiny_model_folder: P
         resolve_model(str(tiny_model_folder))
 
 
-def test_configurations_of_any_length_take_no_memory(tiny_model_folder: Path) -> None:
-    with (tiny_model_folder / "tokenizer.json").open("r+b") as file:
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "config.json", "chat_template.jinja"])
+def test_configurations_of_any_length_take_no_memory(tiny_model_folder: Path, name: str) -> None:
+    with (tiny_model_folder / name).open("ab") as file:
         file.truncate(10**10)  # sparse
-    with pytest.raises(ModelError, match=r"tokenizer\.json has 10,000,000,000 bytes"):
+    with pytest.raises(ModelError, match=f"{name} has 10,000,000,000 bytes"):
         resolve_model(str(tiny_model_folder))
 
 
