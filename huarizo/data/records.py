@@ -15,17 +15,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from huarizo.data.files import SUFFIXES, enumerated, excerpt, refusal, shown, told, unknown_kind
 from huarizo.data.limits import bounded_memory
 from huarizo.errors import DataError
-from huarizo.machine import available_memory
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
 PARQUET_MEMORY = 16 * 2**30  # bytes at most, with what is read of its rows
-CPU = torch.device("cpu")
 BATCH = 1000  # Parquet rows converted at a time
 
 DISGUISES = (  # how the file begins, what it is, what to do
@@ -349,10 +345,14 @@ def _cells(header: list[str], cells: list[str], delimiter: str) -> object:
 def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
+    import torch
 
+    from huarizo.machine import available_memory
+
+    free = available_memory(torch.device("cpu"))
     remedy = "It may be cut off or damaged: download or write it again"
     try:
-        with bounded_memory(min(PARQUET_MEMORY, available_memory(CPU))), pq.ParquetFile(path) as file:
+        with bounded_memory(min(PARQUET_MEMORY, free)), pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _check_columns_differ(path, names)
             chosen = [name for name in names if name in wanted]
