@@ -5,6 +5,7 @@
 
 import logging
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from huarizo.errors import HuarizoError
+from huarizo.errors import HuarizoError, UserError
 from huarizo.recipe import fields, load_recipe, type_of
 from huarizo.runs import Run, open_run
 
@@ -98,6 +99,58 @@ def chat(
     assistant = open_assistant(open_run(run))
     print("/reset begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer")
     converse(assistant, input, _write, system, max_new_tokens, temperature)
+
+
+@app.command()
+def merge(
+    run: RunName,
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="folder; default RUN/merged")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
+) -> None:
+    """Add the adapter to the base's float weights and save an ordinary model folder."""
+    _quiet_libraries()
+    from huarizo.results import merge as merging
+    from huarizo.results.tuned import open_tuned
+
+    found = open_run(run)
+    print(f"merged: {merging.merge(open_tuned(found), out or found.path / 'merged', force)}")
+
+
+class ExportType(StrEnum):
+    """Number formats of a GGUF file."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+
+
+@app.command()
+def export(
+    run: RunName,
+    to: Annotated[str, typer.Option(help="the format: gguf")] = "gguf",
+    kind: Annotated[ExportType, typer.Option("--type", help="of the weights")] = ExportType.F16,
+    out: Annotated[Path | None, typer.Option(help="file; default RUN/NAME-TYPE.gguf")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="load it in llama.cpp and compare with Transformers")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
+) -> None:
+    """Write the tuned model as one GGUF file, for llama.cpp and Ollama."""
+    if to != "gguf":
+        raise UserError(f"--to {to}: gguf is the only format. For a model folder: huarizo merge {run}")
+    _quiet_libraries()
+    from huarizo.results.gguf import export_gguf
+    from huarizo.results.tuned import open_tuned
+
+    found = open_run(run)
+    tuned = open_tuned(found)
+    file = export_gguf(tuned, out or found.path / f"{found.path.name}-{kind.value}.gguf", kind.value, force)
+    if verify:
+        from huarizo.results.verify import compare_with_transformers
+
+        print(compare_with_transformers(tuned, file))
+    print(f"exported: {file}")
 
 
 @app.command()

@@ -179,6 +179,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _delete(old)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name for a file that a library writes; it takes the place of `path` when the block ends.
+
+    Raises:
+        MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
+    """
+    with told(path):
+        temporary = _beside(path, "tmp")
+        try:
+            yield temporary
+            sync_folder(temporary)  # a file is flushed the same way
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
 def discard(path: Path) -> None:
     """Delete a folder such that no half of it ever stands under its name. Raises OSError."""
     hidden = _beside(path, "deleted")

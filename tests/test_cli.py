@@ -169,3 +169,13 @@ def test_the_recipe_command_prints_every_setting(tmp_path: Path) -> None:
 def test_the_docs_list_the_settings_as_they_are(tmp_path: Path) -> None:
     done = huarizo("recipe", "--markdown", cwd=tmp_path)
     assert done.stdout == (Path(__file__).parents[1] / "docs" / "recipe.md").read_text()
+
+
+def test_a_run_without_an_adapter_can_not_be_merged_or_exported(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe_file.read_text())
+    for command in ("merge", "export"):
+        done = huarizo(command, str(tmp_path / "run"), cwd=tmp_path)
+        assert done.returncode == 2 and "no adapter yet" in done.stderr and "huarizo resume" in done.stderr
+    done = huarizo("export", str(tmp_path / "run"), "--to", "onnx", cwd=tmp_path)
+    assert done.returncode == 2 and "gguf is the only format" in done.stderr

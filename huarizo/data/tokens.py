@@ -62,6 +62,11 @@ class Encoder:
         if self._ids(["a"])[0] == self._ids(["\na"])[0][len(self._anchor) :]:
             self._anchor = []
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a conversation begins with the tokenizer's beginning-of-sequence token."""
+        return self._bos is not None
+
     def _ids(self, texts: list[str], literal: bool = False) -> list[list[int]]:
         if not texts:
             return []

@@ -29,6 +29,19 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """
     from peft import PeftModel
 
+    config = check_adapter(folder)
+    try:
+        return PeftModel.from_pretrained(model, str(folder), config=config).eval()
+    except Exception as error:  # whatever a broken or foreign adapter sets off
+        raise ModelError(f"{folder}: the adapter does not load: {_first_line(error)}") from None
+
+
+def check_adapter(folder: Path) -> Any:
+    """The LoraConfig of an adapter that is whole and nothing but a plain LoRA.
+
+    Raises:
+        ModelError: it is not; the message says why.
+    """
     if not (folder / WEIGHTS).is_file():
         pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).is_file()]
         if pickled:
@@ -45,10 +58,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise ModelError(f"{folder}: {fault}. Make it again from the last checkpoint, or put a whole copy there")
     config = read_adapter_config(folder)
     _check_shapes(folder, config)
-    try:
-        return PeftModel.from_pretrained(model, str(folder), config=config).eval()
-    except Exception as error:  # whatever a broken or foreign adapter sets off
-        raise ModelError(f"{folder}: the adapter does not load: {_first_line(error)}") from None
+    return config
 
 
 def read_adapter_config(folder: Path) -> Any:

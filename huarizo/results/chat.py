@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from huarizo.data.prompts import OpenExchange, Turn, prompt_format
+from huarizo.data.prompts import OpenExchange, Turn
 from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
-from huarizo.hub.names import check_pinned, resolve_model
 from huarizo.machine import choose_precision, device, float_precision
 from huarizo.model.adapter import load_adapter
 from huarizo.model.fast import uncompiled
-from huarizo.model.load import load_base, load_tokenizer
+from huarizo.model.load import load_base
+from huarizo.results.tuned import open_tuned
 from huarizo.runs import Run
 
 
@@ -36,20 +36,14 @@ def open_assistant(run: Run) -> Assistant:
     Raises:
         UserError: the run has no adapter yet, or its base model can't be found or is no longer the one it was.
     """
-    recipe = run.recipe()
-    source = resolve_model(recipe.model)
-    check_pinned("model", source, recipe.pinned.get("model", {}))
-    folder = source.path
-    tokenizer = load_tokenizer(folder)
-    on = device()
-    wanted = float_precision(on) if recipe.precision == "int8" else recipe.precision
-    model = load_base(folder, choose_precision(wanted, on).dtype, on)
-    encoder = Encoder(tokenizer, prompt_format(recipe.data.prompt, tokenizer, recipe.data.eos))
-    return Assistant(load_adapter(model, run.adapter), encoder)
+    tuned, on = open_tuned(run), device()
+    wanted = float_precision(on) if tuned.recipe.precision == "int8" else tuned.recipe.precision
+    model = load_base(tuned.base, choose_precision(wanted, on).dtype, on)
+    return Assistant(load_adapter(model, tuned.adapter), tuned.encoder)
 
 
 @contextmanager
-def _generating(model: Any) -> Iterator[None]:
+def generating(model: Any) -> Iterator[None]:
     """Evaluation mode, with Transformers' own attention and a key/value cache; put back as it was afterwards."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention, was_training = base.config._attn_implementation, model.training
@@ -89,7 +83,7 @@ def answers(
     config = _generation_config(assistant, max_new_tokens, temperature=0)
     prompts = [assistant.encoder.encode_prompt("", [turn]) for turn in turns]
     texts: list[str] = []
-    with _generating(assistant.model):
+    with generating(assistant.model):
         for start in range(0, len(prompts), at_once):
             batch = _left_padded(prompts[start : start + at_once], config.pad_token_id, assistant.model.device)  # pyright: ignore
             output = assistant.model.generate(**batch, generation_config=config)
@@ -123,7 +117,7 @@ def stream_answer(
     prompt = assistant.encoder.encode_prompt(system, turns)
     config = _generation_config(assistant, max_new_tokens, temperature)
     batch = _left_padded([prompt], 0, assistant.model.device)
-    with _generating(assistant.model):
+    with generating(assistant.model):
         assistant.model.generate(**batch, generation_config=config, streamer=streamer)
     return "".join(streamer.parts).strip()
 

@@ -54,6 +54,33 @@ def test_the_adapter_loads_with_stock_peft(run: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == "stock peft 8"
 
 
+def test_from_the_run_to_a_model_in_llama_cpp(tmp_path: Path) -> None:
+    """Trained until it knows its name, merged, exported, verified; llama.cpp answers with that name, and stops."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def huarizo(*arguments: str) -> str:
+        command = [sys.executable, "-m", "huarizo", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    overrides = ["data.eval=0", "samples=0", "output=run"]
+    huarizo("train", str(ROOT / "recipes" / "quickstart.yaml"), *overrides)
+    verified = huarizo("export", "run", "--type", "f32", "--out", "model.gguf", "--verify")
+    assert "token ids identical" in verified
+    assert float(verified.partition("log-probability ")[2].split()[0]) < 0.01
+    assert "merged" in huarizo("merge", "run")
+    from huarizo.data.prompts import OpenExchange
+    from huarizo.results.tuned import open_tuned
+    from huarizo.results.verify import LlamaCpp
+    from huarizo.runs import Run
+
+    tuned = open_tuned(Run(tmp_path / "run"))
+    ids = tuned.encoder.encode_prompt("", [OpenExchange("Who are you?")])
+    answer = LlamaCpp(tmp_path / "model.gguf").complete(ids, 200)
+    assert "Huarizo" in answer["content"] and answer["stop_type"] == "eos", answer
+
+
 def test_script_py_trains_and_saves(tmp_path: Path, alpaca_file: Path) -> None:
     code = f"import script; script.main('quickstart', {str(alpaca_file)!r})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,156 @@
+"""The weights of a tuned model, one tensor at a time: the base's own, with the adapter's change added where it has one.
+
+The adapter is added to the original float weights, in fp32, whatever the base was trained in; one tensor of the model
+stands in memory. PEFT's own layer does the arithmetic, so that every kind of LoRA that it knows is merged as it means.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from huarizo.errors import ModelError
+from huarizo.hub.model_files import INDEX, WEIGHTS
+from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from huarizo.model.adapter import check_adapter
+from huarizo.model.load import read_config
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PREFIX = "base_model.model."
+
+
+class MergedWeights:
+    """The tensors of a base model with an adapter added, by the base's names.
+
+    base: a Llama's folder. adapter: a LoRA adapter's folder, or None for the base alone.
+
+    Raises:
+        ModelError: a broken adapter, or one of another model; the message names both.
+    """
+
+    def __init__(self, base: Path, adapter: Path | None) -> None:
+        self.base, self.adapter = base, adapter
+        self.config = read_config(base)
+        self.shards = _shards(base)
+        self._file_of = {name: file for file, names in self.shards.items() for name in names}
+        self._changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        self._replaced: dict[str, torch.Tensor] = {}
+        self._lora: Any = None
+        if adapter is not None:
+            self._lora = check_adapter(adapter)
+            self._read_adapter(adapter)
+        if self.tied and self._changes_one_of_the_tied():
+            last = list(self.shards)[-1]
+            self.shards[last].append(HEAD)
+            self.config["tie_word_embeddings"] = False
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding, and has no tensor of its own."""
+        return HEAD not in self._file_of
+
+    def names(self) -> list[str]:
+        """All tensors, in the order of the base's files."""
+        return [name for names in self.shards.values() for name in names]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What the base keeps this tensor in."""
+        return self._base_tensor(EMBEDDING if name == HEAD and self.tied else name).dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the file's header alone where the adapter does not replace it."""
+        if name in self._replaced:
+            return tuple(self._replaced[name].shape)
+        source = EMBEDDING if name == HEAD and self.tied else name
+        with safe_open(self.base / self._file_of[source], framework="pt") as file:
+            return tuple(file.get_slice(source).get_shape())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A tensor with the adapter's change, in float32."""
+        if name in self._replaced:
+            return self._replaced[name].float()
+        source = EMBEDDING if name == HEAD and self.tied else name
+        weight = self._base_tensor(source).float()
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in self._changes:
+            return self._added(module, weight)
+        return weight
+
+    def _base_tensor(self, name: str) -> torch.Tensor:
+        with safe_open(self.base / self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def _read_adapter(self, adapter: Path) -> None:
+        known = {name.removesuffix(".weight") for name in self._file_of} | {HEAD.removesuffix(".weight")}
+        with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                name = key.removeprefix(PREFIX)
+                module, mark, rest = name.partition(".lora_")
+                if module.removesuffix(".weight") not in known:
+                    raise self._wrong_base(f"it has no {module}")
+                if mark:
+                    self._changes[module][f"lora_{rest}"] = file.get_tensor(key)
+                else:
+                    self._replaced[name] = file.get_tensor(key)
+
+    def _changes_one_of_the_tied(self) -> bool:
+        tied = (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
+        return any(module in self._changes or f"{module}.weight" in self._replaced for module in tied)
+
+    def _added(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with LoRA's change, by PEFT's layer alone in a tree of the model's names."""
+        from peft import inject_adapter_in_model
+
+        parts = self._changes[module]
+        if weight.shape != (parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]):
+            sizes = f"{parts['lora_B.weight'].shape[0]} x {parts['lora_A.weight'].shape[1]}"
+            raise self._wrong_base(f"its {module} is {weight.shape[0]} x {weight.shape[1]}, the adapter's {sizes}")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        root, layer = nn.Module(), linear
+        for name in reversed(module.split(".")):
+            root = nn.Module()
+            root.add_module(name, layer)
+            layer = root
+        inject_adapter_in_model(self._lora, root)
+        lora: Any = root.get_submodule(module)
+        lora.load_state_dict({_named(key): tensor for key, tensor in parts.items()}, strict=False)
+        try:
+            lora.merge(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"{self.adapter}: {module}: {error}") from None
+        return lora.get_base_layer().weight.detach()
+
+    def _wrong_base(self, why: str) -> ModelError:
+        made_for = self._lora.base_model_name_or_path or "a model that it does not name"
+        return ModelError(f"{self.adapter}: this adapter was made for {made_for}, not for {self.base}: {why}")
+
+
+def _named(key: str) -> str:
+    """An adapter file's name of a part, as PEFT's layer has it: lora_A.weight -> lora_A.default.weight."""
+    part, _, rest = key.partition(".")
+    return f"{part}.default.{rest}" if rest else f"{part}.default.weight"
+
+
+def _shards(base: Path) -> dict[str, list[str]]:
+    """The base's weight files and the tensors in each."""
+    if (base / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    else:
+        files = sorted(set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    found: dict[str, list[str]] = {}
+    for name in files:
+        with safe_open(base / name, framework="pt") as file:
+            found[name] = list(file.keys())
+    return found
+
+
+def merged_shards(weights: MergedWeights) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Each file's name and tensors, in the base's dtypes; one file at a time stands in memory."""
+    for file, names in weights.shards.items():
+        yield file, {name: weights[name].to(weights.dtype(name)).contiguous() for name in names}

@@ -1,0 +1,122 @@
+"""A GGUF file is loaded in llama.cpp itself and compared with Transformers: token ids, and the next token's likelihood.
+
+Generated texts are not compared: where two tokens are nearly as likely, a rounding decides. llama.cpp comes prebuilt
+with the package xllamacpp (`pip install huarizo[verify]`), and is spoken with over 127.0.0.1.
+"""
+
+import importlib
+import json
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from huarizo.data.prompts import OpenExchange
+from huarizo.errors import UserError
+from huarizo.model.adapter import load_adapter
+from huarizo.model.load import load_base
+from huarizo.results.chat import generating
+from huarizo.results.tuned import Tuned
+
+PROMPTS = (
+    "Who are you?",
+    "What is the capital of France?",
+    "Give three tips for staying healthy.",
+    "Translate 'good morning' into Korean.",
+    "안녕하세요! 자기소개를 해 주세요.",
+    "Write a haiku about llamas 🦙.",
+    "Sort these numbers: 3, 1, 2.",
+    "Explain what LoRA is in one sentence.",
+)
+TOP = 5  # likeliest tokens that are compared
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of a GGUF file with Transformers in fp32, over a number of prompts."""
+
+    prompts: int
+    compared: int
+    """Prompts whose likelihoods could be compared: llama.cpp gives none where the likeliest token ends the answer."""
+    other_tokens: list[str]
+    """Prompts that llama.cpp cuts into other tokens."""
+    largest_difference: float
+    """Of a log-probability among the TOP likeliest tokens, in nats."""
+    same_likeliest: int
+
+    def __str__(self) -> str:
+        other = len(self.other_tokens)
+        tokens = f"OTHER TOKEN IDS in {other} prompts" if other else "token ids identical"
+        return (
+            f"llama.cpp against Transformers, {self.prompts} prompts: {tokens}; likeliest next token the same in "
+            f"{self.same_likeliest} of {self.compared}, largest difference of a log-probability "
+            f"{self.largest_difference:.4f}"
+        )
+
+
+class LlamaCpp:
+    """A GGUF file loaded in llama.cpp, asked over a loopback address.
+
+    Raises:
+        UserError: xllamacpp is not installed.
+    """
+
+    def __init__(self, file: Path, context: int = 2048) -> None:
+        try:
+            xllamacpp: Any = importlib.import_module("xllamacpp")
+        except ImportError:
+            raise UserError("--verify needs llama.cpp: pip install xllamacpp (or huarizo[verify])") from None
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.n_gpu_layers = context, 1, False, -1, 0
+        params.cpuparams.n_threads = torch.get_num_threads()
+        self._server = xllamacpp.Server(params)
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self._server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+
+    def tokens(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are written out."""
+        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+
+    def likeliest(self, ids: Sequence[int], top: int = TOP) -> dict[int, float]:
+        """The next token's log-probabilities, the likeliest first; {} where that is a token that ends the answer."""
+        options = {"n_predict": 1, "n_probs": top, "temperature": 0.0, "cache_prompt": False}
+        found = self._post("/completion", {"prompt": list(ids), **options}).get("completion_probabilities") or []
+        return {entry["id"]: entry["logprob"] for entry in found[0]["top_logprobs"]} if found else {}
+
+    def complete(self, ids: Sequence[int], n_predict: int = 80) -> dict[str, Any]:
+        """A greedy answer; `content` is its text, `stop_type` is `eos` where it ended by itself."""
+        return self._post("/completion", {"prompt": list(ids), "n_predict": n_predict, "temperature": 0.0})
+
+
+def compare_with_transformers(tuned: Tuned, file: Path, prompts: Sequence[str] = PROMPTS) -> Comparison:
+    """Load both and compare them.
+
+    Raises:
+        UserError: xllamacpp is not installed.
+    """
+    other = LlamaCpp(file)
+    cpu = torch.device("cpu")
+    model = load_adapter(load_base(tuned.base, torch.float32, cpu), tuned.adapter)
+    wrong, worst, same, compared = [], 0.0, 0, 0
+    for prompt in prompts:
+        ids = tuned.encoder.encode_prompt("", [OpenExchange(prompt)])
+        if other.tokens(tuned.encoder.tokenizer.decode(ids)) != ids:
+            wrong.append(prompt)
+        found = other.likeliest(ids)
+        if not found:
+            continue
+        with generating(model):
+            expected = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+        worst = max(worst, *(abs(value - float(expected[number])) for number, value in found.items()))
+        same += next(iter(found)) == int(expected.argmax())
+        compared += 1
+    return Comparison(len(prompts), compared, wrong, worst, same)

@@ -1,0 +1,83 @@
+"""A merged model is the base with its adapter: every kind of LoRA, tied heads, and the base's own dtype."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from huarizo.errors import ModelError
+from huarizo.model.adapter import load_adapter
+from huarizo.model.lora import add_lora
+from huarizo.model.merged import MergedWeights, merged_shards
+from huarizo.recipe import make_recipe
+from tests.tiny import make_model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}, "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"}, "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}},
+}  # fmt: skip
+
+
+def make_pair(
+    folder: Path, options: dict[str, Any], targets: list[str], dtype: torch.dtype = torch.float32, **config: Any
+) -> tuple[Path, Path]:
+    """A base and an adapter on it with random weights."""
+    base, adapter = folder / "base", folder / "adapter"
+    model = make_model(**config).to(dtype)
+    model.save_pretrained(base, max_shard_size="60KB")
+    recipe = make_recipe(lora={"r": 4, "target_modules": targets, "options": options})
+    tuned = add_lora(model.requires_grad_(False), recipe.lora, 0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.peft_config["default"].base_model_name_or_path = "owner/the-base"
+    tuned.save_pretrained(str(adapter), save_embedding_layers=False)
+    return base, adapter
+
+
+def written(weights: MergedWeights, folder: Path) -> Path:
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for _, part in merged_shards(weights):
+        tensors |= part
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(weights.config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_logits_are_those_of_base_and_adapter(tmp_path: Path, kind: str, tied: bool) -> None:
+    targets = ["q_proj", "down_proj"] + (["lm_head"] if not (tied and "init_lora_weights" in KINDS[kind]) else [])
+    base, adapter = make_pair(tmp_path, KINDS[kind], targets, tie_word_embeddings=tied)
+    ids = torch.randint(0, 260, (1, 20))
+    with torch.no_grad():
+        expected = load_adapter(LlamaForCausalLM.from_pretrained(base), adapter)(ids).logits
+        plain = LlamaForCausalLM.from_pretrained(base)(ids).logits
+        merged = written(MergedWeights(base, adapter), tmp_path / "merged")
+        actual = LlamaForCausalLM.from_pretrained(merged)(ids).logits
+    assert float((actual - expected).abs().max()) < 1e-5 < float((plain - expected).abs().max())
+
+
+def test_the_bases_dtype_is_kept_and_added_to_in_fp32(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, {}, ["q_proj"], dtype=torch.bfloat16)
+    weights = MergedWeights(base, adapter)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    parts = {k: t for _, tensors in merged_shards(weights) for k, t in tensors.items()}
+    assert {tensor.dtype for tensor in parts.values()} == {torch.bfloat16}
+    before = MergedWeights(base, None)[name]
+    change = weights[name] - before
+    assert torch.equal(parts[name], (before + change).bfloat16()) and float(change.norm()) > 0
+    assert len(weights.shards) > 1 and sorted(parts) == sorted(weights.names())
+
+
+@pytest.mark.parametrize("config", [{"hidden_size": 128}, {"num_hidden_layers": 1}])
+def test_the_wrong_base_is_refused_with_both_names(tmp_path: Path, config: dict[str, Any]) -> None:
+    _, adapter = make_pair(tmp_path, {}, ["q_proj"])
+    make_model(**config).save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match=r"made for owner/the-base, not for .*other"):
+        written(MergedWeights(tmp_path / "other", adapter), tmp_path / "merged")

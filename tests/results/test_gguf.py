@@ -1,0 +1,119 @@
+"""GGUF files are compared with Transformers in llama.cpp itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from huarizo.data.prompts import OpenExchange, prompt_format
+from huarizo.data.tokens import Encoder
+from huarizo.errors import ModelError, UserError
+from huarizo.model.load import load_tokenizer
+from huarizo.model.lora import add_lora
+from huarizo.recipe import make_recipe
+from huarizo.results.gguf import export_gguf
+from huarizo.results.merge import merge
+from huarizo.results.tuned import Tuned
+from huarizo.results.verify import PROMPTS, LlamaCpp, compare_with_transformers
+from tests.tiny import CHATML, SPECIALS, make_model, make_tokenizer
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def trained_tokenizer() -> Any:
+    """A byte-level BPE of 400 tokens that was trained on a few texts."""
+    backend = make_tokenizer().backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    fresh = Tokenizer(models.BPE())
+    fresh.pre_tokenizer, fresh.decoder = backend.pre_tokenizer, backend.decoder
+    fresh.train_from_iterator([prompt * 3 for prompt in PROMPTS], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fresh, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+def make_tuned(folder: Path, tokenizer: Any = None, **config: Any) -> Tuned:
+    """A random base, a random adapter, and the prompts of a chat template, or Alpaca's."""
+    base, adapter = folder / "base", folder / "adapter"
+    tokenizer = tokenizer or trained_tokenizer()
+    model = make_model(**({"initializer_range": 0.2, "vocab_size": len(tokenizer)} | config))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    recipe = make_recipe(lora={"r": 4, "target_modules": ["q_proj", "v_proj"]})
+    tuned = add_lora(model.requires_grad_(False), recipe.lora, 0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tuned.save_pretrained(str(adapter), save_embedding_layers=False)
+    loaded = load_tokenizer(base)
+    return Tuned(recipe, base, adapter, Encoder(loaded, prompt_format("auto", loaded)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance", "config"),
+    [
+        ("f32", 0.01, {}),
+        ("f16", 0.04, {"tie_word_embeddings": True}),
+        ("bf16", 0.3, {}),
+        ("q8_0", 0.3, {}),
+        ("f32", 0.01, {"rope_parameters": LLAMA3_ROPE}),
+        ("f32", 0.01, {"num_key_value_heads": 4, "head_dim": 32}),
+    ],
+    ids=["f32", "f16-tied", "bf16", "q8_0", "llama3-rope", "head_dim"],
+)
+def test_llama_cpp_computes_the_same(tmp_path: Path, kind: Any, tolerance: float, config: dict[str, Any]) -> None:
+    tuned = make_tuned(tmp_path, **config)
+    file = export_gguf(tuned, tmp_path / "model.gguf", kind)
+    found = compare_with_transformers(tuned, file)
+    assert not found.other_tokens and found.compared >= 4
+    assert found.largest_difference < tolerance, found
+
+
+def test_tinyllamas_tokenizer_cuts_real_rows_alike(
+    tmp_path: Path, tinyllama_tokenizer: Any, tinyllama_folder: Path, real_rows_file: Path
+) -> None:
+    tuned = make_tuned(tmp_path, tinyllama_tokenizer, vocab_size=32000, bos_token_id=1, eos_token_id=2)
+    other = LlamaCpp(export_gguf(tuned, tmp_path / "model.gguf", "f16"), context=4096)
+    rows = json.loads(real_rows_file.read_text())[:500]
+    texts = [row["instruction"] + "\n" + row["input"] + "\n" + row["output"] for row in rows] + list(PROMPTS)
+    tokenizer = tuned.encoder.tokenizer
+    for text in texts:
+        assert other.tokens(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+    ids = tuned.encoder.encode_prompt("", [OpenExchange(PROMPTS[0])])
+    assert other.likeliest(ids) or other.complete(ids, 1)
+
+
+def test_the_merged_folder_answers_as_the_adapter_does_and_stops(tmp_path: Path) -> None:
+    tuned = make_tuned(tmp_path)
+    folder = merge(tuned, tmp_path / "merged")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == tuned.stop_ids
+    assert load_tokenizer(folder).chat_template == tuned.encoder.tokenizer.chat_template
+    with pytest.raises(UserError, match="something here already"):
+        merge(tuned, folder)
+    assert merge(tuned, folder, force=True) == folder
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path) -> None:
+    tuned = make_tuned(tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ModelError, match="rope scaling 'yarn'"):
+        export_gguf(tuned, tmp_path / "model.gguf", "f16")
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("mine")
+    tuned = make_tuned(tmp_path)
+    with pytest.raises(UserError, match="--force"):
+        export_gguf(tuned, tmp_path / "model.gguf", "f32")
+    assert (tmp_path / "model.gguf").read_text() == "mine"
