@@ -131,6 +131,7 @@ def export(
     to: Annotated[str, typer.Option(help="the format: gguf")] = "gguf",
     kind: Annotated[ExportType, typer.Option("--type", help="of the weights")] = ExportType.F16,
     out: Annotated[Path | None, typer.Option(help="file; default RUN/NAME-TYPE.gguf")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA alone, for a GGUF of its base")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="load it in llama.cpp and compare with Transformers")
     ] = False,
@@ -140,11 +141,14 @@ def export(
     if to != "gguf":
         raise UserError(f"--to {to}: gguf is the only format. For a model folder: huarizo merge {run}")
     _quiet_libraries()
-    from huarizo.results.gguf import export_gguf
+    from huarizo.results.gguf import export_adapter, export_gguf
     from huarizo.results.tuned import open_tuned
 
     found = open_run(run)
     tuned = open_tuned(found)
+    if adapter:
+        print(f"exported: {export_adapter(tuned, out or found.path / f'{found.path.name}-adapter.gguf', force)}")
+        return
     file = export_gguf(tuned, out or found.path / f"{found.path.name}-{kind.value}.gguf", kind.value, force)
     if verify:
         from huarizo.results.verify import compare_with_transformers

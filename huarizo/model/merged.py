@@ -27,7 +27,8 @@ PREFIX = "base_model.model."
 class MergedWeights:
     """The tensors of a base model with an adapter added, by the base's names.
 
-    base: a Llama's folder. adapter: a LoRA adapter's folder, or None for the base alone.
+    base: a Llama's folder. adapter: a LoRA adapter's folder, or None for the base alone. `changes` are the adapter's
+    parts by module (`lora_A.weight` [r, in], `lora_B.weight` [out, r] ...), `replaced` the tensors that it has whole.
 
     Raises:
         ModelError: a broken adapter, or one of another model; the message names both.
@@ -38,8 +39,8 @@ class MergedWeights:
         self.config = read_config(base)
         self.shards = _shards(base)
         self._file_of = {name: file for file, names in self.shards.items() for name in names}
-        self._changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-        self._replaced: dict[str, torch.Tensor] = {}
+        self.changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        self.replaced: dict[str, torch.Tensor] = {}
         self._lora: Any = None
         if adapter is not None:
             self._lora = check_adapter(adapter)
@@ -64,20 +65,20 @@ class MergedWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the file's header alone where the adapter does not replace it."""
-        if name in self._replaced:
-            return tuple(self._replaced[name].shape)
+        if name in self.replaced:
+            return tuple(self.replaced[name].shape)
         source = EMBEDDING if name == HEAD and self.tied else name
         with safe_open(self.base / self._file_of[source], framework="pt") as file:
             return tuple(file.get_slice(source).get_shape())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A tensor with the adapter's change, in float32."""
-        if name in self._replaced:
-            return self._replaced[name].float()
+        if name in self.replaced:
+            return self.replaced[name].float()
         source = EMBEDDING if name == HEAD and self.tied else name
         weight = self._base_tensor(source).float()
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in self._changes:
+        if name.endswith(".weight") and module in self.changes:
             return self._added(module, weight)
         return weight
 
@@ -94,19 +95,19 @@ class MergedWeights:
                 if module.removesuffix(".weight") not in known:
                     raise self._wrong_base(f"it has no {module}")
                 if mark:
-                    self._changes[module][f"lora_{rest}"] = file.get_tensor(key)
+                    self.changes[module][f"lora_{rest}"] = file.get_tensor(key)
                 else:
-                    self._replaced[name] = file.get_tensor(key)
+                    self.replaced[name] = file.get_tensor(key)
 
     def _changes_one_of_the_tied(self) -> bool:
         tied = (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
-        return any(module in self._changes or f"{module}.weight" in self._replaced for module in tied)
+        return any(module in self.changes or f"{module}.weight" in self.replaced for module in tied)
 
     def _added(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight with LoRA's change, by PEFT's layer alone in a tree of the model's names."""
         from peft import inject_adapter_in_model
 
-        parts = self._changes[module]
+        parts = self.changes[module]
         if weight.shape != (parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]):
             sizes = f"{parts['lora_B.weight'].shape[0]} x {parts['lora_A.weight'].shape[1]}"
             raise self._wrong_base(f"its {module} is {weight.shape[0]} x {weight.shape[1]}, the adapter's {sizes}")

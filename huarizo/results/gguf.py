@@ -17,6 +17,7 @@ import torch
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.files import require_space, told, whole_file
+from huarizo.model.adapter import check_adapter
 from huarizo.model.merged import MergedWeights
 from huarizo.results.merge import refuse_existing
 from huarizo.results.tuned import Tuned
@@ -61,6 +62,41 @@ def export_gguf(tuned: Tuned, target: Path, kind: GgufType, force: bool = False)
         target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as temporary:
         write_gguf(weights, tuned.encoder, tuned.base, temporary, kind)
+    return target
+
+
+def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
+    """Write the adapter alone as GGUF (F32), to be put on a GGUF of its base: a few megabytes.
+
+    Raises:
+        UserError: there is something at `target` already, and not `force`.
+        ModelError: an adapter that is more than A and B of one rank and scale; merge it instead.
+        MachineError: no space on the disk, or it can't be written.
+    """
+    refuse_existing(target, force)
+    weights = MergedWeights(tuned.base, tuned.adapter)
+    lora = check_adapter(tuned.adapter)
+    plain = not (lora.use_dora or lora.rank_pattern or lora.alpha_pattern or isinstance(lora.init_lora_weights, str))
+    if not plain or weights.replaced:
+        raise ModelError(
+            f"{tuned.adapter}: only a LoRA of one rank and scale can be written alone (not DoRA, PiSSA, OLoRA, patterns "
+            "or replaced layers). Export the merged model: leave out --adapter"
+        )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, weights.config["num_hidden_layers"])
+    with whole_file(target) as temporary:
+        writer = gguf.GGUFWriter(temporary, "llama")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", lora.lora_alpha * (math.sqrt(lora.r) if lora.use_rslora else 1))
+        for module, parts in weights.changes.items():
+            name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+            b = _arranged(f"{module}.weight", parts["lora_B.weight"].float(), weights.config)
+            writer.add_tensor(f"{name}.lora_a", parts["lora_A.weight"].float().contiguous().numpy())
+            writer.add_tensor(f"{name}.lora_b", b.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return target
 
 

@@ -58,13 +58,13 @@ class Comparison:
 
 
 class LlamaCpp:
-    """A GGUF file loaded in llama.cpp, asked over a loopback address.
+    """A GGUF file loaded in llama.cpp, with the GGUF of an adapter if given, asked over a loopback address.
 
     Raises:
         UserError: xllamacpp is not installed.
     """
 
-    def __init__(self, file: Path, context: int = 2048) -> None:
+    def __init__(self, file: Path, context: int = 2048, adapter: Path | None = None) -> None:
         try:
             xllamacpp: Any = importlib.import_module("xllamacpp")
         except ImportError:
@@ -73,6 +73,8 @@ class LlamaCpp:
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.n_gpu_layers = context, 1, False, -1, 0
         params.cpuparams.n_threads = torch.get_num_threads()
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(params)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.model.load import load_tokenizer
 from huarizo.model.lora import add_lora
+from huarizo.model.merged import MergedWeights
 from huarizo.recipe import make_recipe
-from huarizo.results.gguf import export_gguf
+from huarizo.results.gguf import export_adapter, export_gguf, write_gguf
 from huarizo.results.merge import merge
 from huarizo.results.tuned import Tuned
 from huarizo.results.verify import PROMPTS, LlamaCpp, compare_with_transformers
@@ -41,14 +42,14 @@ def trained_tokenizer() -> Any:
     )
 
 
-def make_tuned(folder: Path, tokenizer: Any = None, **config: Any) -> Tuned:
+def make_tuned(folder: Path, tokenizer: Any = None, options: Any = None, **config: Any) -> Tuned:
     """A random base, a random adapter, and the prompts of a chat template, or Alpaca's."""
     base, adapter = folder / "base", folder / "adapter"
     tokenizer = tokenizer or trained_tokenizer()
     model = make_model(**({"initializer_range": 0.2, "vocab_size": len(tokenizer)} | config))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    recipe = make_recipe(lora={"r": 4, "target_modules": ["q_proj", "v_proj"]})
+    recipe = make_recipe(lora={"r": 4, "target_modules": ["q_proj", "v_proj"], "options": options or {}})
     tuned = add_lora(model.requires_grad_(False), recipe.lora, 0)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
@@ -117,3 +118,29 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--force"):
         export_gguf(tuned, tmp_path / "model.gguf", "f32")
     assert (tmp_path / "model.gguf").read_text() == "mine"
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}])
+def test_the_adapter_alone_on_its_base_is_the_merged_model(tmp_path: Path, options: dict[str, Any]) -> None:
+    tuned = make_tuned(tmp_path, options=options)
+    merged = LlamaCpp(export_gguf(tuned, tmp_path / "merged.gguf", "f32"))
+    weights = MergedWeights(tuned.base, None)
+    write_gguf(weights, tuned.encoder, tuned.base, tmp_path / "base.gguf", "f32")
+    both = LlamaCpp(tmp_path / "base.gguf", adapter=export_adapter(tuned, tmp_path / "adapter.gguf"))
+    plain, compared, moved = LlamaCpp(tmp_path / "base.gguf"), 0, 0.0
+    for prompt in PROMPTS:
+        ids = tuned.encoder.encode_prompt("", [OpenExchange(prompt)])
+        expected, actual = merged.likeliest(ids), both.likeliest(ids)
+        if not expected or not actual:
+            continue
+        assert list(actual) == list(expected) and actual == pytest.approx(expected, abs=0.02)
+        before = plain.likeliest(ids)
+        moved = max(moved, *(abs(expected[n] - before.get(n, 0)) for n in expected))
+        compared += 1
+    assert compared >= 4 and moved > 0.05
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_is_more_than_a_and_b_is_not_written_alone(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="leave out --adapter"):
+        export_adapter(make_tuned(tmp_path, options=options), tmp_path / "adapter.gguf")
