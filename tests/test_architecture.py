@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "huarizo").rglob("*.py"))
-# cli -> finetune -> results, training -> model, data -> kernels -> machine, hub, runs -> recipe, files -> errors
+# cli -> finetune, prepare -> results, training -> model, data -> kernels -> machine, hub, runs -> recipe, files ->
 LEVELS = [
     {"__main__"}, {"cli"}, {"finetune", "prepare", "doctor"}, {"results", "training"}, {"model", "data"}, {"kernels"},
     {"hub", "machine", "runs"}, {"recipe", "files"}, {"recipe_file"}, {"errors"}, {""},
