@@ -32,8 +32,8 @@ EXCEPT_FILES = ("*/*", "consolidated*", "adapter_model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FORBIDDEN = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "custom_generate")
 """Fields by which a configuration names code to run."""
-HARMLESS_PATHS = ("special_tokens_map_file", "name_or_path", "_name_or_path")
-"""Fields that tools wrote with their own paths for years, and that nothing reads."""
+HARMLESS_PATHS = ("special_tokens_map_file", "name_or_path")
+"""Ends of fields that tools wrote with their own paths for years, and that nothing reads."""
 LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file; the format's own limit
 LARGEST = {"tokenizer.json": 200_000_000, "tokenizer.model": 100_000_000, INDEX: 50_000_000}  # bytes
 LARGEST_OTHER = 10_000_000  # bytes; TinyLlama's others have under 2,000
@@ -124,7 +124,8 @@ def _forbidden(value: Any) -> str | None:
             return f"{key}, which names code to run"
         if "attn_implementation" in key and isinstance(inner, str) and "/" in inner:
             return f"{key} to {inner!r}, which is code on the hub"
-        if key.endswith(("_file", "_path")) and key not in HARMLESS_PATHS and isinstance(inner, str) and inner:
+        is_path = key.endswith(("_file", "_path")) and not key.endswith(HARMLESS_PATHS)
+        if is_path and isinstance(inner, str) and inner:
             return f"{key} to {inner!r}: a path in a foreign configuration is never followed"
         if found := _forbidden(inner):
             return found

@@ -53,6 +53,9 @@ def test_a_model_that_names_code_or_paths_is_refused(
 
 def test_fields_that_tools_wrote_for_years_are_no_attack(tiny_model_folder: Path) -> None:
     path = tiny_model_folder / "tokenizer_config.json"
+    config = json.loads((tiny_model_folder / "config.json").read_text())
+    named = {"_name_or_path": "/home/me/llama", "_model_name_or_path": "Smollm2 135M"}
+    (tiny_model_folder / "config.json").write_text(json.dumps(config | named))
     old = {"name_or_path": "/home/me/llama", "special_tokens_map_file": "/root/.cache/x.json", "tokenizer_file": None}
     path.write_text(json.dumps(json.loads(path.read_text()) | old))
     assert load_tokenizer(resolve_model(str(tiny_model_folder)).path)("a")["input_ids"]
