@@ -29,7 +29,7 @@ from huarizo.model.load import load_base
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.prepare import Prepared, changed_files, prepare
 from huarizo.recipe import Recipe, to_yaml
-from huarizo.results.chat import Assistant, answers
+from huarizo.results.generate import Assistant, answers
 from huarizo.results.report import Sample, card, samples_as_text, samples_from_text, save_loss_plot
 from huarizo.runs import Run, new_run, unfinished_runs
 from huarizo.training.checkpoint import Checkpoint, newest_valid, space_needed
@@ -261,7 +261,7 @@ def _samples_before(assistant: Assistant, session: Session, checkpoint: Checkpoi
         console.print(f"{'samples':<10} {len(turns)} prompts are answered before and after", soft_wrap=True)
     before = answers(assistant, [turn for turn, _ in turns])
     samples = [
-        Sample(turn.instruction, turn.input, answer, None, expected)
+        Sample(turn.instruction, turn.input, answer.text, None, expected)
         for (turn, expected), answer in zip(turns, before, strict=True)
     ]
     write_whole(run.samples, samples_as_text(samples))
@@ -285,7 +285,7 @@ def _finish(assistant: Assistant, session: Session, result: Result, saving: Save
         console.print(Text(f"{fault} changed during the run, which used it as it was", style="yellow"))
     turns = [OpenExchange(sample.instruction, sample.input) for sample in result.samples]
     after = answers(assistant, turns)
-    samples = [dataclasses.replace(s, after=text) for s, text in zip(result.samples, after, strict=True)]
+    samples = [dataclasses.replace(s, after=a.text) for s, a in zip(result.samples, after, strict=True)]
     result = dataclasses.replace(result, samples=samples)
     write_whole(run.samples, samples_as_text(samples))
     saving.metrics.complete()

@@ -111,15 +111,23 @@ def _is_free(path: Path) -> bool:
     return not entries and (checkpoints is None or (checkpoints.is_dir() and not any(checkpoints.iterdir())))
 
 
+def find_run(name: Path | str) -> Run | None:
+    """An existing run, by its folder or by its name under `runs/`; None where there is none."""
+    for path in (Path(name).expanduser(), Path("runs") / name):
+        if (path / "recipe.yaml").is_file():
+            return Run(path)
+    return None
+
+
 def open_run(name: Path | str) -> Run:
-    """An existing run, by its folder or by its name under `runs/`.
+    """As `find_run`.
 
     Raises:
         UserError: there is no such run; the message lists those there are.
     """
-    for path in (Path(name).expanduser(), Path("runs") / name):
-        if (path / "recipe.yaml").is_file():
-            return Run(path)
+    run = find_run(name)
+    if run is not None:
+        return run
     there = sorted(str(p.parent) for p in Path("runs").glob("*/recipe.yaml"))
     known = f" The runs here are {', '.join(there[-5:])}." if there else ""
     raise UserError(f"{name}: this is no run folder (it has no recipe.yaml).{known}")

@@ -107,6 +107,11 @@ def _no_data(names: Iterable[str]) -> str | None:
     return None if DATA_SET.used(names) else f"there is no data file in it ({', '.join(DATA_SET.files)})"
 
 
+def _no_adapter(names: Iterable[str]) -> str | None:
+    missing = sorted(set(ADAPTER.files) - set(names))
+    return f"this is no LoRA adapter of PEFT: {' and '.join(missing)} not there" if missing else None
+
+
 MODEL = _Kind(
     repo_type="model",
     noun="model",
@@ -115,6 +120,15 @@ MODEL = _Kind(
     error=ModelError,
     lacking=model_files.lacking,
     broken=model_files.broken,
+)
+ADAPTER = _Kind(
+    repo_type="model",
+    noun="adapter",
+    files=("adapter_config.json", "adapter_model.safetensors"),
+    except_files=("*/*",),
+    error=ModelError,
+    lacking=_no_adapter,
+    broken=lambda folder: _no_adapter(file.name for file in folder.iterdir()),
 )
 DATA_SET = _Kind(
     repo_type="dataset",
@@ -140,6 +154,18 @@ def resolve_model(name: str) -> Source:
         return Source(name, folder, None, quickstart_digests(folder))
     local = _local(name, MODEL)
     return _local_model(name, local) if local else _from_hub(name, MODEL)
+
+
+def resolve_adapter(name: str) -> Source:
+    """Find the folder of a PEFT adapter that the hub has, fetching it where it is not on this machine.
+
+    Raises:
+        HubError: no such name, no access, no network, or damaged on the way.
+        ModelError: no adapter in safetensors.
+        MachineError: no space on the disk.
+    """
+    local = _local(name, ADAPTER)
+    return _hashed(name, local, None, ADAPTER) if local else _from_hub(name, ADAPTER)
 
 
 def resolve_data(name: str, heldout: bool = False) -> Source:

@@ -27,13 +27,23 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         ModelError: no adapter there, one that does not fit the model, or that asks for more than a plain LoRA.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     config = check_adapter(folder)
+    made_for = config.base_model_name_or_path or "a model that it does not name"
+    wrong_base = f"{folder}: this adapter was made for {made_for}, not for {model.name_or_path}"
     try:
-        return PeftModel.from_pretrained(model, str(folder), config=config).eval()
+        tuned = PeftModel.from_pretrained(model, str(folder), config=config).eval()
     except Exception as error:  # whatever a broken or foreign adapter sets off
+        if "size mismatch" in str(error):
+            raise ModelError(f"{wrong_base}: the sizes of its layers differ") from None
         raise ModelError(f"{folder}: the adapter does not load: {_first_line(error)}") from None
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        unused = set(file.keys()) ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    if unused:
+        raise ModelError(f"{wrong_base}: {sorted(unused)[0]} has no counterpart")
+    return tuned
 
 
 def check_adapter(folder: Path) -> Any:

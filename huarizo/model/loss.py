@@ -103,10 +103,17 @@ def summed_loss(
     if not len(targets):
         return hidden.sum().float() * 0
     if not torch.is_grad_enabled():
-        parts = zip(hidden.split(_rows(head)), targets.split(_rows(head)), strict=True)
-        return torch.stack([reference(part, head, wanted) for part, wanted in parts]).sum()
+        return token_losses(hidden, head, targets).sum()
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return _ChunkedLoss.apply(hidden, head, targets, gradient, *trainable)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def token_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each of `targets` [L] given `hidden` [L, H], in chunks: [L] float32, without gradient."""
+    parts = zip(hidden.split(_rows(head)), targets.split(_rows(head)), strict=True)
+    losses = [F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in parts]
+    return torch.cat(losses) if losses else torch.zeros(0)
 
 
 class PackedLoss:
@@ -120,10 +127,18 @@ class PackedLoss:
         self.gradient = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of a batch, a float32 scalar. `model` is the base, or wraps it.
+        """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
+        return summed_loss(self._labelled(model, batch), self.base.lm_head, batch["targets"], self.gradient)
 
-        The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head; the
-        loss is made from the hidden states.
+    def by_token(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of each labelled token of a batch: [L] float32, without gradient."""
+        with torch.no_grad():
+            return token_losses(self._labelled(model, batch), self.base.lm_head, batch["targets"])
+
+    def _labelled(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Hidden states at the labelled positions: [L, H].
+
+        The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head.
         """
         nothing = torch.empty(0, dtype=torch.long, device=batch["input_ids"].device)
         with _last_hidden(self.base) as states:
@@ -134,7 +149,7 @@ class PackedLoss:
                 logits_to_keep=nothing,
                 use_cache=False,
             )
-        return summed_loss(states[0][0, batch["label_positions"]], self.base.lm_head, batch["targets"], self.gradient)
+        return states[0][0, batch["label_positions"]]
 
 
 @contextmanager

@@ -1,152 +1,133 @@
-"""A tuned model answers: all at once for a list of prompts, or streamed for a person.
+"""A conversation on a terminal: what a person types is a message, or a command that begins with a slash."""
 
-Prompts go through the same code as in training, and an answer ends at the stop token that was learnt.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import GenerationConfig, TextStreamer
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 from huarizo.data.prompts import OpenExchange, Turn
 from huarizo.data.rows import Exchange
-from huarizo.data.tokens import Encoder
-from huarizo.machine import choose_precision, device, float_precision
-from huarizo.model.adapter import load_adapter
-from huarizo.model.fast import uncompiled
-from huarizo.model.load import load_base
-from huarizo.results.tuned import open_tuned
-from huarizo.runs import Run
+from huarizo.errors import UserError
+from huarizo.results.generate import Assistant, Sampling, stream_answer
+
+HELP = """\
+/base          the untuned model answers, or the tuned one again
+/system TEXT   a system message in front of the conversation; without TEXT none
+/set NAME X    temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed
+/reset         begin anew
+/exit          end (or Ctrl-D); Ctrl-C stops an answer"""
+ROOM = 64  # tokens that are kept free for an answer
 
 
-@dataclass(frozen=True)
-class Assistant:
-    """A model that can be asked, with the encoder that its prompts go through."""
+class Conversation:
+    """What was said so far, who answers, and how.
 
-    model: Any
-    encoder: Encoder
+    write: shows text as it is; what the model says comes in pieces.
+    """
+
+    def __init__(
+        self, assistant: Assistant, write: Callable[[str], None], system: str = "", sampling: Sampling | None = None
+    ) -> None:
+        self.assistant, self.write, self.system = assistant, write, system
+        self.sampling = sampling or Sampling()
+        self.turns: list[Exchange] = []
+        self.untuned = False
+
+    @property
+    def prompt(self) -> str:
+        """What stands in front of the line that the person types."""
+        return "you (to the base)> " if self.untuned else "you> "
+
+    def hear(self, line: str) -> bool:
+        """Take a line; False where it ends the conversation."""
+        line = line.strip()
+        if line == "/exit":
+            return False
+        if line.startswith("/"):
+            self.write(f"{self._command(*line.split(maxsplit=1))}\n")
+        elif line:
+            self._answer(line)
+        return True
+
+    def _command(self, name: str, rest: str = "") -> str:
+        if name == "/base":
+            self.untuned = not self.untuned
+            return "the untuned model answers from here on" if self.untuned else "the tuned model answers again"
+        if name == "/reset":
+            self.turns.clear()
+            return "forgotten"
+        if name == "/system":
+            self.system = rest
+            self.turns.clear()
+            return "a new conversation with this system message" if rest else "a new conversation without one"
+        if name == "/set":
+            return self._set(*rest.split())
+        return HELP if name == "/help" else f"{name}: no such command\n{HELP}"
+
+    def _set(self, name: str = "", value: str = "", *more: str) -> str:
+        kinds = {field.name: int if isinstance(field.default, int | None) else float for field in fields(Sampling)}
+        try:
+            number = kinds[name](value)
+            self.sampling = checked(replace(self.sampling, **{name: number}))
+        except (KeyError, ValueError):
+            return f"/set takes one of {', '.join(kinds)}, and a number"
+        except UserError as error:
+            return str(error)
+        return f"{name} is {number}"
+
+    def _answer(self, line: str) -> None:
+        try:
+            with self.assistant.untuned(self.untuned):
+                answer = stream_answer(self.assistant, self._asked(line), self.write, self.system, self.sampling)
+            self.turns.append(Exchange(line, "", answer.text))
+            self.write("" if answer.finished else f"\n(cut at {answer.tokens} tokens)")
+        except KeyboardInterrupt:
+            self.write("\n(stopped; this turn is forgotten)")
+        except UserError as error:
+            self.write(f"({error})")
+        self.write("\n")
+
+    def _asked(self, line: str) -> list[Turn]:
+        """The turns with the new one; the oldest are forgotten where they leave no room for an answer."""
+        before = len(self.turns)
+        while True:
+            asked: list[Turn] = [*self.turns, OpenExchange(line)]
+            length = len(self.assistant.encoder.encode_prompt(self.system, asked))
+            if length + ROOM <= self.assistant.positions or not self.turns:
+                break
+            self.turns.pop(0)
+        if gone := before - len(self.turns):
+            self.write(f"(the model's {self.assistant.positions:,} tokens are full: {gone} old turns are forgotten)\n")
+        return asked
 
 
-def open_assistant(run: Run) -> Assistant:
-    """The base model of a run with its adapter.
+def checked(sampling: Sampling) -> Sampling:
+    """The same, where its values can be used.
 
     Raises:
-        UserError: the run has no adapter yet, or its base model can't be found or is no longer the one it was.
+        UserError: one can't be; the message gives its range.
     """
-    tuned, on = open_tuned(run), device()
-    wanted = float_precision(on) if tuned.recipe.precision == "int8" else tuned.recipe.precision
-    model = load_base(tuned.base, choose_precision(wanted, on).dtype, on)
-    return Assistant(load_adapter(model, tuned.adapter), tuned.encoder)
+    ranges = {
+        "max_new_tokens": (sampling.max_new_tokens >= 1, "1 or more"),
+        "temperature": (0 <= sampling.temperature < 100, "0 or more; 0 takes the likeliest token"),
+        "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        "top_k": (sampling.top_k >= 0, "0 (no limit) or more"),
+        "repetition_penalty": (0 < sampling.repetition_penalty < 100, "above 0; 1 changes nothing"),
+    }
+    for name, (fits, range_) in ranges.items():
+        if not fits:
+            raise UserError(f"{name} is {getattr(sampling, name)}, but has to be {range_}")
+    return sampling
 
 
-@contextmanager
-def generating(model: Any) -> Iterator[None]:
-    """Evaluation mode, with Transformers' own attention and a key/value cache; put back as it was afterwards."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention, was_training = base.config._attn_implementation, model.training
-    base.set_attn_implementation("sdpa")
-    model.eval()
-    try:
-        with torch.no_grad(), uncompiled():
-            yield
-    finally:
-        base.set_attn_implementation(attention)
-        model.train(was_training)
-
-
-def _generation_config(assistant: Assistant, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    tokenizer = assistant.encoder.tokenizer
-    stops = [i for i in dict.fromkeys((assistant.encoder.stop_id, tokenizer.eos_token_id)) if i is not None]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {"do_sample": False}
-    )
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=stops or None, pad_token_id=pad, use_cache=True, **sampling
-    )
-
-
-def _left_padded(prompts: Sequence[list[int]], pad: int, on: torch.device) -> dict[str, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=on), "attention_mask": torch.tensor(mask, device=on)}
-
-
-def answers(
-    assistant: Assistant, turns: Sequence[OpenExchange], max_new_tokens: int = 80, at_once: int = 4
-) -> list[str]:
-    """Greedy answers to single prompts, `at_once` in a batch, so that memory does not grow with their number."""
-    config = _generation_config(assistant, max_new_tokens, temperature=0)
-    prompts = [assistant.encoder.encode_prompt("", [turn]) for turn in turns]
-    texts: list[str] = []
-    with generating(assistant.model):
-        for start in range(0, len(prompts), at_once):
-            batch = _left_padded(prompts[start : start + at_once], config.pad_token_id, assistant.model.device)  # pyright: ignore
-            output = assistant.model.generate(**batch, generation_config=config)
-            new = output[:, batch["input_ids"].shape[1] :]
-            texts += assistant.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
-class _Streamer(TextStreamer):
-    """Hands each finished stretch of text to a function."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.parts = write, []
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.parts.append(text)
-        self.write(text)
-
-
-def stream_answer(
-    assistant: Assistant,
-    turns: Sequence[Turn],
-    write: Callable[[str], None],
-    system: str = "",
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-) -> str:
-    """Answer the last turn, passing the text to `write` as it comes. temperature 0 takes the likeliest token."""
-    streamer = _Streamer(assistant.encoder.tokenizer, write)
-    prompt = assistant.encoder.encode_prompt(system, turns)
-    config = _generation_config(assistant, max_new_tokens, temperature)
-    batch = _left_padded([prompt], 0, assistant.model.device)
-    with generating(assistant.model):
-        assistant.model.generate(**batch, generation_config=config, streamer=streamer)
-    return "".join(streamer.parts).strip()
-
-
-def converse(
-    assistant: Assistant,
-    read: Callable[[str], str],
-    write: Callable[[str], None],
-    system: str = "",
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-) -> None:
-    """A conversation until `/exit` or the end of input. `read` shows a prompt and gives the next line."""
-    turns: list[Exchange] = []
+def converse(conversation: Conversation, read: Callable[[str], str]) -> None:
+    """Read and answer until `/exit` or the end of input. `read` shows a prompt and gives the next line."""
     while True:
         try:
-            line = read("you> ").strip()
+            line = read(conversation.prompt)
         except EOFError:
-            write("\n")
+            conversation.write("\n")
             return
-        if line == "/exit":
+        except KeyboardInterrupt:
+            conversation.write("\n(Ctrl-D or /exit ends)\n")
+            continue
+        if not conversation.hear(line):
             return
-        if line == "/reset":
-            turns.clear()
-        elif line:
-            try:
-                asked = [*turns, OpenExchange(line)]
-                answer = stream_answer(assistant, asked, write, system, max_new_tokens, temperature)
-                turns.append(Exchange(line, "", answer))
-            except KeyboardInterrupt:
-                write("\n(stopped; this turn is forgotten)")
-            write("\n")

@@ -13,16 +13,16 @@ from typing import Any, Literal
 import gguf
 import numpy as np
 import torch
+from rich.console import Console
 
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.files import require_space, told, whole_file
 from huarizo.model.adapter import check_adapter
 from huarizo.model.merged import MergedWeights
-from huarizo.results.merge import refuse_existing
+from huarizo.results.merge import refuse_existing, tracked
 from huarizo.results.tuned import Tuned
 
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -46,14 +46,19 @@ class Vocabulary:
     merges: list[str] | None
 
 
-def export_gguf(tuned: Tuned, target: Path, kind: GgufType, force: bool = False) -> Path:
-    """Write a run's tuned model as a GGUF file, which appears whole or not at all.
+def export_gguf(tuned: Tuned, target: Path, kind: str, force: bool = False, console: Console | None = None) -> Path:
+    """Write a tuned model as a GGUF file, which appears whole or not at all. kind: one of `TYPES`.
 
     Raises:
-        UserError: there is something at `target` already, and not `force`.
+        UserError: a type that is not written, or there is something at `target` already, and not `force`.
         ModelError: a tokenizer or rope that llama.cpp does not have, or an adapter that does not fit the base.
         MachineError: no space on the disk, or it can't be written.
     """
+    if kind not in TYPES:
+        raise UserError(
+            f"--type {kind}: {', '.join(TYPES)} can be written. K-quants are llama.cpp's own, made from an f16 file: "
+            "llama-quantize MODEL-f16.gguf MODEL-Q4_K_M.gguf Q4_K_M"
+        )
     refuse_existing(target, force)
     weights = MergedWeights(tuned.base, tuned.adapter)
     values = sum(math.prod(weights.shape(name)) for name in weights.names())
@@ -61,7 +66,7 @@ def export_gguf(tuned: Tuned, target: Path, kind: GgufType, force: bool = False)
     with told(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as temporary:
-        write_gguf(weights, tuned.encoder, tuned.base, temporary, kind)
+        write_gguf(weights, tuned.encoder, tuned.base, temporary, kind, console)
     return target
 
 
@@ -100,11 +105,19 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
     return target
 
 
-def write_gguf(weights: MergedWeights, encoder: Encoder, tokenizer_folder: Path, target: Path, kind: GgufType) -> None:
+def write_gguf(
+    weights: MergedWeights,
+    encoder: Encoder,
+    tokenizer_folder: Path,
+    target: Path,
+    kind: str,
+    console: Console | None = None,
+) -> None:
     """Write the model into a file, which the caller makes whole.
 
     encoder: of the run's prompt format; its stop token becomes the end of an answer.
     tokenizer_folder: with tokenizer.json or tokenizer.model.
+    console: a terminal to show on how many tensors are written.
 
     Raises:
         ModelError: a tokenizer or rope that llama.cpp does not have.
@@ -134,12 +147,12 @@ def write_gguf(weights: MergedWeights, encoder: Encoder, tokenizer_folder: Path,
         writer.write_ti_data_to_file()
         if rope is not None:
             writer.write_tensor_data(rope)
-        for name, stored in plan.items():
+        for name, stored in tracked(plan.items(), "writing", console):
             writer.write_tensor_data(_stored(_arranged(name, weights[name], config).numpy(), stored))
         writer.close()
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], kind: GgufType, name: str) -> None:
+def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str, name: str) -> None:
     heads = config["num_attention_heads"]
     writer.add_name(name)
     writer.add_context_length(config["max_position_embeddings"])
@@ -185,7 +198,7 @@ def _rope_factors(writer: gguf.GGUFWriter, config: dict[str, Any]) -> np.ndarray
     return np.where(wavelengths < original / high, 1.0, factors).astype(np.float32)
 
 
-def _stored_as(name: str, weights: MergedWeights, kind: GgufType) -> gguf.GGMLQuantizationType:
+def _stored_as(name: str, weights: MergedWeights, kind: str) -> gguf.GGMLQuantizationType:
     """Vectors stay in fp32, as llama.cpp expects; so do rows that do not divide into Q8_0's blocks, in F16."""
     shape = weights.shape(name)
     if len(shape) == 1:

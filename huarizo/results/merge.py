@@ -2,8 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
+from rich.console import Console
+from rich.progress import track
 from safetensors.torch import save_file
 
 from huarizo.errors import UserError
@@ -12,10 +16,11 @@ from huarizo.hub.model_files import INDEX, WEIGHTS
 from huarizo.model.merged import MergedWeights, merged_shards
 from huarizo.results.tuned import Tuned
 
+T = TypeVar("T")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
-def merge(tuned: Tuned, out: Path, force: bool = False) -> Path:
+def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None = None) -> Path:
     """Write the merged model as safetensors in the base's dtype, with tokenizer, template and generation settings.
 
     The folder appears whole or not at all; one file of weights at a time stands in memory.
@@ -33,7 +38,7 @@ def merge(tuned: Tuned, out: Path, force: bool = False) -> Path:
     with whole_folder(out) as folder:
         places: dict[str, str] = {}
         size = 0
-        for file, tensors in merged_shards(weights):
+        for file, tensors in tracked(merged_shards(weights), "merging", console, len(weights.shards)):
             save_file(tensors, folder / file, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
             size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -50,6 +55,13 @@ def merge(tuned: Tuned, out: Path, force: bool = False) -> Path:
             for file in tuned.base.glob(pattern):
                 shutil.copy(file, folder)
     return out
+
+
+def tracked(items: Iterable[T], what: str, console: Console | None, total: int | None = None) -> Iterable[T]:
+    """The items, with a bar on the terminal that fills as they are taken; without one where there is no terminal."""
+    if console is None or not console.is_terminal:
+        return items
+    return track(items, what, total=total, console=console, transient=True)
 
 
 def refuse_existing(out: Path, force: bool) -> None:

@@ -74,9 +74,6 @@ def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 def card(recipe: Recipe, base: str, metrics: list[dict[str, Any]]) -> str:
     """The adapter's README.md: what it was trained on and how to load it with stock PEFT."""
-    change = heldout_change(metrics)
-    loss = f"- held-out loss: {change[0]:.4f} before, {change[1]:.4f} after\n" if change else ""
-    lora, training = recipe.lora, recipe.training
     return f"""---
 library_name: peft
 base_model: {json.dumps(base)}
@@ -84,26 +81,39 @@ tags: [lora, huarizo]
 ---
 # LoRA adapter
 
-- base model: `{base}`
-- data: `{recipe.data.train.rpartition("/")[2]}`, prompt format `{recipe.data.prompt.splitlines()[0]}`
-- LoRA: r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g} on {lora.target_modules}
-- training: {training.epochs:g} epochs, {training.batch_size} rows a step, learning rate {training.learning_rate:g}
-{loss}
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
+{card_facts(recipe, base, recipe.data.train.rpartition("/")[2], metrics)}
+{peft_usage(base, "path/to/this/folder")}
 
 Trained with Huarizo.
 """
 
 
+def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any]]) -> str:
+    """Base, data, settings and held-out loss as a list in Markdown; `base` and `data` are the names to show."""
+    change = heldout_change(metrics)
+    loss = f"- held-out loss: {change[0]:.4f} before, {change[1]:.4f} after\n" if change else ""
+    lora, training = recipe.lora, recipe.training
+    return f"""- base model: `{base}`
+- data: `{data}`, prompt format `{recipe.data.prompt.splitlines()[0].replace("`", "'")}`
+- LoRA: r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g} on {lora.target_modules}
+- training: {training.epochs:g} epochs, {training.batch_size} rows a step, learning rate {training.learning_rate:g}
+{loss}"""
+
+
+def peft_usage(base: str, adapter: str) -> str:
+    """How an adapter is loaded with stock PEFT, as a code block in Markdown."""
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, {json.dumps(adapter)})
+```"""
+
+
 def samples_from_text(text: str) -> list[Sample]:
     """`samples_as_text`, read back."""
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [json.loads(line) for line in text.split("\n") if line]
     return [Sample(**{field.name: row[field.name] for field in fields(Sample)}) for row in rows]
 
 

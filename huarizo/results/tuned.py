@@ -1,25 +1,34 @@
-"""What a run's result is made of: the base's files, the adapter's, and the prompts that they speak through."""
+"""What a result is made of: the base's files, the adapter's, and the prompts that they speak through.
 
+A result is named by a run folder or its name, by the folder of any PEFT adapter, or by an adapter's id on the hub.
+"""
+
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from huarizo.data.prompts import prompt_format
 from huarizo.data.tokens import Encoder
 from huarizo.errors import UserError
-from huarizo.hub.names import check_pinned, resolve_model
+from huarizo.hub.names import check_pinned, resolve_adapter, resolve_model
+from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
 from huarizo.model.load import load_tokenizer
-from huarizo.recipe import Recipe
-from huarizo.runs import Run
+from huarizo.recipe import Recipe, make_recipe
+from huarizo.runs import Run, find_run, open_run
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Folders of the base model and of the adapter, and the encoder of the run's prompt format."""
+    """Folders of the base model and of the adapter, and the encoder of the prompt format.
+
+    `recipe` is the run's; of a foreign adapter it says the base and the prompt format alone. `run` is None there.
+    """
 
     recipe: Recipe
     base: Path
     adapter: Path
     encoder: Encoder
+    run: Run | None = None
 
     @property
     def stop_ids(self) -> list[int]:
@@ -27,18 +36,68 @@ class Tuned:
         ids = (self.encoder.stop_id, self.encoder.tokenizer.eos_token_id)
         return [number for number in dict.fromkeys(ids) if number is not None]
 
+    @property
+    def folder(self) -> Path:
+        """Where what is made from it goes: the run's folder; the current one for an adapter from elsewhere."""
+        return self.run.path if self.run else Path()
 
-def open_tuned(run: Run) -> Tuned:
+
+def find_tuned(name: str, prompt: str | None = None) -> Tuned:
+    """A result by its name.
+
+    name: a run, or the folder or hub id of a PEFT adapter.
+    prompt: the prompt format, where it is not the run's; an adapter from elsewhere is taken to use the chat template
+        of its base, or Alpaca's prompt where there is none.
+
+    Raises:
+        UserError: nothing of that name, no adapter yet, or its base can't be found or is no longer the one it was.
+    """
+    run = find_run(name)
+    if run is not None:
+        return open_tuned(run, prompt)
+    local = Path(name).expanduser()
+    if (local / CONFIG).is_file():
+        beside = find_run(local.parent)
+        if beside is not None and local.name == beside.adapter.name:
+            return open_tuned(beside, prompt)
+        return open_adapter(local.resolve(), prompt)
+    if local.exists() or "/" not in name or name.startswith((".", "/", "~")):
+        return open_tuned(open_run(name), prompt)  # says what there is
+    return open_adapter(resolve_adapter(name).path, prompt)
+
+
+def open_tuned(run: Run, prompt: str | None = None) -> Tuned:
     """The parts of a finished run; nothing heavy is loaded.
 
     Raises:
         UserError: the run has no adapter yet, or its base model can't be found or is no longer the one it was.
     """
-    if not (run.adapter / "adapter_model.safetensors").is_file():
+    if not (run.adapter / WEIGHTS).is_file():
         raise UserError(f"{run.path}: this run has no adapter yet. Go on with it: huarizo resume {run.path}")
-    recipe = run.recipe()
+    return dataclasses.replace(_with_base(run.recipe(), run.adapter, prompt), run=run)
+
+
+def open_adapter(folder: Path, prompt: str | None = None) -> Tuned:
+    """The parts of a PEFT adapter that some other tool may have made.
+
+    Raises:
+        UserError: it is no plain LoRA, does not name its base, or that can't be found.
+    """
+    config = check_adapter(folder)
+    base = config.base_model_name_or_path
+    if not base:
+        raise UserError(
+            f"{folder / CONFIG}: base_model_name_or_path is empty. Write the base model's hub id or folder there"
+        )
+    revision = f"@{config.revision}" if config.revision and not Path(base).exists() else ""
+    return _with_base(make_recipe(model=base + revision, data={"train": "quickstart"}), folder, prompt)
+
+
+def _with_base(recipe: Recipe, adapter: Path, prompt: str | None) -> Tuned:
     source = resolve_model(recipe.model)
     check_pinned("model", source, recipe.pinned.get("model", {}))
     tokenizer = load_tokenizer(source.path)
-    encoder = Encoder(tokenizer, prompt_format(recipe.data.prompt, tokenizer, recipe.data.eos))
-    return Tuned(recipe, source.path, run.adapter, encoder)
+    data = recipe.data
+    format = prompt_format(prompt or data.prompt, tokenizer, data.eos)
+    encoder = Encoder(tokenizer, format, data.labels, data.max_length)
+    return Tuned(recipe, source.path, adapter, encoder)

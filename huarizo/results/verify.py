@@ -18,7 +18,7 @@ from huarizo.data.prompts import OpenExchange
 from huarizo.errors import UserError
 from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base
-from huarizo.results.chat import generating
+from huarizo.results.generate import generating
 from huarizo.results.tuned import Tuned
 
 PROMPTS = (
@@ -45,6 +45,7 @@ class Comparison:
     """Prompts that llama.cpp cuts into other tokens."""
     largest_difference: float
     """Of a log-probability among the TOP likeliest tokens, in nats."""
+    mean_difference: float
     same_likeliest: int
 
     def __str__(self) -> str:
@@ -53,7 +54,7 @@ class Comparison:
         return (
             f"llama.cpp against Transformers, {self.prompts} prompts: {tokens}; likeliest next token the same in "
             f"{self.same_likeliest} of {self.compared}, largest difference of a log-probability "
-            f"{self.largest_difference:.4f}"
+            f"{self.largest_difference:.4f}, mean {self.mean_difference:.4f}"
         )
 
 
@@ -100,7 +101,18 @@ class LlamaCpp:
 
 
 def compare_with_transformers(tuned: Tuned, file: Path, prompts: Sequence[str] = PROMPTS) -> Comparison:
-    """Load both and compare them.
+    """Load both and compare them on prompts in the run's format.
+
+    Raises:
+        UserError: xllamacpp is not installed.
+    """
+    return compare_contexts(
+        tuned, file, [tuned.encoder.encode_prompt("", [OpenExchange(prompt)]) for prompt in prompts]
+    )
+
+
+def compare_contexts(tuned: Tuned, file: Path, contexts: Sequence[list[int]]) -> Comparison:
+    """Load both and compare what they expect next after each of these lists of token ids.
 
     Raises:
         UserError: xllamacpp is not installed.
@@ -108,17 +120,20 @@ def compare_with_transformers(tuned: Tuned, file: Path, prompts: Sequence[str] =
     other = LlamaCpp(file)
     cpu = torch.device("cpu")
     model = load_adapter(load_base(tuned.base, torch.float32, cpu), tuned.adapter)
-    wrong, worst, same, compared = [], 0.0, 0, 0
-    for prompt in prompts:
-        ids = tuned.encoder.encode_prompt("", [OpenExchange(prompt)])
-        if other.tokens(tuned.encoder.tokenizer.decode(ids)) != ids:
-            wrong.append(prompt)
+    wrong: list[str] = []
+    differences: list[float] = []
+    same = compared = 0
+    for ids in contexts:
+        text = tuned.encoder.tokenizer.decode(ids)
+        if other.tokens(text) != ids:
+            wrong.append(text)
         found = other.likeliest(ids)
         if not found:
             continue
         with generating(model):
             expected = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
-        worst = max(worst, *(abs(value - float(expected[number])) for number, value in found.items()))
+        differences += [abs(value - float(expected[number])) for number, value in found.items()]
         same += next(iter(found)) == int(expected.argmax())
         compared += 1
-    return Comparison(len(prompts), compared, wrong, worst, same)
+    largest, mean = (max(differences), sum(differences) / len(differences)) if differences else (0.0, 0.0)
+    return Comparison(len(contexts), compared, wrong, largest, mean, same)

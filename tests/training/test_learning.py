@@ -8,7 +8,7 @@ from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import IGNORED, Encoder
 from huarizo.model.lora import add_lora
 from huarizo.recipe import make_recipe
-from huarizo.results.chat import Assistant, answers
+from huarizo.results.generate import Assistant, answers
 from tests.tiny import make_model
 from tests.training.test_parity import make_trainer
 
@@ -29,7 +29,8 @@ def learn(tokenizer: Any, tmp_path: Path, eos: bool) -> list[str]:
     assert all(IGNORED in example["labels"] for example in examples)
     model = add_lora(make_model(initializer_range=0.1).requires_grad_(False), recipe.lora, seed=1)
     make_trainer(model, recipe, examples, tmp_path).train()
-    return answers(Assistant(model, encoder), [OpenExchange(question) for question in QUESTIONS], max_new_tokens=40)
+    given = answers(Assistant(model, encoder), [OpenExchange(question) for question in QUESTIONS], max_new_tokens=40)
+    return [answer.text for answer in given]
 
 
 def test_a_model_learns_to_answer_and_to_stop(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -1,0 +1,256 @@
+"""The commands for what was trained: talk with it, compare, evaluate, merge, export, push."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from huarizo.console import console, quiet_libraries, write
+from huarizo.errors import UserError
+from huarizo.runs import open_run
+
+app = typer.Typer()
+Name = Annotated[str, typer.Argument(metavar="RUN", help="a run, or the folder or hub id of a PEFT adapter")]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", metavar="FORMAT", help="prompt format, where it is not the run's: alpaca ...")
+]
+Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
+System = Annotated[str, typer.Option(help="a system message in front of the conversation")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 = the likeliest token every time")]
+TopP = Annotated[float, typer.Option(help="draw from the likeliest tokens of this probability together")]
+TopK = Annotated[int, typer.Option(min=0, help="draw from so many likeliest tokens; 0 = all")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: say less twice")]
+Seed = Annotated[int | None, typer.Option(help="of the draw")]
+
+
+@app.command()
+def ask(
+    run: Name,
+    question: Annotated[str, typer.Argument(metavar="[PROMPT]", help="- or nothing: read from standard input")] = "-",
+    system: System = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object: prompt, answer, tokens, finished")] = False,
+    base: Annotated[bool, typer.Option("--base", help="the untuned model answers")] = False,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    prompt: Prompt = None,
+) -> None:
+    """Answer one prompt with a trained run."""
+    quiet_libraries()
+    from huarizo.data.prompts import OpenExchange
+    from huarizo.results.chat import checked
+    from huarizo.results.generate import Sampling, open_assistant, stream_answer
+    from huarizo.results.tuned import find_tuned
+
+    sampling = checked(Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed))
+    text = _standard_input() if question == "-" else question
+    assistant = open_assistant(find_tuned(run, prompt))
+    with assistant.untuned(base):
+        answer = stream_answer(
+            assistant, [OpenExchange(text)], (lambda _: None) if as_json else write, system, sampling
+        )  # fmt: skip
+    if as_json:
+        facts = {"prompt": text, "answer": answer.text, "tokens": answer.tokens, "finished": answer.finished}
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print()
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        print("the prompt, then Ctrl-D:", file=sys.stderr)
+    try:
+        text = sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise UserError("standard input is not text in UTF-8") from None
+    if not text:
+        raise UserError("no prompt on standard input. Give one: huarizo ask RUN PROMPT")
+    return text
+
+
+@app.command()
+def chat(
+    run: Name,
+    system: System = "",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    prompt: Prompt = None,
+) -> None:
+    """Talk with a trained run. /base asks the untuned model, /help tells the other commands."""
+    quiet_libraries()
+    from huarizo.results.chat import HELP, Conversation, checked, converse
+    from huarizo.results.generate import Sampling, open_assistant
+    from huarizo.results.tuned import find_tuned
+
+    sampling = checked(Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed))
+    assistant = open_assistant(find_tuned(run, prompt))
+    print(HELP)
+    converse(Conversation(assistant, write, system, sampling), input)
+
+
+@app.command()
+def compare(
+    run: Name,
+    prompts: Annotated[
+        Path | None, typer.Argument(metavar="[PROMPTS]", help="text, one a line, or a file of rows; default: the run's")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="also write a file: .md, .html or .jsonl")] = None,
+    max_new_tokens: MaxNewTokens = 200,
+    prompt: Prompt = None,
+    force: Force = False,
+) -> None:
+    """Show the answers of the base and of the tuned model side by side."""
+    quiet_libraries()
+    from huarizo.results import compare as comparing
+    from huarizo.results.generate import open_assistant
+    from huarizo.results.report import show_samples
+    from huarizo.results.tuned import find_tuned
+
+    if out:
+        comparing.check_target(out, force)
+    tuned = find_tuned(run, prompt)
+    asked = comparing.read_prompts(prompts) if prompts else comparing.usual_prompts(tuned)
+    samples = comparing.compare(open_assistant(tuned), asked, max_new_tokens)
+    show_samples(console(), samples)
+    if out:
+        comparing.write_comparison(samples, f"{run}: base and tuned", out, force)
+        print(f"compared: {out}")
+
+
+@app.command("eval")
+def evaluate(
+    run: Name,
+    data: Annotated[
+        str | None, typer.Argument(metavar="[DATA]", help="rows: file, folder or hub id; default: the run's held-out")
+    ] = None,
+    to_answer: Annotated[int, typer.Option("--answers", min=0, help="so many rows are also answered")] = 32,
+    precision: Annotated[str | None, typer.Option(help="bf16 | fp16 | fp32; default: the fastest float")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; default RUN/evaluations/TIME")] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="tasks of lm-eval instead, with commas between")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="questions of each lm-eval task")] = None,
+    prompt: Prompt = None,
+    force: Force = False,
+) -> None:
+    """Measure loss, perplexity, answers and forgetting, before and after."""
+    quiet_libraries()
+    from huarizo.results import evaluate as evaluating
+    from huarizo.results.generate import open_assistant
+    from huarizo.results.merge import refuse_existing
+    from huarizo.results.tuned import find_tuned
+
+    tuned = find_tuned(run, prompt)
+    target = out or tuned.folder / "evaluations" / time.strftime("%Y%m%d-%H%M%S")
+    refuse_existing(target, force)
+    if harness:
+        from huarizo.results.harness import run_harness
+
+        found = run_harness(open_assistant(tuned, precision), harness.split(","), limit)
+        evaluating.save_harness(found, target)
+        print(json.dumps(found, indent=2))
+    else:
+        rows = evaluating.rows_of(tuned, data) if data else evaluating.heldout_rows(tuned)
+        evaluation = evaluating.evaluate(open_assistant(tuned, precision), rows, to_answer)
+        evaluating.show(console(), evaluation)
+        evaluating.save(evaluation, target, result=run, data=data or "held out")
+        if evaluation.answers and evaluation.scores["after"].chrf is None:
+            print("chrF was left out: pip install sacrebleu (or huarizo[eval])", file=sys.stderr)
+    print(f"evaluated: {target}")
+
+
+@app.command()
+def merge(
+    run: Name,
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="folder; default RUN/merged")] = None,
+    prompt: Prompt = None,
+    force: Force = False,
+) -> None:
+    """Add the adapter to the base's float weights and save an ordinary model folder."""
+    quiet_libraries()
+    from huarizo.results import merge as merging
+    from huarizo.results.tuned import find_tuned
+
+    tuned = find_tuned(run, prompt)
+    print(f"merged: {merging.merge(tuned, out or tuned.folder / 'merged', force, console())}")
+
+
+@app.command()
+def export(
+    run: Name,
+    to: Annotated[str, typer.Option(help="the format: gguf")] = "gguf",
+    kind: Annotated[str, typer.Option("--type", help="of the weights: f32, f16, bf16 or q8_0")] = "f16",
+    out: Annotated[Path | None, typer.Option(help="file; default RUN/NAME-TYPE.gguf")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA alone, for a GGUF of its base")] = False,
+    ollama: Annotated[bool, typer.Option("--ollama", help="also write a Modelfile for Ollama beside it")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="load it in llama.cpp and compare with Transformers")
+    ] = False,
+    prompt: Prompt = None,
+    force: Force = False,
+) -> None:
+    """Write the tuned model as one GGUF file, for llama.cpp and Ollama."""
+    if to != "gguf":
+        raise UserError(f"--to {to}: gguf is the only format. For a model folder: huarizo merge {run}")
+    if adapter and (ollama or verify):
+        raise UserError("--adapter writes the LoRA alone: --ollama and --verify are for the whole model")
+    quiet_libraries()
+    from huarizo.results.gguf import export_adapter, export_gguf
+    from huarizo.results.merge import refuse_existing
+    from huarizo.results.ollama import commands, modelfile, write_modelfile
+    from huarizo.results.tuned import find_tuned
+
+    tuned = find_tuned(run, prompt)
+    name = tuned.run.path.resolve().name if tuned.run else Path(run).name
+    if adapter:
+        print(f"exported: {export_adapter(tuned, out or tuned.folder / f'{name}-adapter.gguf', force)}")
+        return
+    file = out or tuned.folder / f"{name}-{kind}.gguf"
+    if ollama:
+        refuse_existing(file.with_name("Modelfile"), force)
+        modelfile(tuned, file.name)  # says what Ollama can't have before the long work
+    export_gguf(tuned, file, kind, force, console())
+    if verify:
+        from huarizo.results.verify import compare_with_transformers
+
+        print(compare_with_transformers(tuned, file))
+    if ollama:
+        told = commands(file, write_modelfile(tuned, file, force))
+        print("\n".join(["to run it in Ollama:", *(f"  {command}" for command in told)]))
+    print(f"exported: {file}")
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or its name under runs/")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="on the hub: owner/name, or a name of your own")],
+    merged: Annotated[bool, typer.Option("--merged", help="the folder that `huarizo merge` made")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="the files that `huarizo export` made")] = False,
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see; otherwise for you alone")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="send without asking")] = False,
+    force: Force = False,
+) -> None:
+    """Send the adapter to the Hugging Face hub, with a model card; private, and shown first."""
+    if merged and gguf:
+        raise UserError("--merged and --gguf are two repositories: push one after the other")
+    quiet_libraries()
+    from huarizo.results.publish import publication, publish
+
+    what = publication(open_run(run), repository, "merged" if merged else "gguf" if gguf else "adapter", public)
+    print(what)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("nothing was sent. Look at the list above, and say --yes to send it")
+        typer.confirm("Send this?", abort=True)
+    print(f"pushed: {publish(what, force)}")

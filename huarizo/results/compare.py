@@ -1,0 +1,152 @@
+"""The same prompts answered by the base model and by the tuned one, side by side.
+
+In go prompts from a file, or those that the run itself answered; out comes a table, Markdown, a page of HTML, or JSON.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from huarizo.data.prompts import OpenExchange
+from huarizo.data.rows import read_rows, require_good
+from huarizo.errors import DataError, UserError
+from huarizo.files import told, write_whole
+from huarizo.results.generate import Assistant, answers
+from huarizo.results.merge import refuse_existing
+from huarizo.results.report import Sample, samples_from_text
+from huarizo.results.tuned import Tuned
+from huarizo.results.verify import PROMPTS
+
+LARGEST = 10_000_000  # bytes, of a file of prompts
+STYLE = """\
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+th, td { border: 1px solid #8885; padding: .6rem .8rem; text-align: left; vertical-align: top; }
+td { white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
+
+
+def read_prompts(file: Path) -> list[Sample]:
+    """Prompts from a text file, one a line, or from any file of rows; answers are still to be given.
+
+    Raises:
+        DataError: no such file, or nothing in it that can be asked.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: there is no such file. Give a text file with one prompt a line, or a file of rows")
+    if file.suffix.lower() not in (".txt", ".md", ""):
+        rows = require_good(read_rows(file), "fail")
+        firsts = [row.exchanges[0] for row in rows]
+        return [Sample(first.instruction, first.input, "", None, first.output) for first in firsts]
+    if file.stat().st_size > LARGEST:
+        raise DataError(f"{file}: {file.stat().st_size:,} bytes are too many for a list of prompts")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8. Save the file as UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{file}: no prompt in it. Write one a line")
+    return [Sample(prompt, "", "", None) for prompt in prompts]
+
+
+def usual_prompts(tuned: Tuned) -> list[Sample]:
+    """The prompts that the run answered before and after; a few general ones where it answered none."""
+    if tuned.run and tuned.run.samples.is_file():
+        try:
+            samples = samples_from_text(tuned.run.samples.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{tuned.run.samples}: can't be read. Give a file of prompts") from None
+        if samples:
+            return samples
+    return [Sample(prompt, "", "", None) for prompt in PROMPTS]
+
+
+def compare(assistant: Assistant, prompts: Sequence[Sample], max_new_tokens: int = 200) -> list[Sample]:
+    """The prompts with greedy answers of the base (`before`) and of the tuned model (`after`).
+
+    Raises:
+        MachineError: not even one prompt fits into the card's memory.
+    """
+    turns = [OpenExchange(sample.instruction, sample.input) for sample in prompts]
+    with assistant.untuned():
+        before = answers(assistant, turns, max_new_tokens)
+    after = answers(assistant, turns, max_new_tokens)
+    return [
+        Sample(sample.instruction, sample.input, old.text, new.text, sample.expected)
+        for sample, old, new in zip(prompts, before, after, strict=True)
+    ]
+
+
+def write_comparison(samples: Sequence[Sample], title: str, target: Path, force: bool = False) -> None:
+    """As Markdown (.md), a page of HTML that needs nothing else (.html), or JSON lines (.jsonl).
+
+    Raises:
+        UserError: another ending, or there is something at `target` already, and not `force`.
+        MachineError: the disk is full or can't be written.
+    """
+    check_target(target, force)
+    with told(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, WRITERS[target.suffix](samples, title))
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Before answers are waited for: can they be written there?
+
+    Raises:
+        UserError: another ending than those of `WRITERS`, or there is something already, and not `force`.
+    """
+    if target.suffix not in WRITERS:
+        raise UserError(f"{target}: the ending has to be one of {', '.join(WRITERS)}")
+    refuse_existing(target, force)
+
+
+def as_markdown(samples: Sequence[Sample], title: str) -> str:
+    """One section a prompt; every text stands in a block of its own, so that it can't become markup."""
+    parts = [f"# {title}\n"]
+    for number, sample in enumerate(samples, 1):
+        parts.append(f"\n## {number}\n")
+        for name, text in _columns(sample):
+            parts.append(f"\n**{name}**\n\n{_fenced(text)}\n")
+    return "".join(parts)
+
+
+def _fenced(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def as_html(samples: Sequence[Sample], title: str) -> str:
+    """A page with a table; nothing in it comes from elsewhere, and no text of a model is markup."""
+    expected = any(sample.expected for sample in samples)
+    heads = ["prompt", "base", "tuned", *(["expected"] if expected else [])]
+    rows = []
+    for sample in samples:
+        cells = [sample.prompt, sample.before, sample.after or "", *([sample.expected] if expected else [])]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    name = html.escape(title)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>\n{STYLE}</style>'
+        f"</head>\n<body><h1>{name}</h1>\n<table><thead><tr>{head}</tr></thead>\n<tbody>\n"
+        + "\n".join(rows)
+        + "\n</tbody></table></body></html>\n"
+    )
+
+
+def as_json_lines(samples: Sequence[Sample], title: str) -> str:
+    """One object a prompt: prompt, base, tuned, expected where it is known."""
+    return "".join(json.dumps(dict(_columns(sample)), ensure_ascii=False) + "\n" for sample in samples)
+
+
+def _columns(sample: Sample) -> list[tuple[str, str]]:
+    columns = [("prompt", sample.prompt), ("base", sample.before), ("tuned", sample.after or "")]
+    return [*columns, ("expected", sample.expected)] if sample.expected else columns
+
+
+WRITERS = {".md": as_markdown, ".html": as_html, ".jsonl": as_json_lines}

@@ -1,0 +1,244 @@
+"""What a tuned model is worth: its losses on rows that it did not see, its answers to them, and what it forgot.
+
+In go held-out rows of the run, or rows of any file; out come a report for people and files for programs. The base model
+is measured in the same way, so that every number has its before. General text that ships with Huarizo shows whether the
+model still reads what it was not trained on.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from huarizo.data.prepare import prepare_data
+from huarizo.data.prompts import OpenExchange
+from huarizo.data.rows import Row, read_rows, require_good
+from huarizo.data.tokens import Encoder
+from huarizo.errors import DataError, UserError
+from huarizo.files import told, whole_folder
+from huarizo.hub.names import check_pinned, resolve_data
+from huarizo.machine import cache_folder
+from huarizo.results.generate import Assistant, answers
+from huarizo.results.losses import Losses, Mean, measure
+from huarizo.results.tuned import Tuned
+
+GENERAL = Path(__file__).with_name("general_text.json")
+LONGEST_ANSWER = 200  # tokens
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How near the answers come to the expected ones. `chrf`: 0 to 100, None where sacrebleu is not installed."""
+
+    chrf: float | None
+    exact: float
+    """Share of the answers that equal the expected one, but for blanks."""
+    finished: float
+    """Share of the answers that ended by themselves."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that was measured. `rows[i]` has `losses`' i-th values; `answers` are to the first rows."""
+
+    rows: list[Row]
+    left_out: int
+    """Rows without any response within `data.max_length`."""
+    losses: Losses
+    general: Losses
+    answers: list[dict[str, Any]]
+    scores: dict[str, Scores]
+
+    def worst(self, count: int = 5) -> list[int]:
+        """Rows with the highest mean loss after training, the worst first."""
+        means = [loss / tokens for loss, tokens in zip(self.losses.after, self.losses.tokens, strict=True)]
+        return sorted(range(len(means)), key=lambda index: -means[index])[:count]
+
+
+def heldout_rows(tuned: Tuned) -> list[Row]:
+    """The rows that the run held out.
+
+    Raises:
+        UserError: it held out none, or its data is no longer what it was.
+    """
+    if tuned.run is None:
+        raise UserError("an adapter from elsewhere has no held-out rows. Name rows: huarizo eval ADAPTER DATA")
+    recipe = tuned.recipe
+    train = resolve_data(recipe.data.train)
+    check_pinned("train", train, recipe.pinned.get("train", {}))
+    heldout = resolve_data(recipe.data.eval, heldout=True) if isinstance(recipe.data.eval, str) else None
+    if heldout is not None:
+        check_pinned("eval", heldout, recipe.pinned.get("eval", {}))
+    data = prepare_data(
+        recipe.data, recipe.training.seed, train.path, heldout.path if heldout else None,
+        tuned.encoder.tokenizer, cache_folder() / "tokens",
+    )  # fmt: skip
+    if not data.heldout_rows:
+        raise UserError(f"{tuned.run.path}: this run held out no rows. Name rows: huarizo eval {tuned.run.path} DATA")
+    return data.heldout_rows
+
+
+def rows_of(tuned: Tuned, name: str) -> list[Row]:
+    """Rows of a file, folder or data set on the hub, with the column names of the run's recipe.
+
+    Raises:
+        UserError: not found, or rows that can't be used.
+    """
+    data = tuned.recipe.data
+    return require_good(read_rows(resolve_data(name, heldout=True).path, data.columns), data.on_bad_row)
+
+
+def evaluate(assistant: Assistant, rows: Sequence[Row], to_answer: int = 32) -> Evaluation:
+    """Measure losses on all rows and on the general text, and answer the first exchange of the first `to_answer` rows.
+
+    Raises:
+        DataError: no row has a response within `data.max_length`.
+        MachineError: out of memory even for one row.
+    """
+    pairs = list(zip(rows, assistant.encoder.encode(rows), strict=True))
+    kept = [(row, example) for row, example in pairs if example is not None]
+    if not kept:
+        raise DataError(
+            f"none of the {len(rows)} rows has any of its response within data.max_length="
+            f"{assistant.encoder.max_length} tokens"
+        )
+    measured = [row for row, _ in kept]
+    losses = measure(assistant, [{"input_ids": e.input_ids, "labels": e.labels} for _, e in kept])
+    told_answers, scores = _answered(assistant, measured[:to_answer])
+    return Evaluation(
+        measured, len(pairs) - len(kept), losses, measure(assistant, general_examples(assistant.encoder)),
+        told_answers, scores,
+    )  # fmt: skip
+
+
+def general_examples(encoder: Encoder) -> list[dict[str, Any]]:
+    """The general text, tokenised as plain text: every token but the first is predicted."""
+    texts = [entry["text"] for entry in json.loads(GENERAL.read_text(encoding="utf-8"))]
+    every = [encoder.encode_text(text) for text in texts]
+    return [{"input_ids": ids, "labels": ids} for ids in every]
+
+
+def _answered(assistant: Assistant, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
+    if not rows:
+        return [], {}
+    firsts = [row.exchanges[0] for row in rows]
+    turns = [OpenExchange(first.instruction, first.input) for first in firsts]
+    with assistant.untuned():
+        before = answers(assistant, turns, LONGEST_ANSWER)
+    after = answers(assistant, turns, LONGEST_ANSWER)
+    expected = [first.output for first in firsts]
+    texts = [
+        {"instruction": first.instruction, "input": first.input, "expected": first.output,
+         "before": old.text, "after": new.text}
+        for first, old, new in zip(firsts, before, after, strict=True)
+    ]  # fmt: skip
+    return texts, {
+        name: Scores(
+            chrf([answer.text for answer in given], expected),
+            sum(a.text.split() == e.split() for a, e in zip(given, expected, strict=True)) / len(given),
+            sum(answer.finished for answer in given) / len(given),
+        )
+        for name, given in (("before", before), ("after", after))
+    }
+
+
+def chrf(given: Sequence[str], expected: Sequence[str]) -> float | None:
+    """chrF of a list of answers, 0 to 100 (Popović 2015, by sacrebleu); None where that is not installed."""
+    try:
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError:
+        return None
+    return CHRF().corpus_score(list(given), [list(expected)]).score
+
+
+def show(console: Console, evaluation: Evaluation) -> None:
+    """The numbers as a table, then the rows that the tuned model is worst at."""
+    table = Table()
+    for column in ("", "before", "after", "change"):
+        table.add_column(column)
+    for name, losses in (("loss", evaluation.losses), ("general text", evaluation.general)):
+        table.add_row(name, str(losses.mean_before), str(losses.mean_after), str(losses.change))
+        if name == "loss":
+            perplexities = (losses.mean_before.perplexity, losses.mean_after.perplexity)
+            table.add_row("perplexity", *(f"{perplexity:,.2f}" for perplexity in perplexities), "")
+    for name, of in (("chrF", "chrf"), ("exact answers", "exact"), ("answers that end", "finished")):
+        values = [getattr(scores, of) for scores in evaluation.scores.values()]
+        if values and values[0] is not None:
+            table.add_row(name, *((f"{v:.1f}" if of == "chrf" else f"{v:.0%}") for v in values), "")
+    console.print(table)
+    left_out = f", {evaluation.left_out} without a response within the length left out" if evaluation.left_out else ""
+    console.print(
+        f"{len(evaluation.rows)} rows{left_out}, {len(evaluation.answers)} answered; losses in nats a token, [95 % "
+        "confidence interval over rows]; general text: what it was not trained on"
+    )
+    console.print("highest losses after training:")
+    for index in evaluation.worst():
+        row, losses = evaluation.rows[index], evaluation.losses
+        before, after = (part[index] / losses.tokens[index] for part in (losses.before, losses.after))
+        first = " ".join(row.exchanges[0].instruction.split())[:60]
+        console.print(Text(f"  {after:.3f} (before {before:.3f})  {row.file}, row {row.number}: {first}"))
+
+
+def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:
+    """A new folder: summary.json, rows.jsonl (a loss a row), answers.jsonl. Whole or not at all.
+
+    facts: what was measured, for the summary.
+
+    Raises:
+        MachineError: the disk is full or can't be written.
+    """
+    with told(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(target) as folder:
+        summary = facts | _summary(evaluation)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, lines in (("rows.jsonl", _row_lines(evaluation)), ("answers.jsonl", evaluation.answers)):
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def save_harness(scores: dict[str, Any], target: Path) -> None:
+    """A new folder with the harness's scores in summary.json. Whole or not at all.
+
+    Raises:
+        MachineError: the disk is full or can't be written.
+    """
+    with told(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(target) as folder:
+        (folder / "summary.json").write_text(json.dumps({"harness": scores}, indent=2) + "\n", encoding="utf-8")
+
+
+def _row_lines(evaluation: Evaluation) -> list[dict[str, Any]]:
+    losses = evaluation.losses
+    return [
+        {"file": row.file, "row": row.number, "tokens": tokens, "loss_before": before / tokens,
+         "loss_after": after / tokens}
+        for row, before, after, tokens in zip(evaluation.rows, losses.before, losses.after, losses.tokens, strict=True)
+    ]  # fmt: skip
+
+
+def _summary(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "rows": len(evaluation.rows),
+        "rows_left_out": evaluation.left_out,
+        "tokens": sum(evaluation.losses.tokens),
+        "loss": _told(evaluation.losses),
+        "general_loss": _told(evaluation.general),
+        "answers": {name: asdict(scores) for name, scores in evaluation.scores.items()},
+    }
+
+
+def _told(losses: Losses) -> dict[str, Any]:
+    def of(mean: Mean) -> dict[str, float | None]:
+        return {name: None if math.isnan(value) else value for name, value in asdict(mean).items()}
+
+    perplexities = {"before": losses.mean_before.perplexity, "after": losses.mean_after.perplexity}
+    means = {"before": losses.mean_before, "after": losses.mean_after, "change": losses.change}
+    return {name: of(mean) for name, mean in means.items()} | {"perplexity": perplexities}

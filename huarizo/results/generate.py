@@ -1,0 +1,194 @@
+"""A tuned model answers: in batches for a list of prompts, or streamed for a person.
+
+Prompts go through the same code as in training, and an answer ends at the stop token that was learnt.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from huarizo.data.prompts import OpenExchange, Turn
+from huarizo.data.tokens import Encoder
+from huarizo.errors import MachineError, UserError
+from huarizo.machine import choose_precision, device, float_precision
+from huarizo.model.adapter import load_adapter
+from huarizo.model.fast import uncompiled
+from huarizo.model.load import load_base
+from huarizo.results.tuned import Tuned
+
+MOST_TOKENS = 4096  # of a batch, prompts and answers
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A model that can be asked, with the encoder that its prompts go through."""
+
+    model: Any
+    encoder: Encoder
+
+    @property
+    def positions(self) -> int:
+        """The longest conversation that the model was made for, in tokens, its answer included."""
+        return self.model.config.max_position_embeddings
+
+    def untuned(self, wanted: bool = True) -> Any:
+        """A block in which the base answers, as if it had no adapter; nothing changes where not `wanted`."""
+        return self.model.disable_adapter() if wanted else nullcontext()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn. temperature 0 takes the likeliest token every time; top_k 0 and top_p 1 cut nothing."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 0.95
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, its number of tokens, and whether the model ended it itself or reached `max_new_tokens`."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+def open_assistant(tuned: Tuned, precision: str | None = None) -> Assistant:
+    """The base model with its adapter, in a float format; None: the recipe's, or the fastest one for int8.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+    """
+    on = device()
+    wanted = precision or tuned.recipe.precision
+    dtype = choose_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on).dtype
+    model = load_base(tuned.base, dtype, on)
+    return Assistant(load_adapter(model, tuned.adapter), tuned.encoder)
+
+
+@contextmanager
+def generating(model: Any) -> Iterator[None]:
+    """Evaluation mode, with Transformers' own attention and a key/value cache; put back as it was afterwards."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention, was_training = base.config._attn_implementation, model.training
+    base.set_attn_implementation("sdpa")
+    model.eval()
+    try:
+        with torch.no_grad(), uncompiled():
+            yield
+    finally:
+        base.set_attn_implementation(attention)
+        model.train(was_training)
+
+
+def _generation_config(assistant: Assistant, sampling: Sampling) -> GenerationConfig:
+    tokenizer = assistant.encoder.tokenizer
+    stops = [i for i in dict.fromkeys((assistant.encoder.stop_id, tokenizer.eos_token_id)) if i is not None]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        names = ("temperature", "top_p", "top_k")
+        options = {"do_sample": True} | {name: getattr(sampling, name) for name in names}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=stops or None, pad_token_id=pad, use_cache=True, **options,
+    )  # fmt: skip
+
+
+def _left_padded(prompts: Sequence[list[int]], pad: int, on: torch.device) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=on), "attention_mask": torch.tensor(mask, device=on)}
+
+
+def answers(
+    assistant: Assistant, turns: Sequence[OpenExchange], max_new_tokens: int = 80, at_once: int = 8
+) -> list[Answer]:
+    """Greedy answers to single prompts.
+
+    at_once: prompts in a batch at most, fewer where they are long; where a card's memory does not do, half as many.
+
+    Raises:
+        MachineError: not even one prompt fits into the card's memory.
+    """
+    config = _generation_config(assistant, Sampling(max_new_tokens))
+    prompts = [assistant.encoder.encode_prompt("", [turn]) for turn in turns]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    found: dict[int, Answer] = {}
+    while by_length:
+        size = max(1, min(at_once, MOST_TOKENS // (len(prompts[by_length[0]]) + max_new_tokens)))
+        batch = by_length[:size]
+        try:
+            found |= zip(batch, _answered(assistant, [prompts[index] for index in batch], config), strict=True)
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                raise MachineError("the card has not enough memory for one answer: shorten it or the prompt") from None
+            at_once = len(batch) // 2
+            torch.cuda.empty_cache()
+            continue
+        by_length = by_length[size:]
+    return [found[index] for index in range(len(prompts))]
+
+
+def _answered(assistant: Assistant, prompts: Sequence[list[int]], config: GenerationConfig) -> list[Answer]:
+    batch = _left_padded(prompts, config.pad_token_id, assistant.model.device)  # pyright: ignore[reportArgumentType]
+    with generating(assistant.model):
+        output = assistant.model.generate(**batch, generation_config=config)
+    return [_answer(assistant, ids, config) for ids in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def _answer(assistant: Assistant, ids: list[int], config: GenerationConfig) -> Answer:
+    """The text of new tokens, up to the first that ends it."""
+    stops: Any = config.eos_token_id or []
+    length = next((place for place, number in enumerate(ids) if number in stops), len(ids))
+    text = assistant.encoder.tokenizer.decode(ids[:length], skip_special_tokens=True)
+    return Answer(text.strip(), length, length < len(ids))
+
+
+class _Streamer(TextStreamer):
+    """Hands each finished stretch of text to a function."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.write(text)
+
+
+def stream_answer(
+    assistant: Assistant,
+    turns: Sequence[Turn],
+    write: Callable[[str], None],
+    system: str = "",
+    sampling: Sampling | None = None,
+) -> Answer:
+    """Answer the last turn, passing the text to `write` as it comes.
+
+    Raises:
+        UserError: the conversation leaves no room for an answer in what the model was made for.
+    """
+    sampling = sampling or Sampling()
+    prompt = assistant.encoder.encode_prompt(system, turns)
+    if len(prompt) >= assistant.positions:
+        raise UserError(
+            f"the prompt has {len(prompt):,} tokens, and the model was made for {assistant.positions:,}. Shorten it"
+        )
+    config = _generation_config(assistant, sampling)
+    config.max_new_tokens = min(sampling.max_new_tokens, assistant.positions - len(prompt))
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    batch = _left_padded([prompt], 0, assistant.model.device)
+    streamer = _Streamer(assistant.encoder.tokenizer, write)
+    with generating(assistant.model):
+        output = assistant.model.generate(**batch, generation_config=config, streamer=streamer)
+    return _answer(assistant, output[0, len(prompt) :].tolist(), config)

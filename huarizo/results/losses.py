@@ -1,0 +1,118 @@
+"""Losses of rows and texts, before and after training, with what they say and what they don't.
+
+The mean over tokens is a ratio of two sums over rows, and rows differ; so its confidence interval comes from the spread
+of the rows, not of the tokens, and a change is judged row by row, before against after.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from huarizo.data.packing import cut, pack
+from huarizo.errors import MachineError
+from huarizo.model.fast import uncompiled
+from huarizo.model.loss import PackedLoss
+from huarizo.results.generate import Assistant
+
+Z95 = 1.959964  # the normal distribution's 97.5 % quantile
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean loss over tokens, in nats, with its 95 % confidence interval; `low` and `high` are NaN for one row."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.value, 700))
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def mean_loss(sums: Sequence[float], tokens: Sequence[int]) -> Mean:
+    """The mean over all tokens of rows with these summed losses and numbers of tokens.
+
+    The interval is that of a ratio estimator over clusters, by linearisation (Cochran, Sampling Techniques, 3rd
+    edition, 1977, section 6.3): variance = n / (n - 1) * sum_i (s_i - r t_i)^2 / (sum_i t_i)^2.
+
+    The difference of two means over the same rows is had by giving the differences of the sums.
+    """
+    total, rows = sum(tokens), len(sums)
+    mean = math.fsum(sums) / total
+    if rows < 2:
+        return Mean(mean, math.nan, math.nan)
+    spread = math.fsum((s - mean * t) ** 2 for s, t in zip(sums, tokens, strict=True))
+    half = Z95 * math.sqrt(rows / (rows - 1) * spread) / total
+    return Mean(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Summed losses of rows before and after training, in nats, and their numbers of labelled tokens."""
+
+    before: list[float]
+    after: list[float]
+    tokens: list[int]
+
+    @property
+    def mean_before(self) -> Mean:
+        return mean_loss(self.before, self.tokens)
+
+    @property
+    def mean_after(self) -> Mean:
+        return mean_loss(self.after, self.tokens)
+
+    @property
+    def change(self) -> Mean:
+        """After less before, by the same rows: narrower than either interval where rows move together."""
+        return mean_loss([after - before for before, after in zip(self.before, self.after, strict=True)], self.tokens)
+
+
+def measure(assistant: Assistant, examples: Sequence[dict[str, Any]]) -> Losses:
+    """Losses of tokenised examples (`input_ids`, `labels`), without and with the adapter.
+
+    Raises:
+        MachineError: the longest example does not fit into the card's memory.
+    """
+    with assistant.untuned():
+        before = _row_losses(assistant.model, examples)
+    after = _row_losses(assistant.model, examples)
+    return Losses([loss for loss, _ in before], [loss for loss, _ in after], [count for _, count in after])
+
+
+def _row_losses(model: Any, examples: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
+    """(summed loss, labelled tokens) of each example, packed into batches that get smaller where memory is short."""
+    losses = PackedLoss(model.get_base_model())
+    model.eval()
+    found: list[tuple[float, int]] = []
+    budget = BATCH_TOKENS
+    while len(found) < len(examples):
+        rest = examples[len(found) : len(found) + 256]
+        first = cut([len(example["input_ids"]) for example in rest], budget)[0]
+        try:
+            found += _batch_losses(losses, model, [rest[index] for index in first])
+        except torch.cuda.OutOfMemoryError:
+            if len(first) == 1:
+                raise MachineError(
+                    "the card has not enough memory for the longest row. Use a smaller data.max_length"
+                ) from None
+            budget //= 2
+            torch.cuda.empty_cache()
+    return found
+
+
+def _batch_losses(losses: PackedLoss, model: Any, examples: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
+    batch = pack(examples)
+    rows = torch.bucketize(batch["label_positions"], batch["cu_seqlens"][1:].long(), right=True)
+    with uncompiled():
+        each = losses.by_token(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    sums = torch.zeros(len(examples), dtype=torch.float64).index_add(0, rows, each.double().cpu())
+    return list(zip(sums.tolist(), rows.bincount(minlength=len(examples)).tolist(), strict=True))

@@ -1,0 +1,83 @@
+"""Losses row by row against Transformers' own, and intervals against many draws."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from huarizo.data.rows import Exchange, Row
+from huarizo.errors import MachineError
+from huarizo.results import losses
+from huarizo.results.generate import open_assistant
+from huarizo.results.losses import Losses, mean_loss, measure
+from tests.results.make import make_tuned
+
+ROWS = [Row("rows.json", n, "", (Exchange(f"Count to {n}", "", "one two three " * n),)) for n in range(1, 9)]
+
+
+def test_each_row_has_the_loss_that_transformers_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = make_tuned(tmp_path)
+    assistant = open_assistant(tuned, "fp32")
+    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in tuned.encoder.encode(ROWS) if e]
+    monkeypatch.setattr(losses, "BATCH_TOKENS", 200)  # several batches, several rows in each
+    found = measure(assistant, examples)
+    model = assistant.model
+    model.get_base_model().set_attn_implementation("sdpa")
+    for index, example in enumerate(examples):
+        batch = {name: torch.tensor([values]) for name, values in example.items()}
+        count = int((batch["labels"][0, 1:] != -100).sum())
+        with torch.no_grad():
+            after = float(model(**batch).loss) * count
+            with model.disable_adapter():
+                before = float(model(**batch).loss) * count
+        assert found.tokens[index] == count
+        assert found.after[index] == pytest.approx(after, rel=1e-5)
+        assert found.before[index] == pytest.approx(before, rel=1e-5)
+    assert found.change.value == pytest.approx(found.mean_after.value - found.mean_before.value)
+    assert found.mean_after.perplexity == pytest.approx(math.exp(found.mean_after.value))
+
+
+def test_memory_that_does_not_do_makes_smaller_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = make_tuned(tmp_path)
+    assistant = open_assistant(tuned, "fp32")
+    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in tuned.encoder.encode(ROWS) if e]
+    expected, batch_losses, fitting = measure(assistant, examples), losses._batch_losses, 3
+
+    def short_of_memory(*arguments):
+        if len(arguments[2]) > fitting:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return batch_losses(*arguments)
+
+    monkeypatch.setattr(losses, "_batch_losses", short_of_memory)
+    found = measure(assistant, examples)
+    assert found.after == pytest.approx(expected.after) and found.tokens == expected.tokens
+    fitting = 0
+    with pytest.raises(MachineError, match="data.max_length"):
+        measure(assistant, examples)
+
+
+def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:
+    generator, hits, draws = random.Random(3), 0, 600
+
+    def row() -> tuple[float, int]:
+        tokens, mean = generator.choice([5, 20, 80]), generator.gauss(2, 0.5)
+        return mean * tokens, tokens
+
+    for _ in range(draws):
+        sums, tokens = zip(*[row() for _ in range(60)], strict=True)
+        mean = mean_loss(sums, tokens)
+        assert mean.low < mean.value < mean.high
+        hits += mean.low <= 2 <= mean.high
+    assert 0.91 < hits / draws < 0.98
+    assert mean_loss([6.0, 2.0], [3, 1]).value == 2.0
+    assert math.isnan(mean_loss([6.0], [3]).low)
+
+
+def test_a_change_is_judged_row_by_row() -> None:
+    generator = random.Random(1)
+    before = [generator.uniform(1, 100) for _ in range(50)]
+    found = Losses(before, [loss - 1 for loss in before], [10] * 50)
+    assert found.change.high < 0 and found.change.high - found.change.low < 1e-6
+    assert found.mean_before.high > found.mean_after.low

@@ -1,0 +1,312 @@
+"""What of a run is sent to the hub, looked at before it is sent, and as it lies on a small hub on 127.0.0.1."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from huarizo.errors import ModelError, UserError
+from huarizo.model.adapter import read_adapter_config
+from huarizo.model.lora import add_lora
+from huarizo.recipe import make_recipe, to_yaml
+from huarizo.results.publish import CARD, Publication, publication, publish
+from huarizo.results.report import Sample, samples_as_text
+from huarizo.runs import Run
+from tests.hub.server import HubServer, User
+from tests.tiny import make_model, make_tokenizer
+
+TOKEN = "hf_annsSecretTokenAnnsSecretToken"
+SECRET = "what only the owner of the run may read"
+BROKEN_ANSWER = "````\n---\nlicense: mit\n---\n# Title\n<script>| a | b |\n```text\n\ud800"
+SAMPLES = [
+    Sample("Say hello.", "", "Hm.", "Hello!", "Hello!"),
+    Sample("Break out", "of it", "```", BROKEN_ANSWER),
+    Sample("Never answered", "", "x", None),
+    Sample("Third", "", "c" * 5000, "C"),
+    Sample("Fourth", "", "d", "D"),
+]
+ADAPTER_FILES = {
+    *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", CARD),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a local base, with much in it that is nobody else's business."""
+    root = tmp_path_factory.mktemp("somewhere")
+    base, run = root / "my-llama", Run(root / "runs" / "hello")
+    model = make_model()
+    model.save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    recipe = make_recipe(
+        model=str(base),
+        data={"train": str(root / "letters.json"), "prompt": "chat"},
+        lora={"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    )
+    run.path.mkdir(parents=True)
+    tuned = add_lora(model.requires_grad_(False), recipe.lora, 0)
+    tuned.save_pretrained(str(run.adapter), save_embedding_layers=False)
+    make_tokenizer().save_pretrained(run.adapter)
+    change_json(run.adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    change_json(run.adapter / "tokenizer_config.json", name_or_path=str(base), deep=[{"cache": "~/models", "kept": 1}])
+    (run.adapter / CARD).write_text(f"trained in {root}")
+    for name in (".env", "adapter/.env", "adapter/optimizer.pt", "adapter/training_args.bin", "adapter/rows.json"):
+        (run.path / name).write_text(SECRET)
+    run.recipe_file.write_text(to_yaml(recipe))
+    run.metrics.write_text('{"step": 0, "eval_loss": 3.5}\n{"step": 1, "loss": 3.0}\n{"step": 2, "eval_loss": 1.25}\n')
+    lines = samples_as_text([s for s in SAMPLES if s.after != BROKEN_ANSWER])
+    surrogate = json.dumps({"prompt": "", "instruction": "Break out", "input": "of it", "before": "```", "after": BROKEN_ANSWER, "expected": ""})  # fmt: skip
+    run.samples.write_text(surrogate + "\n" + lines)
+    (run.path / "hello-f16.gguf").write_bytes(b"GGUF" + bytes(100))
+    shutil.copytree(base, run.path / "merged")
+    change_json(run.path / "merged" / "config.json", _name_or_path=str(base))
+    for name in ("LICENSE.txt", "USE_POLICY.md", "NOTICE"):
+        (run.path / "merged" / name).write_text("terms")
+    for name in ("notes.txt", "pytorch_model.bin", ".env"):
+        (run.path / "merged" / name).write_text(SECRET)
+    return root
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Run:
+    """A copy of that run, to be changed; its base is where it was."""
+    shutil.copytree(made / "runs", tmp_path / "runs", symlinks=True)
+    return Run(tmp_path / "runs" / "hello")
+
+
+def change_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values))
+
+
+def change_recipe(run: Run, **values: Any) -> None:
+    run.recipe_file.write_text(to_yaml(make_recipe(**(run.recipe().model_dump() | values))))
+
+
+def content(found: Publication, name: str) -> bytes:
+    value = found.files[name]
+    return value if isinstance(value, bytes) else value.read_bytes()
+
+
+def front_matter(found: Publication) -> dict[str, Any]:
+    return yaml.safe_load(content(found, CARD).decode().split("---\n")[1])
+
+
+@pytest.mark.parametrize("what", ["adapter", "merged", "gguf"])
+def test_no_file_tells_a_local_path_or_what_is_not_listed(made: Path, what: Any) -> None:
+    found = publication(Run(made / "runs" / "hello"), "ann/hello", what)
+    for name in found.files:
+        sent = content(found, name)
+        assert str(made).encode() not in sent and b"~/models" not in sent and SECRET.encode() not in sent, name
+    assert str(made) not in str(found) and SECRET not in str(found)
+
+
+def test_an_adapter_and_only_its_files(made: Path) -> None:
+    run = Run(made / "runs" / "hello")
+    found = publication(run, "ann/hello")
+    assert found.private and set(found.files) == ADAPTER_FILES
+    config = json.loads(content(found, "adapter_config.json"))
+    mine = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert config == mine | {"base_model_name_or_path": "my-llama"}
+    tokenizer = json.loads(content(found, "tokenizer_config.json"))
+    assert "name_or_path" not in tokenizer and tokenizer["deep"] == [{"kept": 1}]
+    for name in ("adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert found.files[name] == run.adapter / name
+
+
+def test_what_is_sent_loads_as_an_adapter(made: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    found = publication(Run(made / "runs" / "hello"), "ann/hello")
+    for name in found.files:
+        (tmp_path / name).write_bytes(content(found, name))
+    assert read_adapter_config(tmp_path).r == 4
+    assert isinstance(PeftModel.from_pretrained(make_model(), str(tmp_path)), torch.nn.Module)
+
+
+def test_it_is_shown_before_it_is_sent(made: Path) -> None:
+    found = publication(Run(made / "runs" / "hello"), "ann/hello")
+    shown = str(found)
+    assert "ann/hello (private)" in shown and content(found, CARD).decode() in shown
+    size = (made / "runs" / "hello" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert f"adapter_model.safetensors  {size:,} bytes" in shown
+    assert "everybody can see it" in str(publication(Run(made / "runs" / "hello"), "ann/hello", public=True))
+
+
+def test_the_card_says_what_the_run_was(made: Path) -> None:
+    found = publication(Run(made / "runs" / "hello"), "ann/hello")
+    card = content(found, CARD).decode()
+    assert front_matter(found) == {
+        "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "huarizo"]
+    }  # fmt: skip
+    for said in ("`my-llama`", "`letters.json`", "`chat`", "r=4", "held-out loss: 3.5000 before, 1.2500 after"):
+        assert said in card
+    assert 'PeftModel.from_pretrained(base, "ann/hello")' in card and "path/to/my-llama" in card
+    assert "Say hello." in card and "Never answered" not in card and "Third" in card and "Fourth" not in card
+    assert "c" * 1500 + "…" in card
+
+
+def test_no_sample_can_break_out_of_its_block(made: Path) -> None:
+    card = content(publication(Run(made / "runs" / "hello"), "ann/hello"), CARD).decode()
+    assert "license" not in yaml.safe_load(card.split("---\n")[1])
+    fence, outside = "", []
+    for line in card.splitlines():
+        opens = re.match(r"`{3,}", line)
+        if not fence and opens:
+            fence = opens[0]
+        elif fence and re.fullmatch(f"`{{{len(fence)},}}", line):
+            fence = ""
+        elif not fence:
+            outside.append(line)
+    assert not fence and not any("Title" in line or "script" in line for line in outside)
+    assert [line for line in outside if line.startswith("#")] == [
+        "# hello: LoRA adapter", "## Before and after training", "## Use", "## Licence"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "licence"),
+    [
+        ("quickstart", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+        ("llamas/small@0123456789012345678901234567890123456789", "llamas/small", None),
+    ],
+)
+def test_a_base_that_others_can_find_is_named(run: Run, model: str, base: str, licence: str | None) -> None:
+    change_recipe(run, model=model)
+    for what, relation in (("adapter", "adapter"), ("merged", "finetune"), ("gguf", "quantized")):
+        front = front_matter(publication(run, "ann/hello", what))
+        assert (front["base_model"], front["base_model_relation"], front.get("license")) == (base, relation, licence)
+    config = json.loads(content(publication(run, "ann/hello"), "adapter_config.json"))
+    assert config["base_model_name_or_path"] == base
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "licence"),
+    [
+        ("README.md", "---\nlicense: llama3.2\n---\n# x", "llama3.2"),
+        ("README.md", "---\nlicense: [oh, no]\n---\n", None),
+        ("README.md", "---\n: {\n---\n", None),
+        ("LICENSE", "   Apache License\n   Version 2.0, January 2004", "apache-2.0"),
+        ("LICENSE.txt", "You may not.", "other"),
+    ],
+)
+def test_the_licence_of_a_local_base(run: Run, tmp_path: Path, file: str, text: str, licence: str | None) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / file).write_text(text)
+    change_recipe(run, model=str(tmp_path / "base"))
+    found = publication(run, "ann/hello")
+    assert front_matter(found).get("license") == licence
+    assert "whose terms apply" in content(found, CARD).decode()
+
+
+def test_merged_and_gguf(run: Run) -> None:
+    merged = publication(run, "ann/hello", "merged")
+    weights = {"config.json", "generation_config.json", "model.safetensors"}
+    terms = {"LICENSE.txt", "USE_POLICY.md", "NOTICE"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert set(merged.files) == weights | terms | tokenizer | {CARD}
+    assert "_name_or_path" not in json.loads(content(merged, "config.json"))
+    (run.path / "Modelfile").write_text("FROM ./hello-f16.gguf\n")
+    gguf = publication(run, "ann/hello", "gguf")
+    assert set(gguf.files) == {"hello-f16.gguf", "Modelfile", CARD}
+    assert "--hf-file 'hello-f16.gguf'" in content(gguf, CARD).decode()
+
+
+def test_tokens_that_look_like_paths_stay(run: Run) -> None:
+    file = run.adapter / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"][0]["content"] = "/think"
+    tokenizer["pre_tokenizer"] = {"type": "Split", "pattern": {"String": "/"}}
+    file.write_text(json.dumps(tokenizer))
+    change_json(run.adapter / "special_tokens_map.json", eos_token="/end", additional_special_tokens=["/think", "~"])
+    found = publication(run, "ann/hello")
+    assert found.files["tokenizer.json"] == file
+    assert found.files["special_tokens_map.json"] == run.adapter / "special_tokens_map.json"
+
+
+def test_what_is_not_there_yet(run: Run) -> None:
+    shutil.rmtree(run.path / "merged")
+    (run.path / "hello-f16.gguf").unlink()
+    (run.adapter / "adapter_model.safetensors").unlink()
+    for what, remedy in (("adapter", "huarizo resume"), ("merged", "huarizo merge"), ("gguf", "huarizo export")):
+        with pytest.raises(UserError, match=remedy):
+            publication(run, "ann/hello", what)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_is_broken(run: Run) -> None:
+    change_json(run.adapter / "adapter_config.json", r=5)
+    with pytest.raises(ModelError, match="belong together"):
+        publication(run, "ann/hello")
+    (run.path / "merged" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match="safetensors"):
+        publication(run, "ann/hello", "merged")
+    run.samples.write_text("{")
+    with pytest.raises(UserError, match="samples.jsonl"):
+        publication(run, "ann/hello", "gguf")
+
+
+@pytest.mark.parametrize("line", ["FROM /home/ann/x.gguf", "from ~/x.gguf", 'FROM "C:\\x.gguf"', "ADAPTER /x.gguf"])
+def test_a_modelfile_with_a_path_is_refused(run: Run, line: str) -> None:
+    (run.path / "Modelfile").write_text(f"{line}\nSYSTEM hello\n")
+    with pytest.raises(UserError, match=r"\./FILE\.gguf"):
+        publication(run, "ann/hello", "gguf")
+
+
+def test_links_out_of_the_run_are_refused(run: Run, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (run.adapter / "vocab.json").symlink_to(secret)
+    (run.path / "secret.gguf").symlink_to(secret)
+    for what in ("adapter", "gguf"):
+        with pytest.raises(UserError, match="leads out of the run"):
+            publication(run, "ann/hello", what)
+    (run.adapter / "vocab.json").unlink()
+    (run.adapter / "vocab.json").symlink_to(run.adapter / "tokenizer_config.json")
+    assert "vocab.json" in publication(run, "ann/hello").files
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from huarizo.results.publish import publication, publish
+from huarizo.runs import Run
+run = Run(Path(sys.argv[1]))
+print(publish(publication(run, "hello")))
+print(publish(publication(run, "ann/hello-merged", "merged", public=True)))
+"""
+
+
+def test_a_run_as_it_lies_on_the_hub(made: Path, tmp_path: Path) -> None:
+    run = Run(made / "runs" / "hello")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    with HubServer({}, {TOKEN: User("ann", "write")}) as server:
+        settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HOME": str(tmp_path), "HF_TOKEN": TOKEN}
+        settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
+        command = [sys.executable, "-c", CHILD, str(run.path)]
+        env = kept | settings | {"PYTHONPATH": str(Path.cwd())}
+        child = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert child.returncode == 0, child.stderr
+    assert TOKEN not in child.stdout + child.stderr
+    hello, merged = server.repos["ann/hello"], server.repos["ann/hello-merged"]
+    assert hello.private and not merged.private and len(hello.commits) == len(merged.commits) == 1
+    for repo, repo_id, what in ((hello, "ann/hello", "adapter"), (merged, "ann/hello-merged", "merged")):
+        expected = publication(run, repo_id, what)  # pyright: ignore[reportArgumentType]
+        assert repo.files == {".gitattributes": b""} | {name: content(expected, name) for name in expected.files}
+        assert not [name for name, sent in repo.files.items() if str(made).encode() in sent]
+    assert {token for method, _, token in server.asked if method == "PUT"} == {None}
+
+
+def test_forcing_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("huarizo.results.publish.upload", lambda *args: asked.append(args) or "address")
+    found = Publication("ann/hello", True, {CARD: b"# x"})
+    assert publish(found, force=True) == "address"
+    assert asked[0][:4] == ("ann/hello", found.files, True, True)

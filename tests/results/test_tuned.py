@@ -1,0 +1,105 @@
+"""A result by any of its names: a run, its adapter, any PEFT adapter's folder, an id on the hub."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from huarizo.errors import HuarizoError, ModelError, UserError
+from huarizo.recipe import make_recipe, to_yaml
+from huarizo.results.tuned import find_tuned
+from tests.hub.server import HubServer, Repo
+from tests.results.make import make_tuned
+from tests.tiny import make_model, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """An adapter that stock PEFT made for a local base."""
+    base = tmp_path / "base"
+    make_model().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    from transformers import LlamaForCausalLM
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "foreign"))
+    return tmp_path / "foreign"
+
+
+def test_an_adapter_from_elsewhere_names_its_base(foreign: Path) -> None:
+    tuned = find_tuned(str(foreign))
+    assert tuned.base == foreign.parent / "base" and tuned.adapter == foreign and tuned.run is None
+    assert tuned.encoder.prompt.name == "chat" and tuned.folder == Path()
+    assert find_tuned(str(foreign), "alpaca").encoder.prompt.name == "alpaca"
+
+
+def test_a_run_is_found_by_its_folder_and_by_its_adapter(tmp_path: Path) -> None:
+    made = make_tuned(tmp_path)
+    recipe = made.recipe.model_copy(update={"model": str(made.base)})
+    data = recipe.data.model_copy(update={"max_length": 99, "labels": "all", "prompt": "alpaca", "train": "quickstart"})
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe.model_copy(update={"data": data})))
+    for name in (tmp_path, tmp_path / "adapter"):
+        tuned = find_tuned(str(name))
+        assert tuned.run and tuned.run.path == tmp_path and tuned.folder == tmp_path
+        assert tuned.encoder.prompt.name == "alpaca"
+        assert (tuned.encoder.max_length, tuned.encoder.labels) == (99, "all")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("", "base_model_name_or_path is empty"), ("/no/such/model", "no such file or folder")]
+)
+def test_a_base_that_can_not_be_found_is_told(foreign: Path, base: str, message: str) -> None:
+    file = foreign / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(UserError, match=message):
+        find_tuned(str(foreign))
+
+
+@pytest.mark.parametrize("name", ["nothing-of-that-name", "./no/run", "/no/run"])
+def test_what_is_not_there_is_told(name: str) -> None:
+    with pytest.raises(HuarizoError, match="this is no run folder"):
+        find_tuned(name)
+
+
+def test_an_adapter_of_another_model_is_refused_with_both_names(tmp_path: Path, foreign: Path) -> None:
+    from huarizo.results.generate import open_assistant
+    from huarizo.results.merge import merge
+
+    other = tmp_path / "wider"
+    make_model(hidden_size=128).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    file = foreign / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(other)}))
+    for use in (lambda tuned: merge(tuned, tmp_path / "merged"), lambda tuned: open_assistant(tuned, "fp32")):
+        with pytest.raises(ModelError, match=r"foreign.*wider"):
+            use(find_tuned(str(foreign)))
+
+
+def test_an_adapter_comes_from_the_hub(tmp_path: Path, foreign: Path) -> None:
+    files = {file.name: file.read_bytes() for file in foreign.iterdir() if file.is_file()}
+    repos = {"ann/adapter": Repo(files), "ann/empty": Repo({"README.md": b"nothing"})}
+    code = (
+        "import sys; from huarizo.results.tuned import find_tuned; from huarizo.errors import HuarizoError\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(sorted(p.name for p in find_tuned(name).adapter.iterdir()))\n"
+        "    except HuarizoError as error: print(error)\n"
+    )
+    with HubServer(repos, {}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        command = [sys.executable, "-c", code, "ann/adapter", "ann/empty", "ann/missing"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    found, empty, missing = done.stdout.splitlines()
+    assert found == "['adapter_config.json', 'adapter_model.safetensors']", done.stderr
+    assert "no LoRA adapter of PEFT" in empty and "no such model" in missing
+
+
+def test_a_recipe_of_an_adapter_needs_no_data() -> None:
+    assert make_recipe(model="a/b", data={"train": "quickstart"}).data.prompt == "auto"
