@@ -161,7 +161,7 @@ def show(console: Console, evaluation: Evaluation) -> None:
     """The numbers as a table, then the rows that the tuned model is worst at."""
     table = Table()
     for column in ("", "before", "after", "change"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for name, losses in (("loss", evaluation.losses), ("general text", evaluation.general)):
         table.add_row(name, str(losses.mean_before), str(losses.mean_after), str(losses.change))
         if name == "loss":
@@ -174,8 +174,8 @@ def show(console: Console, evaluation: Evaluation) -> None:
     console.print(table)
     left_out = f", {evaluation.left_out} without a response within the length left out" if evaluation.left_out else ""
     console.print(
-        f"{len(evaluation.rows)} rows{left_out}, {len(evaluation.answers)} answered; losses in nats a token, [95 % "
-        "confidence interval over rows]; general text: what it was not trained on"
+        f"{len(evaluation.rows)} rows{left_out}, {len(evaluation.answers)} answered; losses in nats a token, ± 95 % "
+        "confidence over rows; general text: what it was not trained on"
     )
     console.print("highest losses after training:")
     for index in evaluation.worst():

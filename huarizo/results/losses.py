@@ -34,7 +34,7 @@ class Mean:
         return math.exp(min(self.value, 700))
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        return f"{self.value:.4f} ± {(self.high - self.low) / 2:.4f}"
 
 
 def mean_loss(sums: Sequence[float], tokens: Sequence[int]) -> Mean:
