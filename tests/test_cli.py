@@ -56,10 +56,40 @@ def test_a_run_from_start_to_answer(recipe_file: Path, tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     talk = huarizo("chat", str(run), "--max-new-tokens", "3", cwd=tmp_path, input="hello\n/reset\n/exit\n")
     assert talk.returncode == 0 and "you>" in talk.stdout, talk.stderr
+    use_the_result(run, tmp_path)
     again = huarizo("train", str(recipe_file), cwd=tmp_path)
     assert again.returncode == 2 and "huarizo resume" in again.stderr
     complete = huarizo("resume", str(run), cwd=tmp_path)
     assert complete.returncode == 2 and "complete" in complete.stderr
+
+
+def use_the_result(run: Path, tmp_path: Path) -> None:
+    """Every command for a finished run, its last line, and its refusal to overwrite."""
+    asked = huarizo("ask", str(run / "adapter"), "--json", "--max-new-tokens", "3", cwd=tmp_path, input="Count to 2\n")
+    assert json.loads(asked.stdout).keys() == {"prompt", "answer", "tokens", "finished"}, asked.stderr
+    nothing = huarizo("ask", str(run), cwd=tmp_path, input="")
+    assert nothing.returncode == 2 and "no prompt on standard input" in nothing.stderr
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        compared = huarizo("compare", str(run), "--out", str(page), "--max-new-tokens", "5", cwd=tmp_path)
+    assert compared.returncode == 2 and "--force" in compared.stderr and "<table>" in page.read_text()
+    evaluated = huarizo("eval", str(run), "--answers", "1", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    folder = Path(evaluated.stdout.split()[-1])
+    assert folder.parent == run / "evaluations" and json.loads((folder / "summary.json").read_text())["rows"] == 2
+    before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    loss = json.loads((folder / "summary.json").read_text())["loss"]
+    heldout = [row["eval_loss"] for row in before if "eval_loss" in row]
+    assert [loss["before"]["value"], loss["after"]["value"]] == pytest.approx([heldout[0], heldout[-1]], abs=1e-4)
+    exported = huarizo("export", str(run), "--type", "q8_0", "--ollama", cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert "ollama create run-q8_0 -f" in exported.stdout and "ollama run run-q8_0" in exported.stdout
+    assert "<|im_start|>" in (run / "Modelfile").read_text() and (run / "run-q8_0.gguf").is_file()
+    quantised = huarizo("export", str(run), "--type", "q4_k_m", cwd=tmp_path)
+    assert quantised.returncode == 2 and "llama-quantize" in quantised.stderr
+    pushed = huarizo("push", str(run), "ann/adapter", cwd=tmp_path, input="")
+    assert pushed.returncode == 2 and "--yes" in pushed.stderr and "adapter_model.safetensors" in pushed.stdout
+    assert "private" in pushed.stdout and str(tmp_path) not in pushed.stdout
 
 
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("int8", True)])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from huarizo.data.prompts import OpenExchange
-from huarizo.errors import UserError
+from huarizo.errors import ModelError, UserError
 from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base
 from huarizo.results.generate import generating
@@ -63,6 +63,7 @@ class LlamaCpp:
 
     Raises:
         UserError: xllamacpp is not installed.
+        ModelError: llama.cpp can't load the file.
     """
 
     def __init__(self, file: Path, context: int = 2048, adapter: Path | None = None) -> None:
@@ -76,7 +77,10 @@ class LlamaCpp:
         params.cpuparams.n_threads = torch.get_num_threads()
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = xllamacpp.Server(params)
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ModelError(f"{file}: llama.cpp can't load this file: {error}") from None
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(

@@ -16,6 +16,7 @@ from huarizo.model.int8_lora import Int8LoraLinear
 from huarizo.model.load import load_base
 from huarizo.model.lora import add_lora
 from huarizo.model.loss import PackedLoss
+from huarizo.model.merged import MergedWeights
 from huarizo.recipe import make_recipe
 from tests.model.test_int8 import calibration
 from tests.tiny import make_model
@@ -113,3 +114,20 @@ def test_the_adapter_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
 def test_peft_makes_our_layer(folder: Path) -> None:
     made = [module for module in int8_model(folder).modules() if isinstance(module, Int8LoraLinear)]
     assert len(made) == 4  # q_proj and v_proj of two layers: the hook for custom modules still works
+
+
+def test_an_adapter_trained_on_int8_is_merged_into_the_float_weights(folder: Path, tmp_path: Path) -> None:
+    model = int8_model(folder, target_modules=ALL)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    merged, base = MergedWeights(folder, tmp_path / "adapter"), load_file(folder / "model.safetensors")
+    parts = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, weight in base.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = weight
+        if f"{module}.lora_A.weight" in parts:
+            expected = weight + 2 * parts[f"{module}.lora_B.weight"] @ parts[f"{module}.lora_A.weight"]
+            assert not torch.equal(merged[name], weight)
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6)
