@@ -4,6 +4,7 @@ recipe.yaml        the resolved recipe          metrics.jsonl   one JSON object 
 adapter/           the result                   samples.jsonl   prompt, before, after
 checkpoints/       step-000120/ ...             loss.png        the curves
 skipped.jsonl      bad rows, with data.on_bad_row=skip
+evaluations/       TIME/ ..., of `huarizo eval`
 """
 
 import re
