@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from huarizo.data.prompts import OpenExchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.files import require_space, told, whole_file
@@ -277,6 +278,22 @@ def _pre_tokenizer(folder: Path, spec: dict[str, Any]) -> str:
     raise ModelError(f"{folder}: llama.cpp's name of this tokenizer's pre-tokenizer is not known ({kinds})")
 
 
+def leading_space(encoder: Encoder) -> str:
+    """What a chat prompt has to begin with in llama.cpp so that SentencePiece cuts it as Transformers does: " " or "".
+
+    llama.cpp puts a space in front of a text and behind every special token, or nowhere. Newer tokenizers put one in
+    front of the whole text alone; for them it is told nowhere, and the prompt brings the one space along.
+    """
+    spec = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    steps = spec.get("pre_tokenizer") or {}
+    schemes = [step.get("prepend_scheme") for step in steps.get("pretokenizers", [steps])]
+    if encoder.prompt.name != "chat" or not spec["model"].get("byte_fallback") or "first" not in schemes:
+        return ""
+    text = encoder.prompt.pieces("", [OpenExchange("Hi")])[0].text
+    specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
+    return "" if text.startswith(tuple(specials)) else " "
+
+
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, encoder: Encoder) -> None:
     tokenizer = encoder.tokenizer
     writer.add_tokenizer_model(vocabulary.kind)
@@ -299,7 +316,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, encoder: En
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(encoder.adds_bos)
     writer.add_add_eos_token(False)
+    space = leading_space(encoder)
     if vocabulary.kind == "llama":
-        writer.add_add_space_prefix(True)
+        writer.add_add_space_prefix(not space)
     if isinstance(tokenizer.chat_template, str) and encoder.prompt.name == "chat":
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(("{{- ' ' }}" if space else "") + tokenizer.chat_template)

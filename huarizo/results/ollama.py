@@ -15,6 +15,7 @@ from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import DataError, ModelError, RecipeError, UserError
 from huarizo.files import write_whole
+from huarizo.results.gguf import leading_space
 from huarizo.results.merge import refuse_existing
 from huarizo.results.tuned import Tuned
 
@@ -77,7 +78,8 @@ def _rendered(encoder: Encoder, system: str, turns: Sequence[Exchange | OpenExch
         text = "".join(piece.text for piece in encoder.prompt.pieces(system, turns))
     except (ModelError, RecipeError) as error:
         raise ModelError(f"{REFUSED}: {str(error).partition('. ')[0]}. {BY_HAND}") from None
-    return text.removeprefix(str(encoder.tokenizer.bos_token)) if encoder.adds_bos else text
+    text = text.removeprefix(str(encoder.tokenizer.bos_token)) if encoder.adds_bos else text
+    return leading_space(encoder) + text
 
 
 def _between(encoder: Encoder, system: str, sentinels: Sequence[str]) -> list[str]:

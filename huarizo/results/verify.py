@@ -4,6 +4,7 @@ Generated texts are not compared: where two tokens are nearly as likely, a round
 with the package xllamacpp (`pip install huarizo[verify]`), and is spoken with over 127.0.0.1.
 """
 
+import dataclasses
 import importlib
 import json
 import urllib.request
@@ -19,6 +20,7 @@ from huarizo.errors import ModelError, UserError
 from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base
 from huarizo.results.generate import generating
+from huarizo.results.gguf import leading_space
 from huarizo.results.tuned import Tuned
 
 PROMPTS = (
@@ -89,9 +91,13 @@ class LlamaCpp:
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
-    def tokens(self, text: str) -> list[int]:
-        """Ids of a text in which special tokens are written out."""
-        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+    def tokens(self, text: str, add_special: bool = False) -> list[int]:
+        """Ids of a text in which special tokens are written out; `add_special`: with what begins every prompt."""
+        return self._post("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})["tokens"]
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text that the file's own chat template makes of messages (`role`, `content`)."""
+        return self._post("/apply-template", {"messages": list(messages)})["prompt"]
 
     def likeliest(self, ids: Sequence[int], top: int = TOP) -> dict[int, float]:
         """The next token's log-probabilities, the likeliest first; {} where that is a token that ends the answer."""
@@ -105,32 +111,31 @@ class LlamaCpp:
 
 
 def compare_with_transformers(tuned: Tuned, file: Path, prompts: Sequence[str] = PROMPTS) -> Comparison:
-    """Load both and compare them on prompts in the run's format.
+    """Load both and compare them on prompts in the run's format: how llama.cpp cuts them, and what it expects next.
 
     Raises:
         UserError: xllamacpp is not installed.
+        ModelError: llama.cpp can't load the file.
     """
-    return compare_contexts(
-        tuned, file, [tuned.encoder.encode_prompt("", [OpenExchange(prompt)]) for prompt in prompts]
-    )
+    other, encoder = LlamaCpp(file), tuned.encoder
+    contexts, wrong = [], []
+    for prompt in prompts:
+        contexts.append(encoder.encode_prompt("", [OpenExchange(prompt)]))
+        text = "".join(piece.text for piece in encoder.prompt.pieces("", [OpenExchange(prompt)]))
+        if encoder.adds_bos:
+            text = text.removeprefix(str(encoder.tokenizer.bos_token))
+        text = leading_space(encoder) + text
+        if other.tokens(text, add_special=True) != contexts[-1]:
+            wrong.append(prompt)
+    return dataclasses.replace(compare_contexts(tuned, other, contexts), other_tokens=wrong)
 
 
-def compare_contexts(tuned: Tuned, file: Path, contexts: Sequence[list[int]]) -> Comparison:
-    """Load both and compare what they expect next after each of these lists of token ids.
-
-    Raises:
-        UserError: xllamacpp is not installed.
-    """
-    other = LlamaCpp(file)
-    cpu = torch.device("cpu")
-    model = load_adapter(load_base(tuned.base, torch.float32, cpu), tuned.adapter)
-    wrong: list[str] = []
+def compare_contexts(tuned: Tuned, other: LlamaCpp, contexts: Sequence[list[int]]) -> Comparison:
+    """Compare what llama.cpp and Transformers expect next after each of these lists of token ids."""
+    model = load_adapter(load_base(tuned.base, torch.float32, torch.device("cpu")), tuned.adapter)
     differences: list[float] = []
     same = compared = 0
     for ids in contexts:
-        text = tuned.encoder.tokenizer.decode(ids)
-        if other.tokens(text) != ids:
-            wrong.append(text)
         found = other.likeliest(ids)
         if not found:
             continue
@@ -140,4 +145,4 @@ def compare_contexts(tuned: Tuned, file: Path, contexts: Sequence[list[int]]) ->
         same += next(iter(found)) == int(expected.argmax())
         compared += 1
     largest, mean = (max(differences), sum(differences) / len(differences)) if differences else (0.0, 0.0)
-    return Comparison(len(contexts), compared, wrong, largest, mean, same)
+    return Comparison(len(contexts), compared, [], largest, mean, same)

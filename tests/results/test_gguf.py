@@ -8,10 +8,11 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from huarizo.data.prompts import OpenExchange
+from huarizo.data.rows import Exchange
 from huarizo.errors import ModelError, UserError
 from huarizo.model.load import load_tokenizer
 from huarizo.model.merged import MergedWeights
-from huarizo.results.gguf import export_adapter, export_gguf, write_gguf
+from huarizo.results.gguf import export_adapter, export_gguf, leading_space, write_gguf
 from huarizo.results.merge import merge
 from huarizo.results.verify import PROMPTS, LlamaCpp, compare_with_transformers
 from tests.results.make import make_tuned
@@ -50,11 +51,34 @@ def test_tinyllamas_tokenizer_cuts_real_rows_alike(
     found = compare_with_transformers(tuned, file)
     assert not found.other_tokens and found.compared >= 4 and found.largest_difference < 0.04, found
     other = LlamaCpp(file, context=4096)
+    encoder = tuned.encoder
     rows = json.loads(real_rows_file.read_text())[:500]
-    texts = [row["instruction"] + "\n" + row["input"] + "\n" + row["output"] for row in rows] + list(PROMPTS)
-    tokenizer = tuned.encoder.tokenizer
-    for text in texts:
-        assert other.tokens(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+    turns = [OpenExchange(row["instruction"], row["input"]) for row in rows] + [OpenExchange(text) for text in PROMPTS]
+    answer = "저는 후아리조입니다 🦙.\nTwo lines."
+    for turn in turns:
+        told = [Exchange(turn.instruction, turn.input, answer), OpenExchange("Go on.")]
+        for system, conversation in (("", [turn]), ("Be short.", told)):
+            text = leading_space(encoder) + "".join(p.text for p in encoder.prompt.pieces(system, conversation))
+            assert other.tokens(text, add_special=True) == encoder.encode_prompt(system, conversation), text
+
+
+def test_the_chat_template_in_the_file_gives_the_trained_prompt(
+    tmp_path: Path, tinyllama_tokenizer: Any, tinyllama_folder: Path
+) -> None:
+    tuned = make_tuned(tmp_path, tinyllama_tokenizer, vocab_size=32000, bos_token_id=1, eos_token_id=2)
+    other = LlamaCpp(export_gguf(tuned, tmp_path / "model.gguf", "f16"))
+    text = other.chat_prompt([{"role": "user", "content": "Who are you?"}])
+    expected = tuned.encoder.encode_prompt("", [OpenExchange("Who are you?")])
+    assert other.tokens(text, add_special=True) == expected
+
+
+@pytest.mark.parametrize("prompt", ["alpaca", "stanford"])
+def test_prompts_without_a_chat_template_are_cut_alike(
+    tmp_path: Path, tinyllama_tokenizer: Any, tinyllama_folder: Path, prompt: str
+) -> None:
+    options = {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2}
+    tuned = make_tuned(tmp_path, tinyllama_tokenizer, prompt=prompt, **options)
+    assert not compare_with_transformers(tuned, export_gguf(tuned, tmp_path / "model.gguf", "f16")).other_tokens
 
 
 def test_the_merged_folder_answers_as_the_adapter_does_and_stops(tmp_path: Path) -> None:

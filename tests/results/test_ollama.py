@@ -18,6 +18,7 @@ from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.recipe import make_recipe
+from huarizo.results.gguf import leading_space
 from huarizo.results.ollama import commands, modelfile, write_modelfile
 from huarizo.results.tuned import Tuned
 from tests.tiny import CHATML, make_tokenizer
@@ -189,7 +190,7 @@ def cases(tuned: Tuned) -> list[tuple[dict[str, Any], str]]:
         for count in (1, 2, 3):
             system, turns, messages = conversation(system, count)
             pieces = tuned.encoder.prompt.pieces("" if refuses else system, turns)
-            prompt = "".join(piece.text for piece in pieces)
+            prompt = leading_space(tuned.encoder) + "".join(piece.text for piece in pieces)
             if tuned.encoder.adds_bos:
                 prompt = prompt.removeprefix(tuned.encoder.tokenizer.bos_token)
             found.append((data_of(messages), prompt))
