@@ -66,7 +66,10 @@ def open_assistant(tuned: Tuned, precision: str | None = None) -> Assistant:
 
     Raises:
         ModelError: the adapter does not fit the base.
+        UserError: a format that there is not, or that this device does not have.
     """
+    if precision not in (None, "bf16", "fp16", "fp32"):
+        raise UserError(f"--precision {precision}: answers and losses are computed in bf16, fp16 or fp32")
     on = device()
     wanted = precision or tuned.recipe.precision
     dtype = choose_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on).dtype

@@ -77,6 +77,12 @@ def test_rows_without_a_response_in_reach_are_refused(tmp_path: Path) -> None:
         heldout_rows(tuned)
 
 
+@pytest.mark.parametrize("precision", ["int8", "nonsense"])
+def test_only_float_formats_are_measured_in(tmp_path: Path, precision: str) -> None:
+    with pytest.raises(UserError, match="bf16, fp16 or fp32"):
+        open_assistant(make_tuned(tmp_path), precision)
+
+
 def test_rows_of_another_file_are_read_by_the_recipe(tmp_path: Path, alpaca_file: Path) -> None:
     tuned = make_tuned(tmp_path)
     assert len(rows_of(tuned, str(alpaca_file))) == 12
