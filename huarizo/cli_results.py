@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from huarizo.console import console, quiet_libraries, write
-from huarizo.errors import UserError
+from huarizo.errors import ModelError, UserError
 from huarizo.runs import open_run
 
 app = typer.Typer()
@@ -148,12 +148,12 @@ def evaluate(
     quiet_libraries()
     from huarizo.results import evaluate as evaluating
     from huarizo.results.generate import open_assistant
-    from huarizo.results.merge import refuse_existing
+    from huarizo.results.target import check_folder
     from huarizo.results.tuned import find_tuned
 
     tuned = find_tuned(run, prompt)
     target = out or tuned.folder / "evaluations" / time.strftime("%Y%m%d-%H%M%S")
-    refuse_existing(target, force)
+    check_folder(target, force, evaluating.SUMMARY)
     if harness:
         from huarizo.results.harness import run_harness
 
@@ -203,28 +203,35 @@ def export(
     """Write the tuned model as one GGUF file, for llama.cpp and Ollama."""
     if to != "gguf":
         raise UserError(f"--to {to}: gguf is the only format. For a model folder: huarizo merge {run}")
-    if adapter and (ollama or verify):
-        raise UserError("--adapter writes the LoRA alone: --ollama and --verify are for the whole model")
+    if adapter and ollama:
+        raise UserError("--adapter writes the LoRA alone: --ollama is for the whole model")
     quiet_libraries()
     from huarizo.results.gguf import export_adapter, export_gguf
-    from huarizo.results.merge import refuse_existing
     from huarizo.results.ollama import commands, modelfile, write_modelfile
+    from huarizo.results.target import check_file
     from huarizo.results.tuned import find_tuned
+    from huarizo.results.verify import compare_adapter, compare_with_transformers, llama_cpp
 
-    tuned = find_tuned(run, prompt)
-    name = tuned.run.path.resolve().name if tuned.run else Path(run).name
-    if adapter:
-        print(f"exported: {export_adapter(tuned, out or tuned.folder / f'{name}-adapter.gguf', force)}")
-        return
-    file = out or tuned.folder / f"{name}-{kind}.gguf"
-    if ollama:
-        refuse_existing(file.with_name("Modelfile"), force)
-        modelfile(tuned, file.name)  # says what Ollama can't have before the long work
-    export_gguf(tuned, file, kind, force, console())
     if verify:
-        from huarizo.results.verify import compare_with_transformers
-
-        print(compare_with_transformers(tuned, file))
+        llama_cpp()  # says that it is missing before the long work
+    tuned = find_tuned(run, prompt)
+    name = (tuned.run.path if tuned.run else Path(run).expanduser()).resolve().name
+    file = out or tuned.folder / f"{name}-{'adapter' if adapter else kind}.gguf"
+    if ollama:
+        check_file(file.with_name("Modelfile"), force)
+        modelfile(tuned, file.name)  # says what Ollama can't have before the long work
+    if adapter:
+        export_adapter(tuned, file, force)
+    else:
+        export_gguf(tuned, file, kind, force, console())
+    if verify:
+        found = compare_adapter(tuned, file, console()) if adapter else compare_with_transformers(tuned, file)
+        print(found)
+        if not found.agrees:
+            raise ModelError(
+                f"{file}: in llama.cpp this is not the trained model, so don't use the file. The adapter is sound; for "
+                f"a model folder: huarizo merge {run}"
+            )
     if ollama:
         told = commands(file, write_modelfile(tuned, file, force))
         print("\n".join(["to run it in Ollama:", *(f"  {command}" for command in told)]))

@@ -2,8 +2,13 @@
 
 import logging
 import warnings
+from collections.abc import Iterable
+from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import track
+
+T = TypeVar("T")
 
 
 def console() -> Console:
@@ -14,6 +19,13 @@ def console() -> Console:
 def write(text: str) -> None:
     """Text as it comes, without a line's end."""
     print(text, end="", flush=True)
+
+
+def tracked(items: Iterable[T], what: str, console: Console | None, total: int | None = None) -> Iterable[T]:
+    """The items, with a bar on the terminal that fills as they are taken; without one where there is no terminal."""
+    if console is None or not console.is_terminal:
+        return items
+    return track(items, what, total=total, console=console, transient=True)
 
 
 def quiet_libraries() -> None:

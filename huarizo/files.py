@@ -104,6 +104,16 @@ def write_whole(path: Path, content: Content) -> None:
         sync_folder(path.parent)
 
 
+def make_parent(path: Path) -> None:
+    """Make the folder that `path` is to stand in, where there is none.
+
+    Raises:
+        MachineError: it can't be made.
+    """
+    with told(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line in one write, unflushed: for records of which a copy is kept elsewhere. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

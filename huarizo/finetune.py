@@ -29,8 +29,9 @@ from huarizo.model.load import load_base
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.prepare import Prepared, changed_files, prepare
 from huarizo.recipe import Recipe, to_yaml
+from huarizo.results.card import CARD, adapter_card
 from huarizo.results.generate import Assistant, answers
-from huarizo.results.report import Sample, card, samples_as_text, samples_from_text, save_loss_plot
+from huarizo.results.report import Sample, samples_as_text, samples_from_text, save_loss_plot
 from huarizo.runs import Run, new_run, unfinished_runs
 from huarizo.training.checkpoint import Checkpoint, newest_valid, space_needed
 from huarizo.training.interrupt import Signals
@@ -300,7 +301,9 @@ def _save_adapter(target: Path, assistant: Assistant, session: Session, metrics:
     with whole_folder(target) as folder:
         assistant.model.save_pretrained(str(folder), save_embedding_layers=False)
         prepared.data.encoder.tokenizer.save_pretrained(str(folder))
-        (folder / "README.md").write_text(card(prepared.recipe, prepared.model_source.reference, metrics))
+        (folder / CARD).write_text(
+            adapter_card(prepared.recipe, prepared.model_source.reference, metrics), encoding="utf-8"
+        )
         write_manifest(folder)
 
 

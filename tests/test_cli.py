@@ -85,6 +85,9 @@ def use_the_result(run: Path, tmp_path: Path) -> None:
     assert exported.returncode == 0, exported.stderr
     assert "ollama create run-q8_0 -f" in exported.stdout and "ollama run run-q8_0" in exported.stdout
     assert "<|im_start|>" in (run / "Modelfile").read_text() and (run / "run-q8_0.gguf").is_file()
+    alone = huarizo("export", str(run), "--adapter", "--verify", cwd=tmp_path)
+    assert alone.returncode == 2 and "llama.cpp can't load" in alone.stderr, alone.stderr  # bytes without a merge
+    assert (run / "run-adapter.gguf").is_file() and not list(run.glob(".*/base.gguf"))
     quantised = huarizo("export", str(run), "--type", "q4_k_m", cwd=tmp_path)
     assert quantised.returncode == 2 and "llama-quantize" in quantised.stderr
     pushed = huarizo("push", str(run), "ann/adapter", cwd=tmp_path, input="")

@@ -66,7 +66,7 @@ def full_name(repo_id: str) -> str:
 
 def _sender(repo_id: str) -> tuple[Login, str]:
     """The token that may write to a repository, and the repository's id with its owner."""
-    _check_id(repo_id)
+    check_id(repo_id)
     if is_offline_mode():
         raise HubError(
             f"{repo_id}: nothing can be sent while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Unset it"
@@ -86,7 +86,7 @@ def _sender(repo_id: str) -> tuple[Login, str]:
         if not user:
             raise HubError(f"{repo_id}: the hub does not say whose token it is. Give the owner too: owner/{repo_id}")
         repo_id = f"{user}/{repo_id}"
-        _check_id(repo_id)
+        check_id(repo_id)
     owner = repo_id.split("/")[0]
     places = [name for name in (user, *(str(org.get("name")) for org in identity.get("orgs") or [])) if name]
     if user and owner.lower() not in [place.lower() for place in places]:
@@ -103,7 +103,12 @@ def _sender(repo_id: str) -> tuple[Login, str]:
     return login, repo_id
 
 
-def _check_id(repo_id: str) -> None:
+def check_id(repo_id: str) -> None:
+    """Can a repository have this name? `owner/name`, or a name alone.
+
+    Raises:
+        HubError: it can't.
+    """
     try:
         validate_repo_id(repo_id)
     except HFValidationError:

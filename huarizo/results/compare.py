@@ -11,10 +11,10 @@ from pathlib import Path
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import read_rows, require_good
 from huarizo.errors import DataError, UserError
-from huarizo.files import told, write_whole
+from huarizo.files import make_parent, write_whole
 from huarizo.results.generate import Assistant, answers
-from huarizo.results.merge import refuse_existing
-from huarizo.results.report import Sample, samples_from_text
+from huarizo.results.report import Sample, fenced, samples_from_text
+from huarizo.results.target import check_file
 from huarizo.results.tuned import Tuned
 from huarizo.results.verify import PROMPTS
 
@@ -88,8 +88,7 @@ def write_comparison(samples: Sequence[Sample], title: str, target: Path, force:
         MachineError: the disk is full or can't be written.
     """
     check_target(target, force)
-    with told(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(target)
     write_whole(target, WRITERS[target.suffix](samples, title))
 
 
@@ -101,7 +100,7 @@ def check_target(target: Path, force: bool) -> None:
     """
     if target.suffix not in WRITERS:
         raise UserError(f"{target}: the ending has to be one of {', '.join(WRITERS)}")
-    refuse_existing(target, force)
+    check_file(target, force)
 
 
 def as_markdown(samples: Sequence[Sample], title: str) -> str:
@@ -110,15 +109,8 @@ def as_markdown(samples: Sequence[Sample], title: str) -> str:
     for number, sample in enumerate(samples, 1):
         parts.append(f"\n## {number}\n")
         for name, text in _columns(sample):
-            parts.append(f"\n**{name}**\n\n{_fenced(text)}\n")
+            parts.append(f"\n**{name}**\n\n{fenced(text)}\n")
     return "".join(parts)
-
-
-def _fenced(text: str) -> str:
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def as_html(samples: Sequence[Sample], title: str) -> str:

@@ -21,7 +21,7 @@ from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Row, read_rows, require_good
 from huarizo.data.tokens import Encoder
 from huarizo.errors import DataError, UserError
-from huarizo.files import told, whole_folder
+from huarizo.files import make_parent, whole_folder
 from huarizo.hub.names import check_pinned, resolve_data
 from huarizo.machine import cache_folder
 from huarizo.results.generate import Assistant, answers
@@ -30,6 +30,7 @@ from huarizo.results.tuned import Tuned
 
 GENERAL = Path(__file__).with_name("general_text.json")
 LONGEST_ANSWER = 200  # tokens
+SUMMARY = "summary.json"  # a file of every evaluation's folder
 
 
 @dataclass(frozen=True)
@@ -193,11 +194,10 @@ def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:
     Raises:
         MachineError: the disk is full or can't be written.
     """
-    with told(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(target)
     with whole_folder(target) as folder:
         summary = facts | _summary(evaluation)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for name, lines in (("rows.jsonl", _row_lines(evaluation)), ("answers.jsonl", evaluation.answers)):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -209,10 +209,9 @@ def save_harness(scores: dict[str, Any], target: Path) -> None:
     Raises:
         MachineError: the disk is full or can't be written.
     """
-    with told(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(target)
     with whole_folder(target) as folder:
-        (folder / "summary.json").write_text(json.dumps({"harness": scores}, indent=2) + "\n", encoding="utf-8")
+        (folder / SUMMARY).write_text(json.dumps({"harness": scores}, indent=2) + "\n", encoding="utf-8")
 
 
 def _row_lines(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from huarizo.console import tracked
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
-from huarizo.files import require_space, told, whole_file
+from huarizo.files import make_parent, require_space, told, whole_file
 from huarizo.model.adapter import check_adapter
 from huarizo.model.merged import MergedWeights
-from huarizo.results.merge import refuse_existing, tracked
+from huarizo.results.target import check_file
 from huarizo.results.tuned import Tuned
 
 TYPES = {
@@ -60,15 +61,19 @@ def export_gguf(tuned: Tuned, target: Path, kind: str, force: bool = False, cons
             f"--type {kind}: {', '.join(TYPES)} can be written. K-quants are llama.cpp's own, made from an f16 file: "
             "llama-quantize MODEL-f16.gguf MODEL-Q4_K_M.gguf Q4_K_M"
         )
-    refuse_existing(target, force)
+    check_file(target, force)
     weights = MergedWeights(tuned.base, tuned.adapter)
-    values = sum(math.prod(weights.shape(name)) for name in weights.names())
-    require_space(target, int(values * BYTES[kind]) + 20_000_000, "the GGUF file")
-    with told(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    require_space(target, size_of(weights, kind), "the GGUF file")
+    make_parent(target)
     with whole_file(target) as temporary:
         write_gguf(weights, tuned.encoder, tuned.base, temporary, kind, console)
     return target
+
+
+def size_of(weights: MergedWeights, kind: str) -> int:
+    """Bytes that a GGUF file takes at most, tokenizer included."""
+    values = sum(math.prod(weights.shape(name)) for name in weights.names())
+    return int(values * BYTES[kind]) + 20_000_000
 
 
 def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
@@ -79,7 +84,7 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
         ModelError: an adapter that is more than A and B of one rank and scale; merge it instead.
         MachineError: no space on the disk, or it can't be written.
     """
-    refuse_existing(target, force)
+    check_file(target, force)
     weights = MergedWeights(tuned.base, tuned.adapter)
     lora = check_adapter(tuned.adapter)
     plain = not (lora.use_dora or lora.rank_pattern or lora.alpha_pattern or isinstance(lora.init_lora_weights, str))
@@ -89,6 +94,7 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
             "or replaced layers). Export the merged model: leave out --adapter"
         )
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, weights.config["num_hidden_layers"])
+    make_parent(target)
     with whole_file(target) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
         writer.add_type("adapter")

@@ -2,21 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
 from safetensors.torch import save_file
 
-from huarizo.errors import UserError
-from huarizo.files import require_space, told, whole_folder
+from huarizo.console import tracked
+from huarizo.files import make_parent, require_space, whole_folder
 from huarizo.hub.model_files import INDEX, WEIGHTS
 from huarizo.model.merged import MergedWeights, merged_shards
+from huarizo.results.target import check_folder
 from huarizo.results.tuned import Tuned
 
-T = TypeVar("T")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -26,15 +23,14 @@ def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None 
     The folder appears whole or not at all; one file of weights at a time stands in memory.
 
     Raises:
-        UserError: there is something at `out` already, and not `force`.
+        UserError: there is something at `out` already, and not `force`, or it is no merged model.
         ModelError: the adapter does not fit the base.
         MachineError: no space on the disk, or it can't be written.
     """
-    refuse_existing(out, force)
+    check_folder(out, force, "config.json", spared=[tuned.base, tuned.adapter])
     weights = MergedWeights(tuned.base, tuned.adapter)
     require_space(out, sum((tuned.base / file).stat().st_size for file in weights.shards), "the merged model")
-    with told(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     with whole_folder(out) as folder:
         places: dict[str, str] = {}
         size = 0
@@ -55,20 +51,3 @@ def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None 
             for file in tuned.base.glob(pattern):
                 shutil.copy(file, folder)
     return out
-
-
-def tracked(items: Iterable[T], what: str, console: Console | None, total: int | None = None) -> Iterable[T]:
-    """The items, with a bar on the terminal that fills as they are taken; without one where there is no terminal."""
-    if console is None or not console.is_terminal:
-        return items
-    return track(items, what, total=total, console=console, transient=True)
-
-
-def refuse_existing(out: Path, force: bool) -> None:
-    """Nothing that is there is overwritten unasked.
-
-    Raises:
-        UserError: there is something.
-    """
-    if out.exists() and not force:
-        raise UserError(f"{out}: there is something here already. Name another place, or replace it with --force")

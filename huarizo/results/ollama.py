@@ -16,7 +16,7 @@ from huarizo.data.tokens import Encoder
 from huarizo.errors import DataError, ModelError, RecipeError, UserError
 from huarizo.files import write_whole
 from huarizo.results.gguf import leading_space
-from huarizo.results.merge import refuse_existing
+from huarizo.results.target import check_file
 from huarizo.results.tuned import Tuned
 
 REFUSED = "Ollama can't have this prompt format"
@@ -60,7 +60,7 @@ def write_modelfile(tuned: Tuned, gguf: Path, force: bool = False) -> Path:
         MachineError: it can't be written.
     """
     target = gguf.with_name("Modelfile")
-    refuse_existing(target, force)
+    check_file(target, force)
     write_whole(target, modelfile(tuned, gguf.name))
     return target
 

@@ -1,7 +1,8 @@
-"""What a finished run shows: the loss curves, the answers before and after, the adapter's card, the summary."""
+"""What a finished run shows: the loss curves, the answers before and after, the summary."""
 
 import io
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,7 +12,6 @@ from rich.text import Text
 
 from huarizo.data.prompts import OpenExchange, user_text
 from huarizo.files import write_whole
-from huarizo.recipe import Recipe
 from huarizo.runs import Run
 
 
@@ -72,43 +72,11 @@ def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
     return (losses[0], losses[-1]) if len(losses) > 1 else None
 
 
-def card(recipe: Recipe, base: str, metrics: list[dict[str, Any]]) -> str:
-    """The adapter's README.md: what it was trained on and how to load it with stock PEFT."""
-    return f"""---
-library_name: peft
-base_model: {json.dumps(base)}
-tags: [lora, huarizo]
----
-# LoRA adapter
-
-{card_facts(recipe, base, recipe.data.train.rpartition("/")[2], metrics)}
-{peft_usage(base, "path/to/this/folder")}
-
-Trained with Huarizo.
-"""
-
-
-def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any]]) -> str:
-    """Base, data, settings and held-out loss as a list in Markdown; `base` and `data` are the names to show."""
-    change = heldout_change(metrics)
-    loss = f"- held-out loss: {change[0]:.4f} before, {change[1]:.4f} after\n" if change else ""
-    lora, training = recipe.lora, recipe.training
-    return f"""- base model: `{base}`
-- data: `{data}`, prompt format `{recipe.data.prompt.splitlines()[0].replace("`", "'")}`
-- LoRA: r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g} on {lora.target_modules}
-- training: {training.epochs:g} epochs, {training.batch_size} rows a step, learning rate {training.learning_rate:g}
-{loss}"""
-
-
-def peft_usage(base: str, adapter: str) -> str:
-    """How an adapter is loaded with stock PEFT, as a code block in Markdown."""
-    return f"""```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, {json.dumps(adapter)})
-```"""
+def fenced(text: str) -> str:
+    """A text as a code block that nothing in the text can end: its fence is longer than any run of backticks in it."""
+    text = re.sub(r"[^\S\n]|[\x00-\x08\x0e-\x1f\x7f]", " ", text)
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def samples_from_text(text: str) -> list[Sample]:

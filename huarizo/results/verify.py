@@ -7,6 +7,7 @@ with the package xllamacpp (`pip install huarizo[verify]`), and is spoken with o
 import dataclasses
 import importlib
 import json
+import tempfile
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from huarizo.data.prompts import OpenExchange
 from huarizo.errors import ModelError, UserError
+from huarizo.files import require_space
 from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base
+from huarizo.model.merged import MergedWeights
 from huarizo.results.generate import generating
-from huarizo.results.gguf import leading_space
+from huarizo.results.gguf import leading_space, size_of, write_gguf
 from huarizo.results.tuned import Tuned
 
 PROMPTS = (
@@ -34,6 +38,8 @@ PROMPTS = (
     "Explain what LoRA is in one sentence.",
 )
 TOP = 5  # likeliest tokens that are compared
+ROUNDING = 0.5
+"""Nats: a larger mean difference is no rounding of any type that is written (q8_0: 0.08), but another model."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,11 @@ class Comparison:
     mean_difference: float
     same_likeliest: int
 
+    @property
+    def agrees(self) -> bool:
+        """Whether it is the same model, but for rounding."""
+        return not self.other_tokens and self.mean_difference < ROUNDING
+
     def __str__(self) -> str:
         other = len(self.other_tokens)
         tokens = f"OTHER TOKEN IDS in {other} prompts" if other else "token ids identical"
@@ -58,6 +69,18 @@ class Comparison:
             f"{self.same_likeliest} of {self.compared}, largest difference of a log-probability "
             f"{self.largest_difference:.4f}, mean {self.mean_difference:.4f}"
         )
+
+
+def llama_cpp() -> Any:
+    """The package that llama.cpp comes in.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("xllamacpp")
+    except ImportError:
+        raise UserError("--verify needs llama.cpp: pip install xllamacpp (or huarizo[verify])") from None
 
 
 class LlamaCpp:
@@ -69,10 +92,7 @@ class LlamaCpp:
     """
 
     def __init__(self, file: Path, context: int = 2048, adapter: Path | None = None) -> None:
-        try:
-            xllamacpp: Any = importlib.import_module("xllamacpp")
-        except ImportError:
-            raise UserError("--verify needs llama.cpp: pip install xllamacpp (or huarizo[verify])") from None
+        xllamacpp = llama_cpp()
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.n_gpu_layers = context, 1, False, -1, 0
@@ -110,16 +130,18 @@ class LlamaCpp:
         return self._post("/completion", {"prompt": list(ids), "n_predict": n_predict, "temperature": 0.0})
 
 
-def compare_with_transformers(tuned: Tuned, file: Path, prompts: Sequence[str] = PROMPTS) -> Comparison:
+def compare_with_transformers(tuned: Tuned, file: Path, adapter: Path | None = None) -> Comparison:
     """Load both and compare them on prompts in the run's format: how llama.cpp cuts them, and what it expects next.
+
+    file: a GGUF of the tuned model; or of its base, with `adapter` on it.
 
     Raises:
         UserError: xllamacpp is not installed.
         ModelError: llama.cpp can't load the file.
     """
-    other, encoder = LlamaCpp(file), tuned.encoder
+    other, encoder = LlamaCpp(file, adapter=adapter), tuned.encoder
     contexts, wrong = [], []
-    for prompt in prompts:
+    for prompt in PROMPTS:
         contexts.append(encoder.encode_prompt("", [OpenExchange(prompt)]))
         text = "".join(piece.text for piece in encoder.prompt.pieces("", [OpenExchange(prompt)]))
         if encoder.adds_bos:
@@ -128,6 +150,22 @@ def compare_with_transformers(tuned: Tuned, file: Path, prompts: Sequence[str] =
         if other.tokens(text, add_special=True) != contexts[-1]:
             wrong.append(prompt)
     return dataclasses.replace(compare_contexts(tuned, other, contexts), other_tokens=wrong)
+
+
+def compare_adapter(tuned: Tuned, adapter: Path, console: Console | None = None) -> Comparison:
+    """As `compare_with_transformers`, for the GGUF of an adapter: on a GGUF (F16) of its base, which does not stay.
+
+    Raises:
+        UserError: xllamacpp is not installed.
+        ModelError: llama.cpp can't load the files.
+        MachineError: no space for the base beside the adapter.
+    """
+    weights = MergedWeights(tuned.base, None)
+    require_space(adapter.parent, size_of(weights, "f16"), "a GGUF of the base, to put the adapter on,")
+    with tempfile.TemporaryDirectory(prefix=".", dir=adapter.parent) as folder:
+        base = Path(folder) / "base.gguf"
+        write_gguf(weights, tuned.encoder, tuned.base, base, "f16", console)
+        return compare_with_transformers(tuned, base, adapter)
 
 
 def compare_contexts(tuned: Tuned, other: LlamaCpp, contexts: Sequence[list[int]]) -> Comparison:

@@ -69,6 +69,7 @@ def test_from_the_run_to_a_model_in_llama_cpp(tmp_path: Path) -> None:
     verified = huarizo("export", "run", "--type", "f32", "--out", "model.gguf", "--verify")
     assert "token ids identical" in verified
     assert float(verified.partition("log-probability ")[2].split(",")[0]) < 0.01
+    assert "token ids identical" in huarizo("export", "run", "--adapter", "--verify")
     assert "merged" in huarizo("merge", "run")
     from huarizo.data.prompts import OpenExchange
     from huarizo.results.tuned import open_tuned

@@ -14,7 +14,7 @@ from huarizo.model.load import load_tokenizer
 from huarizo.model.merged import MergedWeights
 from huarizo.results.gguf import export_adapter, export_gguf, leading_space, write_gguf
 from huarizo.results.merge import merge
-from huarizo.results.verify import PROMPTS, LlamaCpp, compare_with_transformers
+from huarizo.results.verify import PROMPTS, Comparison, LlamaCpp, compare_adapter, compare_with_transformers
 from tests.results.make import make_tuned
 
 LLAMA3_ROPE = {
@@ -126,6 +126,15 @@ def test_the_adapter_alone_on_its_base_is_the_merged_model(tmp_path: Path, optio
         moved = max(moved, *(abs(expected[n] - before.get(n, 0)) for n in expected))
         compared += 1
     assert compared >= 4 and moved > 0.05
+    verified = compare_adapter(tuned, tmp_path / "adapter.gguf")
+    assert verified.agrees and verified.compared >= 4 and verified.largest_difference < 0.04, verified
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_is_another_model_does_not_agree() -> None:
+    assert Comparison(8, 8, [], 0.9, 0.1, 7).agrees
+    assert not Comparison(8, 8, ["Who are you?"], 0.0, 0.0, 8).agrees
+    assert not Comparison(8, 8, [], 9.0, 3.0, 1).agrees
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])

@@ -232,6 +232,12 @@ def test_tokens_that_look_like_paths_stay(run: Run) -> None:
     assert found.files["special_tokens_map.json"] == run.adapter / "special_tokens_map.json"
 
 
+@pytest.mark.parametrize("name", ["../hello", "ann/hello/more", "ann/", "an n/hello", ""])
+def test_a_name_that_no_repository_can_have_is_told_before_the_list(run: Run, name: str) -> None:
+    with pytest.raises(UserError, match="has the form"):
+        publication(run, name)
+
+
 def test_what_is_not_there_yet(run: Run) -> None:
     shutil.rmtree(run.path / "merged")
     (run.path / "hello-f16.gguf").unlink()

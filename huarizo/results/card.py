@@ -1,0 +1,177 @@
+"""Model cards: what a run was trained on, how its result is loaded, and whose licence it has.
+
+The card in an adapter's folder is for the person at this machine; the one that goes to the hub has the front matter
+that the hub reads, the licence of the base, a few answers before and after, and no name of a folder.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from huarizo.errors import UserError
+from huarizo.hub.names import QUICKSTART
+from huarizo.recipe import Recipe
+from huarizo.results.merge import LICENCES
+from huarizo.results.report import Sample, fenced, heldout_change, samples_from_text
+from huarizo.runs import Run
+
+What = Literal["adapter", "merged", "gguf"]
+CARD = "README.md"
+KIND = {"adapter": ("peft", "adapter"), "merged": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}
+"""library_name and base_model_relation, as the hub's model cards have them."""
+QUICKSTART_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LICENCE_TEXTS = {
+    "apache-2.0": r"Apache License\s+Version 2\.0",
+    "mit": r"MIT License|Permission is hereby granted, free of charge",
+    "llama2": r"LLAMA 2 COMMUNITY LICENSE",
+    "llama3": r"META LLAMA 3 COMMUNITY LICENSE",
+    "llama3.1": r"LLAMA 3\.1 COMMUNITY LICENSE",
+    "llama3.2": r"LLAMA 3\.2 COMMUNITY LICENSE",
+    "llama3.3": r"LLAMA 3\.3 COMMUNITY LICENSE",
+}
+SAMPLES, LONGEST_SAMPLE = 3, 1500  # samples in a card; characters of a prompt or answer
+
+
+def public_name(name: str) -> str:
+    """A model or data set as others may know it: its hub id without the revision, or the last part of its path."""
+    return hub_id_of(name) or re.sub(r"[^\w.+ -]", "_", Path(name).name)
+
+
+def hub_id_of(name: str) -> str | None:
+    """A model's or data set's id on the hub, without the revision; None where the name is that of a folder or file."""
+    repo_id = QUICKSTART_BASE if name == QUICKSTART else name.partition("@")[0]
+    return repo_id if HUB_ID.fullmatch(repo_id) and not Path(name).exists() else None
+
+
+def adapter_card(recipe: Recipe, base: str, metrics: list[dict[str, Any]]) -> str:
+    """The adapter's README.md: what it was trained on and how to load it with stock PEFT."""
+    return f"""---
+library_name: peft
+base_model: {json.dumps(base)}
+tags: [lora, huarizo]
+---
+# LoRA adapter
+
+{card_facts(recipe, base, recipe.data.train.rpartition("/")[2], metrics)}
+{peft_usage(base, "path/to/this/folder")}
+
+Trained with Huarizo.
+"""
+
+
+def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any]]) -> str:
+    """Base, data, settings and held-out loss as a list in Markdown; `base` and `data` are the names to show."""
+    change = heldout_change(metrics)
+    loss = f"- held-out loss: {change[0]:.4f} before, {change[1]:.4f} after\n" if change else ""
+    lora, training = recipe.lora, recipe.training
+    return f"""- base model: `{base}`
+- data: `{data}`, prompt format `{recipe.data.prompt.splitlines()[0].replace("`", "'")}`
+- LoRA: r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g} on {lora.target_modules}
+- training: {training.epochs:g} epochs, {training.batch_size} rows a step, learning rate {training.learning_rate:g}
+{loss}"""
+
+
+def peft_usage(base: str, adapter: str) -> str:
+    """How an adapter is loaded with stock PEFT, as a code block in Markdown."""
+    return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, {json.dumps(adapter)})
+```"""
+
+
+def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: list[str]) -> str:
+    """The model card: front matter that the hub reads, what the model was trained on, and how it is loaded."""
+    hub_id, base, licence = hub_id_of(recipe.model), public_name(recipe.model), _licence(recipe.model)
+    library, relation = KIND[what]
+    front: dict[str, Any] = {"library_name": library}
+    if hub_id:
+        front |= {"base_model": hub_id, "base_model_relation": relation}
+    front |= {"license": licence} if licence else {}
+    front |= {"pipeline_tag": "text-generation", "tags": ["lora", "huarizo"]}
+    data = recipe.data.train if recipe.data.train == QUICKSTART else public_name(recipe.data.train)
+    metrics = _read(run.metrics, lambda text: [json.loads(line) for line in text.splitlines()])
+    samples = [sample for sample in _read(run.samples, samples_from_text) if sample.after is not None][:SAMPLES]
+    name = repo_id.split("/")[1]
+    title = {"adapter": "LoRA adapter", "merged": "fine-tuned model", "gguf": "fine-tuned model in GGUF"}[what]
+    under = f"{licence}, as its base model" if licence and licence != "other" else "that of its base model"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {name}: {title}",
+        card_facts(recipe, base, data, metrics).rstrip(),
+        *(["## Before and after training"] if samples else []),
+        *(_sample_block(sample) for sample in samples),
+        "## Use",
+        _usage(what, hub_id or f"path/to/{base}", repo_id, ggufs),
+        f"## Licence\n\nThe licence is {under} (`{base}`), whose terms apply to this one too.",
+        "Trained with Huarizo.",
+    ]
+    return "\n\n".join(parts).encode("utf-8", "replace").decode() + "\n"
+
+
+def _read(file: Path, parse: Callable[[str], list[Any]]) -> list[Any]:
+    """The rows of a run's JSONL file; none where the run wrote none."""
+    try:
+        return parse(file.read_text(encoding="utf-8")) if file.is_file() else []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file}: can't be read ({type(error).__name__}: {error}). Mend or remove it") from None
+
+
+def _sample_block(sample: Sample) -> str:
+    texts = {"Prompt": sample.prompt, "Before": sample.before, "After": sample.after or ""}
+    return "\n\n".join(f"{title}:\n\n{fenced(_shortened(text))}" for title, text in texts.items())
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + "…"
+
+
+def _usage(what: What, base: str, repo_id: str, ggufs: list[str]) -> str:
+    """How it is loaded: with PEFT, with Transformers, or in llama.cpp and Ollama."""
+    if what == "adapter":
+        return peft_usage(base, repo_id)
+    if what == "merged":
+        return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+model = AutoModelForCausalLM.from_pretrained("{repo_id}")
+```"""
+    file = next((name for name in ggufs if not name.endswith("-adapter.gguf")), None)
+    if file is None:
+        return (
+            f"```sh\nhf download {repo_id} '{ggufs[0]}' --local-dir .\nllama-cli -m BASE.gguf --lora '{ggufs[0]}'\n```"
+        )
+    return f"```sh\nllama-cli --hf-repo {repo_id} --hf-file '{file}'\nollama run hf.co/{repo_id}\n```"
+
+
+def _licence(model: str) -> str | None:
+    """The base model's licence as the hub names it, where that is known on this machine."""
+    if model == QUICKSTART:
+        return "apache-2.0"
+    if repo_id := hub_id_of(model):
+        cached = try_to_load_from_cache(repo_id, CARD, revision=model.partition("@")[2] or None)
+        return _licence_of_card(Path(cached)) if isinstance(cached, str) else None
+    if said := _licence_of_card(Path(model) / CARD):
+        return said
+    texts = [file for pattern in LICENCES[:2] for file in sorted(Path(model).glob(pattern)) if file.is_file()]
+    if not texts:
+        return None
+    start = texts[0].read_bytes()[:5000].decode("utf-8", "replace")
+    return next((name for name, words in LICENCE_TEXTS.items() if re.search(words, start, re.IGNORECASE)), "other")
+
+
+def _licence_of_card(card: Path) -> str | None:
+    try:
+        front = re.match(r"---\r?\n(.*?)\n---", card.read_bytes()[:100_000].decode("utf-8"), re.DOTALL)
+        said = yaml.safe_load(front[1])["license"] if front else None
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
+    return said if isinstance(said, str) and re.fullmatch(r"[a-z0-9.+-]{1,40}", said) else None
