@@ -97,7 +97,7 @@ def main() -> None:
                 found[name] = dataclasses.asdict(compared)
                 del found[name]["other_tokens"]  # `huarizo export --verify` compares those
                 print(
-                    f"{kind:<5} {name:<8} likeliest the same in {compared.same_likeliest} of {compared.compared}, "
+                    f"{kind:<5} {name:<8} likeliest the same in {compared.same_likeliest} of {compared.prompts}, "
                     f"log-probabilities differ by {compared.largest_difference:.4f} at most, "
                     f"{compared.mean_difference:.4f} on average",
                     flush=True,

@@ -38,6 +38,7 @@ PROMPTS = (
     "Explain what LoRA is in one sentence.",
 )
 TOP = 5  # likeliest tokens that are compared
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine itself
 ROUNDING = 0.5
 """Nats: a larger mean difference is no rounding of any type that is written (q8_0: 0.08), but another model."""
 
@@ -48,13 +49,14 @@ class Comparison:
 
     prompts: int
     compared: int
-    """Prompts whose likelihoods could be compared: llama.cpp gives none where the likeliest token ends the answer."""
+    """Prompts whose likelihoods could be compared: llama.cpp tells none of a token that is a part of a character."""
     other_tokens: list[str]
     """Prompts that llama.cpp cuts into other tokens."""
     largest_difference: float
     """Of a log-probability among the TOP likeliest tokens, in nats."""
     mean_difference: float
     same_likeliest: int
+    """Of all prompts."""
 
     @property
     def agrees(self) -> bool:
@@ -66,7 +68,7 @@ class Comparison:
         tokens = f"OTHER TOKEN IDS in {other} prompts" if other else "token ids identical"
         return (
             f"llama.cpp against Transformers, {self.prompts} prompts: {tokens}; likeliest next token the same in "
-            f"{self.same_likeliest} of {self.compared}, largest difference of a log-probability "
+            f"{self.same_likeliest} of {self.prompts}, largest difference of a log-probability "
             f"{self.largest_difference:.4f}, mean {self.mean_difference:.4f}"
         )
 
@@ -108,7 +110,7 @@ class LlamaCpp:
         request = urllib.request.Request(
             self._server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=600) as answer:
+        with DIRECTLY.open(request, timeout=600) as answer:
             return json.load(answer)
 
     def tokens(self, text: str, add_special: bool = False) -> list[int]:
@@ -119,11 +121,15 @@ class LlamaCpp:
         """The text that the file's own chat template makes of messages (`role`, `content`)."""
         return self._post("/apply-template", {"messages": list(messages)})["prompt"]
 
-    def likeliest(self, ids: Sequence[int], top: int = TOP) -> dict[int, float]:
-        """The next token's log-probabilities, the likeliest first; {} where that is a token that ends the answer."""
-        options = {"n_predict": 1, "n_probs": top, "temperature": 0.0, "cache_prompt": False}
-        found = self._post("/completion", {"prompt": list(ids), **options}).get("completion_probabilities") or []
-        return {entry["id"]: entry["logprob"] for entry in found[0]["top_logprobs"]} if found else {}
+    def likeliest(self, ids: Sequence[int], top: int = TOP) -> tuple[int, dict[int, float]]:
+        """The likeliest next token, and the log-probabilities of the `top` likeliest.
+
+        There are none where the token's bytes are only a part of a character: llama.cpp then waits for the rest of it.
+        """
+        options = {"n_predict": 1, "n_probs": top, "temperature": 0.0, "cache_prompt": False, "return_tokens": True}
+        answer = self._post("/completion", {"prompt": list(ids), **options})
+        found = answer.get("completion_probabilities") or [{"top_logprobs": []}]
+        return answer["tokens"][0], {entry["id"]: entry["logprob"] for entry in found[0]["top_logprobs"]}
 
     def complete(self, ids: Sequence[int], n_predict: int = 80) -> dict[str, Any]:
         """A greedy answer; `content` is its text, `stop_type` is `eos` where it ended by itself."""
@@ -139,15 +145,14 @@ def compare_with_transformers(tuned: Tuned, file: Path, adapter: Path | None = N
         UserError: xllamacpp is not installed.
         ModelError: llama.cpp can't load the file.
     """
-    other, encoder = LlamaCpp(file, adapter=adapter), tuned.encoder
+    other, encoder, space = LlamaCpp(file, adapter=adapter), tuned.encoder, leading_space(tuned.encoder)
     contexts, wrong = [], []
     for prompt in PROMPTS:
         contexts.append(encoder.encode_prompt("", [OpenExchange(prompt)]))
         text = "".join(piece.text for piece in encoder.prompt.pieces("", [OpenExchange(prompt)]))
         if encoder.adds_bos:
             text = text.removeprefix(str(encoder.tokenizer.bos_token))
-        text = leading_space(encoder) + text
-        if other.tokens(text, add_special=True) != contexts[-1]:
+        if other.tokens(space + text, add_special=True) != contexts[-1]:
             wrong.append(prompt)
     return dataclasses.replace(compare_contexts(tuned, other, contexts), other_tokens=wrong)
 
@@ -174,13 +179,11 @@ def compare_contexts(tuned: Tuned, other: LlamaCpp, contexts: Sequence[list[int]
     differences: list[float] = []
     same = compared = 0
     for ids in contexts:
-        found = other.likeliest(ids)
-        if not found:
-            continue
+        likeliest, found = other.likeliest(ids)
         with generating(model):
             expected = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
         differences += [abs(value - float(expected[number])) for number, value in found.items()]
-        same += next(iter(found)) == int(expected.argmax())
-        compared += 1
+        same += likeliest == int(expected.argmax())
+        compared += bool(found)
     largest, mean = (max(differences), sum(differences) / len(differences)) if differences else (0.0, 0.0)
     return Comparison(len(contexts), compared, [], largest, mean, same)

@@ -51,14 +51,14 @@ def test_tinyllamas_tokenizer_cuts_real_rows_alike(
     found = compare_with_transformers(tuned, file)
     assert not found.other_tokens and found.compared >= 4 and found.largest_difference < 0.04, found
     other = LlamaCpp(file, context=4096)
-    encoder = tuned.encoder
+    encoder, space = tuned.encoder, leading_space(tuned.encoder)
     rows = json.loads(real_rows_file.read_text())[:500]
     turns = [OpenExchange(row["instruction"], row["input"]) for row in rows] + [OpenExchange(text) for text in PROMPTS]
     answer = "저는 후아리조입니다 🦙.\nTwo lines."
     for turn in turns:
         told = [Exchange(turn.instruction, turn.input, answer), OpenExchange("Go on.")]
         for system, conversation in (("", [turn]), ("Be short.", told)):
-            text = leading_space(encoder) + "".join(p.text for p in encoder.prompt.pieces(system, conversation))
+            text = space + "".join(p.text for p in encoder.prompt.pieces(system, conversation))
             assert other.tokens(text, add_special=True) == encoder.encode_prompt(system, conversation), text
 
 
@@ -118,17 +118,24 @@ def test_the_adapter_alone_on_its_base_is_the_merged_model(tmp_path: Path, optio
     plain, compared, moved = LlamaCpp(tmp_path / "base.gguf"), 0, 0.0
     for prompt in PROMPTS:
         ids = tuned.encoder.encode_prompt("", [OpenExchange(prompt)])
-        expected, actual = merged.likeliest(ids), both.likeliest(ids)
-        if not expected or not actual:
-            continue
+        (first, expected), (other_first, actual), (_, before) = (of.likeliest(ids) for of in (merged, both, plain))
+        assert first == other_first
         assert list(actual) == list(expected) and actual == pytest.approx(expected, abs=0.02)
-        before = plain.likeliest(ids)
+        if not expected:
+            continue
         moved = max(moved, *(abs(expected[n] - before.get(n, 0)) for n in expected))
         compared += 1
     assert compared >= 4 and moved > 0.05
     verified = compare_adapter(tuned, tmp_path / "adapter.gguf")
     assert verified.agrees and verified.compared >= 4 and verified.largest_difference < 0.04, verified
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_proxy_is_not_asked_for_the_way_to_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    tuned = make_tuned(tmp_path)
+    assert compare_with_transformers(tuned, export_gguf(tuned, tmp_path / "model.gguf", "f16")).agrees
 
 
 def test_a_file_that_is_another_model_does_not_agree() -> None:
