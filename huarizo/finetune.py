@@ -5,6 +5,7 @@ held-out loss and some answers taken, the model trained, and the same taken agai
 """
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -256,8 +257,10 @@ def _samples_before(assistant: Assistant, session: Session, checkpoint: Checkpoi
     if isinstance(wanted, list):
         turns = [(OpenExchange(prompt), "") for prompt in wanted]
     else:
-        rows = (prepared.data.heldout_rows or prepared.data.rows)[:wanted]
-        turns = [(OpenExchange(r.exchanges[0].instruction, r.exchanges[0].input), r.exchanges[0].output) for r in rows]
+        firsts = (row.exchanges[0] for row in prepared.data.heldout_rows or prepared.data.rows)
+        asked = ((OpenExchange(first.instruction, first.input), first.output) for first in firsts)
+        fitting = (pair for pair in asked if assistant.fits(pair[0]))
+        turns = list(itertools.islice(fitting, wanted))
     if turns:
         console.print(f"{'samples':<10} {len(turns)} prompts are answered before and after", soft_wrap=True)
     before = answers(assistant, [turn for turn, _ in turns])

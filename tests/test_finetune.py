@@ -1,11 +1,15 @@
 """What is planned before a run: micro-batches, and activation checkpointing where the longest row would not fit."""
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from huarizo.finetune import fine_tune
 from huarizo.machine import Choice
 from huarizo.model.load import activation_bytes_per_token, weight_bytes
 from huarizo.model.lora import count_weights
@@ -55,6 +59,19 @@ def test_what_the_user_sets_is_kept() -> None:
     assert planned(1.5, training={"micro_batch_tokens": 300}) == (300, False)
     tokens, checkpointing = planned(1.5, trainer={"gradient_checkpointing": False})
     assert not checkpointing and tokens is not None and tokens >= 64
+
+
+def test_a_held_out_prompt_without_room_for_an_answer_is_no_sample(tiny_model_folder: Path, tmp_path: Path) -> None:
+    files = {"train": ["Hi", "Hello"], "eval": ["x" * 3000, "Who are you?"]}  # bytes are tokens; 2048 positions
+    for name, instructions in files.items():
+        rows = [{"instruction": text, "input": "", "output": "Huarizo."} for text in instructions]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    recipe = make_recipe(
+        model=str(tiny_model_folder), data={name: str(tmp_path / f"{name}.json") for name in files}, precision="fp32",
+        samples=2, training={"compile": False}, output=str(tmp_path / "run"),
+    )  # fmt: skip
+    result = fine_tune(recipe, "run", Console(file=io.StringIO()))
+    assert [sample.instruction for sample in result.samples] == ["Who are you?"]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

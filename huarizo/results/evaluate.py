@@ -5,6 +5,7 @@ is measured in the same way, so that every number has its before. General text t
 model still reads what it was not trained on.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was measured. `rows[i]` has `losses`' i-th values; `answers` are to the first rows."""
+    """Everything that was measured. `rows[i]` has `losses`' i-th values; `answers` are to the first rows that fit."""
 
     rows: list[Row]
     left_out: int
@@ -98,6 +99,8 @@ def rows_of(tuned: Tuned, name: str) -> list[Row]:
 def evaluate(assistant: Assistant, rows: Sequence[Row], to_answer: int = 32) -> Evaluation:
     """Measure losses on all rows and on the general text, and answer the first exchange of the first `to_answer` rows.
 
+    A row whose prompt leaves no room for an answer in what the model was made for is not answered.
+
     Raises:
         DataError: no row has a response within `data.max_length`.
         MachineError: out of memory even for one row.
@@ -111,7 +114,8 @@ def evaluate(assistant: Assistant, rows: Sequence[Row], to_answer: int = 32) -> 
         )
     measured = [row for row, _ in kept]
     losses = measure(assistant, [{"input_ids": e.input_ids, "labels": e.labels} for _, e in kept])
-    told_answers, scores = _answered(assistant, measured[:to_answer])
+    fitting = (row for row in measured if assistant.fits(_question(row)))
+    told_answers, scores = _answered(assistant, list(itertools.islice(fitting, to_answer)))
     return Evaluation(
         measured, len(pairs) - len(kept), losses, measure(assistant, general_examples(assistant.encoder)),
         told_answers, scores,
@@ -125,11 +129,15 @@ def general_examples(encoder: Encoder) -> list[dict[str, Any]]:
     return [{"input_ids": ids, "labels": ids} for ids in every]
 
 
+def _question(row: Row) -> OpenExchange:
+    return OpenExchange(row.exchanges[0].instruction, row.exchanges[0].input)
+
+
 def _answered(assistant: Assistant, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
     if not rows:
         return [], {}
     firsts = [row.exchanges[0] for row in rows]
-    turns = [OpenExchange(first.instruction, first.input) for first in firsts]
+    turns = [_question(row) for row in rows]
     with assistant.untuned():
         before = answers(assistant, turns, LONGEST_ANSWER)
     after = answers(assistant, turns, LONGEST_ANSWER)

@@ -35,6 +35,10 @@ class Assistant:
         """The longest conversation that the model was made for, in tokens, its answer included."""
         return self.model.config.max_position_embeddings
 
+    def fits(self, turn: OpenExchange) -> bool:
+        """Whether a prompt leaves room for an answer in what the model was made for."""
+        return len(self.encoder.encode_prompt("", [turn])) < self.positions
+
     def untuned(self, wanted: bool = True) -> Any:
         """A block in which the base answers, as if it had no adapter; nothing changes where not `wanted`."""
         return self.model.disable_adapter() if wanted else nullcontext()
@@ -106,6 +110,14 @@ def _generation_config(assistant: Assistant, sampling: Sampling) -> GenerationCo
     )  # fmt: skip
 
 
+def _room(assistant: Assistant, prompt: Sequence[int]) -> int:
+    if len(prompt) >= assistant.positions:
+        raise UserError(
+            f"a prompt has {len(prompt):,} tokens, and the model was made for {assistant.positions:,}. Shorten it"
+        )
+    return assistant.positions - len(prompt)
+
+
 def _left_padded(prompts: Sequence[list[int]], pad: int, on: torch.device) -> dict[str, torch.Tensor]:
     width = max(map(len, prompts))
     ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
@@ -121,17 +133,19 @@ def answers(
     at_once: prompts in a batch at most, fewer where they are long; where a card's memory does not do, half as many.
 
     Raises:
+        UserError: a prompt leaves no room for an answer in what the model was made for.
         MachineError: not even one prompt fits into the card's memory.
     """
-    config = _generation_config(assistant, Sampling(max_new_tokens))
     prompts = [assistant.encoder.encode_prompt("", [turn]) for turn in turns]
+    room = [min(max_new_tokens, _room(assistant, prompt)) for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     found: dict[int, Answer] = {}
     while by_length:
         size = max(1, min(at_once, MOST_TOKENS // (len(prompts[by_length[0]]) + max_new_tokens)))
         batch = by_length[:size]
         try:
-            found |= zip(batch, _answered(assistant, [prompts[index] for index in batch], config), strict=True)
+            given = _answered(assistant, [prompts[index] for index in batch], room[batch[0]])
+            found |= zip(batch, given, strict=True)
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise MachineError("the card has not enough memory for one answer: shorten it or the prompt") from None
@@ -142,7 +156,8 @@ def answers(
     return [found[index] for index in range(len(prompts))]
 
 
-def _answered(assistant: Assistant, prompts: Sequence[list[int]], config: GenerationConfig) -> list[Answer]:
+def _answered(assistant: Assistant, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Answer]:
+    config = _generation_config(assistant, Sampling(max_new_tokens))
     batch = _left_padded(prompts, config.pad_token_id, assistant.model.device)  # pyright: ignore[reportArgumentType]
     with generating(assistant.model):
         output = assistant.model.generate(**batch, generation_config=config)
@@ -182,12 +197,8 @@ def stream_answer(
     """
     sampling = sampling or Sampling()
     prompt = assistant.encoder.encode_prompt(system, turns)
-    if len(prompt) >= assistant.positions:
-        raise UserError(
-            f"the prompt has {len(prompt):,} tokens, and the model was made for {assistant.positions:,}. Shorten it"
-        )
     config = _generation_config(assistant, sampling)
-    config.max_new_tokens = min(sampling.max_new_tokens, assistant.positions - len(prompt))
+    config.max_new_tokens = min(sampling.max_new_tokens, _room(assistant, prompt))
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     batch = _left_padded([prompt], 0, assistant.model.device)

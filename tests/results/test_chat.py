@@ -58,6 +58,16 @@ def test_old_turns_make_room_for_new_ones(assistant: Assistant) -> None:
     assert "the model was made for 256" in said
 
 
+def test_a_list_of_prompts_keeps_within_what_the_model_was_made_for(assistant: Assistant) -> None:
+    length = len(assistant.encoder.encode_prompt("", [OpenExchange("x?" * 50)]))
+    long = OpenExchange("x?" * (50 + (256 - length - 8) // 2))
+    given = answers(assistant, [OpenExchange("Hi"), long], 40, at_once=1)
+    room = 256 - len(assistant.encoder.encode_prompt("", [long]))
+    assert given[1].tokens <= room < 40 and given[0].tokens > room
+    with pytest.raises(UserError, match="the model was made for 256"):
+        answers(assistant, [OpenExchange("Hi"), OpenExchange("x?" * 400)])
+
+
 @pytest.mark.parametrize(
     ("line", "answer"),
     [

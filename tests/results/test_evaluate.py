@@ -49,6 +49,13 @@ def test_an_evaluation_is_shown_and_written_whole(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.rglob(".*"))
 
 
+def test_a_row_whose_prompt_leaves_no_room_is_measured_but_not_answered(tmp_path: Path) -> None:
+    assistant = open_assistant(make_tuned(tmp_path, max_position_embeddings=64), "fp32")
+    long = Row("rows.json", 99, "", (Exchange("Count to " * 60, "", "three"),))
+    found = evaluate(assistant, [long, ROWS[0]], to_answer=2)
+    assert len(found.rows) == 2 and [answer["instruction"] for answer in found.answers] == ["Count to 1"]
+
+
 def test_chrf_is_sacrebleus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chrf(["the same"], ["the same"]) == pytest.approx(100)
     middle = chrf(["the cat sat on a mat"], ["the cat sat on the mat"])
