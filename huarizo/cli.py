@@ -4,6 +4,7 @@ Errors become one message on stderr and an exit code:
 0 done; 2 the user's mistake; 3 the machine's fault; 130 interrupted, after a checkpoint.
 """
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,6 +110,10 @@ def _tell_result(result: Any) -> None:
 
 def main() -> None:
     """Entry point of the `huarizo` command."""
+    if sys.stdin is None:  # closed by who started it
+        sys.stdin = io.StringIO()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold letters that a terminal does not have
     try:
         app()
     except HuarizoError as error:

@@ -1,8 +1,10 @@
 """The commands for what was trained: talk with it, compare, evaluate, merge, export, push."""
 
+import importlib
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +52,9 @@ def ask(
     from huarizo.results.tuned import find_tuned
 
     sampling = checked(Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed))
-    text = _standard_input() if question == "-" else question
+    text = (_standard_input() if question == "-" else question).strip()
+    if not text:
+        raise UserError("the prompt is empty. Give one: huarizo ask RUN PROMPT, or on standard input")
     assistant = open_assistant(find_tuned(run, prompt))
     with assistant.untuned(base):
         answer = stream_answer(
@@ -58,7 +62,7 @@ def ask(
         )  # fmt: skip
     if as_json:
         facts = {"prompt": text, "answer": answer.text, "tokens": answer.tokens, "finished": answer.finished}
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
     else:
         print()
 
@@ -67,12 +71,9 @@ def _standard_input() -> str:
     if sys.stdin.isatty():
         print("the prompt, then Ctrl-D:", file=sys.stderr)
     try:
-        text = sys.stdin.read().strip()
+        return sys.stdin.read()
     except UnicodeDecodeError:
         raise UserError("standard input is not text in UTF-8") from None
-    if not text:
-        raise UserError("no prompt on standard input. Give one: huarizo ask RUN PROMPT")
-    return text
 
 
 @app.command()
@@ -96,6 +97,8 @@ def chat(
     sampling = checked(Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed))
     assistant = open_assistant(find_tuned(run, prompt))
     print(HELP)
+    with suppress(ImportError):
+        importlib.import_module("readline")  # lines can be edited and brought back, where the system has it
     converse(Conversation(assistant, write, system, sampling), input)
 
 

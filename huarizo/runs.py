@@ -130,5 +130,5 @@ def open_run(name: Path | str) -> Run:
     if run is not None:
         return run
     there = sorted(str(p.parent) for p in Path("runs").glob("*/recipe.yaml"))
-    known = f" The runs here are {', '.join(there[-5:])}." if there else ""
-    raise UserError(f"{name}: this is no run folder (it has no recipe.yaml).{known}")
+    known = f"The runs here are {', '.join(there[-5:])}" if there else "Name the folder that `huarizo train` printed"
+    raise UserError(f"{name}: this is no run folder (it has no recipe.yaml). {known}")

@@ -68,7 +68,17 @@ def use_the_result(run: Path, tmp_path: Path) -> None:
     asked = huarizo("ask", str(run / "adapter"), "--json", "--max-new-tokens", "3", cwd=tmp_path, input="Count to 2\n")
     assert json.loads(asked.stdout).keys() == {"prompt", "answer", "tokens", "finished"}, asked.stderr
     nothing = huarizo("ask", str(run), cwd=tmp_path, input="")
-    assert nothing.returncode == 2 and "no prompt on standard input" in nothing.stderr
+    assert nothing.returncode == 2 and "the prompt is empty" in nothing.stderr
+    command = [sys.executable, "-m", "huarizo", "ask", str(run), "--max-new-tokens", "2"]
+    broken = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, input=b"Hi \xff", capture_output=True)
+    assert broken.returncode == 2 and b"not text in UTF-8" in broken.stderr and b"Traceback" not in broken.stderr
+    ascii = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
+    told = subprocess.run([*command, "--json", "이름?"], cwd=tmp_path, env=ascii, capture_output=True)
+    assert json.loads(told.stdout)["prompt"] == "이름?", told.stderr
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True
+    )
+    assert closed.returncode == 2 and b"the prompt is empty" in closed.stderr
     page = tmp_path / "page.html"
     for _ in range(2):
         compared = huarizo("compare", str(run), "--out", str(page), "--max-new-tokens", "5", cwd=tmp_path)

@@ -1,6 +1,6 @@
 """A conversation on a terminal: what a person types is a message, or a command that begins with a slash."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 from huarizo.data.prompts import OpenExchange, Turn
@@ -75,9 +75,11 @@ class Conversation:
 
     def _answer(self, line: str) -> None:
         try:
+            remembered = self._remembered(line)
+            asked = [*remembered, OpenExchange(line)]
             with self.assistant.untuned(self.untuned):
-                answer = stream_answer(self.assistant, self._asked(line), self.write, self.system, self.sampling)
-            self.turns.append(Exchange(line, "", answer.text))
+                answer = stream_answer(self.assistant, asked, self.write, self.system, self.sampling)
+            self.turns = [*remembered, Exchange(line, "", answer.text)]
             self.write("" if answer.finished else f"\n(cut at {answer.tokens} tokens)")
         except KeyboardInterrupt:
             self.write("\n(stopped; this turn is forgotten)")
@@ -85,18 +87,18 @@ class Conversation:
             self.write(f"({error})")
         self.write("\n")
 
-    def _asked(self, line: str) -> list[Turn]:
-        """The turns with the new one; the oldest are forgotten where they leave no room for an answer."""
-        before = len(self.turns)
-        while True:
-            asked: list[Turn] = [*self.turns, OpenExchange(line)]
-            length = len(self.assistant.encoder.encode_prompt(self.system, asked))
-            if length + ROOM <= self.assistant.positions or not self.turns:
-                break
-            self.turns.pop(0)
-        if gone := before - len(self.turns):
+    def _remembered(self, line: str) -> list[Exchange]:
+        """The turns in front of a new one, without the oldest where they leave no room for an answer."""
+        turns = list(self.turns)
+        while turns and self._length([*turns, OpenExchange(line)]) + ROOM > self.assistant.positions:
+            turns.pop(0)
+        gone = len(self.turns) - len(turns)
+        if gone and self._length([*turns, OpenExchange(line)]) < self.assistant.positions:
             self.write(f"(the model's {self.assistant.positions:,} tokens are full: {gone} old turns are forgotten)\n")
-        return asked
+        return turns
+
+    def _length(self, turns: Sequence[Turn]) -> int:
+        return len(self.assistant.prompt_ids(self.system, turns))
 
 
 def checked(sampling: Sampling) -> Sampling:
@@ -128,6 +130,9 @@ def converse(conversation: Conversation, read: Callable[[str], str]) -> None:
             return
         except KeyboardInterrupt:
             conversation.write("\n(Ctrl-D or /exit ends)\n")
+            continue
+        except UnicodeDecodeError:
+            conversation.write("(this was not text in UTF-8)\n")
             continue
         if not conversation.hear(line):
             return

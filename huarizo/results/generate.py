@@ -35,9 +35,21 @@ class Assistant:
         """The longest conversation that the model was made for, in tokens, its answer included."""
         return self.model.config.max_position_embeddings
 
+    def prompt_ids(self, system: str, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of a conversation whose last turn is to be answered.
+
+        Raises:
+            UserError: a terminal or a pipe sent bytes that are no letters.
+        """
+        try:
+            "".join((system, *(turn.instruction for turn in turns))).encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("what was typed or sent is not text in UTF-8. Send it again in that encoding") from None
+        return self.encoder.encode_prompt(system, turns)
+
     def fits(self, turn: OpenExchange) -> bool:
         """Whether a prompt leaves room for an answer in what the model was made for."""
-        return len(self.encoder.encode_prompt("", [turn])) < self.positions
+        return len(self.prompt_ids("", [turn])) < self.positions
 
     def untuned(self, wanted: bool = True) -> Any:
         """A block in which the base answers, as if it had no adapter; nothing changes where not `wanted`."""
@@ -136,7 +148,7 @@ def answers(
         UserError: a prompt leaves no room for an answer in what the model was made for.
         MachineError: not even one prompt fits into the card's memory.
     """
-    prompts = [assistant.encoder.encode_prompt("", [turn]) for turn in turns]
+    prompts = [assistant.prompt_ids("", [turn]) for turn in turns]
     room = [min(max_new_tokens, _room(assistant, prompt)) for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     found: dict[int, Answer] = {}
@@ -193,10 +205,10 @@ def stream_answer(
     """Answer the last turn, passing the text to `write` as it comes.
 
     Raises:
-        UserError: the conversation leaves no room for an answer in what the model was made for.
+        UserError: the conversation leaves no room for an answer in what the model was made for, or is no text.
     """
     sampling = sampling or Sampling()
-    prompt = assistant.encoder.encode_prompt(system, turns)
+    prompt = assistant.prompt_ids(system, turns)
     config = _generation_config(assistant, sampling)
     config.max_new_tokens = min(sampling.max_new_tokens, _room(assistant, prompt))
     if sampling.seed is not None:

@@ -51,11 +51,29 @@ def test_a_system_message_begins_a_new_conversation(assistant: Assistant) -> Non
     assert talk(assistant, "Hi", system="Be rude.") == [spoken]
 
 
+def test_what_is_no_text_is_told_and_nothing_is_lost(assistant: Assistant) -> None:
+    good, broken, _ = talk(assistant, "Hi", "Hi \udcff", "Hi")
+    assert "not text in UTF-8" in broken and good
+    lines: list[Any] = ["Hi", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), EOFError()]
+
+    def read(_: str) -> str:
+        line = lines.pop(0)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    written: list[str] = []
+    converse(Conversation(assistant, written.append, sampling=Sampling(max_new_tokens=2)), read)
+    assert not lines and "not text in UTF-8" in "".join(written)
+
+
 def test_old_turns_make_room_for_new_ones(assistant: Assistant) -> None:
     said = talk(assistant, *["Tell me more about llamas"] * 12)
     assert "old turns are forgotten" in said[-1]
     (said,) = talk(assistant, "x?" * 400)
     assert "the model was made for 256" in said
+    first, second, refused, third = talk(assistant, "Hi", "You?", "x?" * 400, "And?")
+    assert "forgotten" not in refused and third == talk(assistant, "Hi", "You?", "And?")[-1]
 
 
 def test_a_list_of_prompts_keeps_within_what_the_model_was_made_for(assistant: Assistant) -> None:
