@@ -72,7 +72,7 @@ def test_old_turns_make_room_for_new_ones(assistant: Assistant) -> None:
     assert "old turns are forgotten" in said[-1]
     (said,) = talk(assistant, "x?" * 400)
     assert "the model was made for 256" in said
-    first, second, refused, third = talk(assistant, "Hi", "You?", "x?" * 400, "And?")
+    *_, refused, third = talk(assistant, "Hi", "You?", "x?" * 400, "And?")
     assert "forgotten" not in refused and third == talk(assistant, "Hi", "You?", "And?")[-1]
 
 
