@@ -123,7 +123,7 @@ def compare(
     if out:
         comparing.check_target(out, force)
     tuned = find_tuned(run, prompt)
-    asked = comparing.read_prompts(prompts) if prompts else comparing.usual_prompts(tuned)
+    asked = comparing.read_prompts(prompts, tuned.recipe.data.columns) if prompts else comparing.usual_prompts(tuned)
     samples = comparing.compare(open_assistant(tuned), asked, max_new_tokens)
     show_samples(console(), samples)
     if out:

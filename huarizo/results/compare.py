@@ -5,7 +5,7 @@ In go prompts from a file, or those that the run itself answered; out comes a ta
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huarizo.data.prompts import OpenExchange
@@ -28,8 +28,10 @@ td { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
-def read_prompts(file: Path) -> list[Sample]:
+def read_prompts(file: Path, columns: Mapping[str, str] | None = None) -> list[Sample]:
     """Prompts from a text file, one a line, or from any file of rows; answers are still to be given.
+
+    columns: the names of the rows' columns, where they have their own.
 
     Raises:
         DataError: no such file, or nothing in it that can be asked.
@@ -37,7 +39,7 @@ def read_prompts(file: Path) -> list[Sample]:
     if not file.is_file():
         raise DataError(f"{file}: there is no such file. Give a text file with one prompt a line, or a file of rows")
     if file.suffix.lower() not in (".txt", ".md", ""):
-        rows = require_good(read_rows(file), "fail")
+        rows = require_good(read_rows(file, columns), "fail")
         firsts = [row.exchanges[0] for row in rows]
         return [Sample(first.instruction, first.input, "", None, first.output) for first in firsts]
     if file.stat().st_size > LARGEST:

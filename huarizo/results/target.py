@@ -11,7 +11,7 @@ def check_file(file: Path, force: bool) -> None:
     """Can a file be written there?
 
     Raises:
-        UserError: it is a folder, or there is something already, and not `force`.
+        UserError: it is a folder, its folder is a file, or there is something already, and not `force`.
     """
     if file.is_dir():
         raise UserError(f"{file}: this is a folder. Name a file, such as {file / 'NAME'}")
@@ -44,5 +44,8 @@ def check_folder(folder: Path, force: bool, known_by: str, spared: Sequence[Path
 
 
 def _check_free(target: Path, force: bool) -> None:
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{target}: {above} is a file, so nothing can stand in it. Name another place")
     if os.path.lexists(target) and not force:
         raise UserError(f"{target}: there is something here already. Name another place, or replace it with --force")

@@ -57,10 +57,11 @@ def find_tuned(name: str, prompt: str | None = None) -> Tuned:
         return open_tuned(run, prompt)
     local = Path(name).expanduser()
     if (local / CONFIG).is_file():
-        beside = find_run(local.parent)
-        if beside is not None and local.name == beside.adapter.name:
+        folder = local.resolve()
+        beside = find_run(folder.parent)
+        if beside is not None and folder.name == beside.adapter.name:
             return open_tuned(beside, prompt)
-        return open_adapter(local.resolve(), prompt)
+        return open_adapter(folder, prompt)
     if local.exists() or "/" not in name or name.startswith((".", "/", "~")):
         return open_tuned(open_run(name), prompt)  # says what there is
     return open_adapter(resolve_adapter(name).path, prompt)

@@ -23,6 +23,9 @@ def test_prompts_come_from_lines_or_rows(tmp_path: Path, alpaca_file: Path) -> N
     assert [sample.prompt for sample in read_prompts(text)] == ["Who are you?", "안녕?"]
     rows = read_prompts(alpaca_file)
     assert len(rows) == 12 and rows[2].prompt == "Count to 3" and rows[2].expected == "1 2 3"
+    (tmp_path / "own.jsonl").write_text('{"question": "Who?", "reply": "Me."}\n')
+    (own,) = read_prompts(tmp_path / "own.jsonl", {"instruction": "question", "output": "reply"})
+    assert (own.prompt, own.expected) == ("Who?", "Me.")
 
 
 @pytest.mark.parametrize(

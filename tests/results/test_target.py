@@ -18,6 +18,8 @@ def test_a_file_is_replaced_only_when_asked_and_a_folder_never(tmp_path: Path) -
         check_file(tmp_path / "old.gguf", force=False)
     with pytest.raises(UserError, match="is a folder. Name a file"):
         check_file(tmp_path, force=True)
+    with pytest.raises(UserError, match="nothing can stand in it"):
+        check_file(tmp_path / "old.gguf" / "more" / "new.gguf", force=True)
 
 
 def test_a_link_that_leads_nowhere_is_something_too(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_an_adapter_from_elsewhere_names_its_base(foreign: Path) -> None:
     assert find_tuned(str(foreign), "alpaca").encoder.prompt.name == "alpaca"
 
 
-def test_a_run_is_found_by_its_folder_and_by_its_adapter(tmp_path: Path) -> None:
+def test_a_run_is_found_by_its_folder_and_by_its_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_tuned(tmp_path)
     recipe = made.recipe.model_copy(update={"model": str(made.base)})
     data = recipe.data.model_copy(update={"max_length": 99, "labels": "all", "prompt": "alpaca", "train": "quickstart"})
@@ -49,6 +49,9 @@ def test_a_run_is_found_by_its_folder_and_by_its_adapter(tmp_path: Path) -> None
         assert tuned.run and tuned.run.path == tmp_path and tuned.folder == tmp_path
         assert tuned.encoder.prompt.name == "alpaca"
         assert (tuned.encoder.max_length, tuned.encoder.labels) == (99, "all")
+    monkeypatch.chdir(tmp_path / "adapter")
+    here = find_tuned(".")
+    assert here.run and here.folder.resolve() == tmp_path
 
 
 @pytest.mark.parametrize(
