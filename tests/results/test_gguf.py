@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Exchange
+from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.model.load import load_tokenizer
 from huarizo.model.merged import MergedWeights
@@ -60,6 +63,29 @@ def test_tinyllamas_tokenizer_cuts_real_rows_alike(
         for system, conversation in (("", [turn]), ("Be short.", told)):
             text = space + "".join(p.text for p in encoder.prompt.pieces(system, conversation))
             assert other.tokens(text, add_special=True) == encoder.encode_prompt(system, conversation), text
+
+
+@pytest.fixture(scope="module", params=["byte-level BPE", "SentencePiece"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaCpp, Encoder, str]:
+    folder = tmp_path_factory.mktemp("loaded")
+    if request.param == "SentencePiece":
+        tokenizer = request.getfixturevalue("tinyllama_tokenizer")
+        tuned = make_tuned(folder, tokenizer, vocab_size=32000, bos_token_id=1, eos_token_id=2)
+    else:
+        tuned = make_tuned(folder)
+    return (
+        LlamaCpp(export_gguf(tuned, folder / "model.gguf", "f16"), context=4096),
+        tuned.encoder,
+        leading_space(tuned.encoder),
+    )
+
+
+@given(st.text() | st.text(alphabet="  \n\tabAB019.'안녕🦙é\u0301\u200d\u3000</s>|"))
+@settings(max_examples=300, deadline=None)
+def test_any_text_is_cut_alike(loaded: tuple[LlamaCpp, Encoder, str], text: str) -> None:
+    other, encoder, space = loaded
+    prompt = space + "".join(piece.text for piece in encoder.prompt.pieces("", [OpenExchange(text)]))
+    assert other.tokens(prompt, add_special=True) == encoder.encode_prompt("", [OpenExchange(text)])
 
 
 def test_the_chat_template_in_the_file_gives_the_trained_prompt(
