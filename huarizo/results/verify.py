@@ -24,7 +24,7 @@ from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base
 from huarizo.model.merged import MergedWeights
 from huarizo.results.generate import generating
-from huarizo.results.gguf import leading_space, size_of, write_gguf
+from huarizo.results.gguf import size_of, write_gguf
 from huarizo.results.tuned import Tuned
 
 PROMPTS = (
@@ -139,20 +139,25 @@ class LlamaCpp:
 def compare_with_transformers(tuned: Tuned, file: Path, adapter: Path | None = None) -> Comparison:
     """Load both and compare them on prompts in the run's format: how llama.cpp cuts them, and what it expects next.
 
+    Where that format is the model's chat template, llama.cpp writes the prompts by the template in the file.
+
     file: a GGUF of the tuned model; or of its base, with `adapter` on it.
 
     Raises:
         UserError: xllamacpp is not installed.
         ModelError: llama.cpp can't load the file.
     """
-    other, encoder, space = LlamaCpp(file, adapter=adapter), tuned.encoder, leading_space(tuned.encoder)
+    other, encoder = LlamaCpp(file, adapter=adapter), tuned.encoder
     contexts, wrong = [], []
     for prompt in PROMPTS:
         contexts.append(encoder.encode_prompt("", [OpenExchange(prompt)]))
-        text = "".join(piece.text for piece in encoder.prompt.pieces("", [OpenExchange(prompt)]))
+        if encoder.prompt.name == "chat":
+            text = other.chat_prompt([{"role": "user", "content": prompt}])
+        else:
+            text = "".join(piece.text for piece in encoder.prompt.pieces("", [OpenExchange(prompt)]))
         if encoder.adds_bos:
             text = text.removeprefix(str(encoder.tokenizer.bos_token))
-        if other.tokens(space + text, add_special=True) != contexts[-1]:
+        if other.tokens(text, add_special=True) != contexts[-1]:
             wrong.append(prompt)
     return dataclasses.replace(compare_contexts(tuned, other, contexts), other_tokens=wrong)
 
