@@ -7,6 +7,7 @@ describes a plain LoRA is taken from it; anything else that is set is refused by
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from huarizo.files import fault_in, manifest_of
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LARGEST_CONFIG = 1_000_000  # bytes
 LARGEST_RANK = 4096
+PREFIX = "base_model.model."  # of the names in an adapter's file
+BASE_LAYER = ".base_layer.weight"
+"""How names end of embeddings and heads that PEFT writes beside the LoRA on them, as the base had them."""
 PLAIN_NAME = re.compile(r"[\w.]{1,200}")
 INITS = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")
 """Initialisations that change the base model, or do nothing, when an adapter is loaded; all without code or data."""
@@ -40,8 +44,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
             raise ModelError(f"{wrong_base}: the sizes of its layers differ") from None
         raise ModelError(f"{folder}: the adapter does not load: {_first_line(error)}") from None
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        unused = set(file.keys()) ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-    if unused:
+        given = {name for name in file.keys() if not name.endswith(BASE_LAYER)}  # noqa: SIM118
+    if unused := given ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
         raise ModelError(f"{wrong_base}: {sorted(unused)[0]} has no counterpart")
     return tuned
 
@@ -66,13 +70,15 @@ def check_adapter(folder: Path) -> Any:
         fault = str(error)
     if fault:
         raise ModelError(f"{folder}: {fault}. Make it again from the last checkpoint, or put a whole copy there")
-    config = read_adapter_config(folder)
-    _check_shapes(folder, config)
+    config = _read_config(folder)
+    shapes = _shapes(folder, config)
+    if config.target_modules is None:
+        config.target_modules = _targets(folder, shapes)
     return config
 
 
-def read_adapter_config(folder: Path) -> Any:
-    """A LoraConfig from adapter_config.json, for inference.
+def _read_config(folder: Path) -> Any:
+    """A LoraConfig from adapter_config.json, for inference. `target_modules` is None where it is a pattern or not said.
 
     Raises:
         ModelError: it is missing, broken, or not a plain LoRA; the message names the field.
@@ -98,6 +104,8 @@ def read_adapter_config(folder: Path) -> Any:
         elif value and value != defaults.get(name):
             raise ModelError(f"{path}: it sets {name}, which Huarizo does not load. Only a plain LoRA is")
     taken = {name: value for name, value in values.items() if name in CHECKS and value is not None}
+    if isinstance(taken.get("target_modules"), str):
+        del taken["target_modules"]  # the matrices in the file say the same, and no pattern has to be compiled
     for name in ("peft_type", "task_type"):
         taken.pop(name, None)
     taken |= {"task_type": "CAUSAL_LM", "inference_mode": True}
@@ -145,7 +153,7 @@ CHECKS = {
     "r": _is_rank,
     "lora_alpha": _is_number,
     "lora_dropout": lambda value: _is_number(value) and value < 1,
-    "target_modules": _is_names,
+    "target_modules": lambda value: isinstance(value, str) or _is_names(value),
     "exclude_modules": _is_names,
     "modules_to_save": _is_names,
     "layers_to_transform": _is_layers,
@@ -166,8 +174,8 @@ CHECKS = {
 """Fields that are taken, each with what it may be."""
 
 
-def _check_shapes(folder: Path, config: Any) -> None:
-    """The configuration's rank is that of the matrices, so that no memory is taken for more than the file holds."""
+def _shapes(folder: Path, config: Any) -> dict[str, list[int]]:
+    """The file's tensors, after a check that the configuration's rank is theirs: no memory is taken for more."""
     from safetensors import SafetensorError, safe_open
 
     allowed = {config.r, *(config.rank_pattern or {}).values()}
@@ -176,13 +184,22 @@ def _check_shapes(folder: Path, config: Any) -> None:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file: {_first_line(error)}") from None
-    matrices = {name: shape for name, shape in shapes.items() if "lora_A" in name}
+    matrices = {name: shape for name, shape in shapes.items() if "lora_A" in name or "lora_embedding_A" in name}
     wrong = next((name for name, shape in matrices.items() if shape[:1] and shape[0] not in allowed), None)
     if wrong or not matrices:
         what = (
             f"{wrong} has the rank {matrices[wrong][0]}, not {config.r}" if wrong else "there is no LoRA matrix in it"
         )
         raise ModelError(f"{folder}: {what}, so {WEIGHTS} and {CONFIG} don't belong together")
+    return shapes
+
+
+def _targets(folder: Path, names: Iterable[str]) -> list[str]:
+    """The modules that the file has matrices for."""
+    found = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name})
+    if not _is_names(found):
+        raise ModelError(f"{folder / WEIGHTS}: it has matrices for modules that no plain LoRA has")
+    return found
 
 
 def _first_line(error: BaseException) -> str:

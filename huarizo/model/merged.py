@@ -6,7 +6,7 @@ stands in memory. PEFT's own layer does the arithmetic, so that every kind of Lo
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from torch import nn
 
 from huarizo.errors import ModelError
 from huarizo.hub.model_files import INDEX, WEIGHTS
+from huarizo.model.adapter import BASE_LAYER, PREFIX, check_adapter
 from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from huarizo.model.adapter import check_adapter
 from huarizo.model.load import read_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PREFIX = "base_model.model."
 
 
 class MergedWeights:
@@ -73,10 +72,8 @@ class MergedWeights:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A tensor with the adapter's change, in float32."""
-        if name in self.replaced:
-            return self.replaced[name].float()
         source = EMBEDDING if name == HEAD and self.tied else name
-        weight = self._base_tensor(source).float()
+        weight = (self.replaced[name] if name in self.replaced else self._base_tensor(source)).float()
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.changes:
             return self._added(module, weight)
@@ -90,14 +87,23 @@ class MergedWeights:
         known = {name.removesuffix(".weight") for name in self._file_of} | {HEAD.removesuffix(".weight")}
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                name = key.removeprefix(PREFIX)
+                name = key.removeprefix(PREFIX).replace(BASE_LAYER, ".weight")
                 module, mark, rest = name.partition(".lora_")
                 if module.removesuffix(".weight") not in known:
                     raise self._wrong_base(f"it has no {module}")
+                if rest == "B.bias":
+                    raise ModelError(
+                        f"{adapter}: lora_bias can't be merged. The adapter can be used with PEFT as it is"
+                    )
                 if mark:
                     self.changes[module][f"lora_{rest}"] = file.get_tensor(key)
                 else:
-                    self.replaced[name] = file.get_tensor(key)
+                    self._replace(name, file.get_tensor(key))
+
+    def _replace(self, name: str, tensor: torch.Tensor) -> None:
+        if tuple(tensor.shape) != self.shape(name):
+            raise self._wrong_base(f"its {name} is {_size(self.shape(name))}, the adapter's {_size(tensor.shape)}")
+        self.replaced[name] = tensor
 
     def _changes_one_of_the_tied(self) -> bool:
         tied = (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
@@ -108,18 +114,20 @@ class MergedWeights:
         from peft import inject_adapter_in_model
 
         parts = self.changes[module]
-        if weight.shape != (parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]):
-            sizes = f"{parts['lora_B.weight'].shape[0]} x {parts['lora_A.weight'].shape[1]}"
-            raise self._wrong_base(f"its {module} is {weight.shape[0]} x {weight.shape[1]}, the adapter's {sizes}")
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        root, layer = nn.Module(), linear
+        shape = _shape_of(parts)
+        if weight.shape != shape:
+            raise self._wrong_base(f"its {module} is {_size(weight.shape)}, the adapter's {_size(shape)}")
+        if "lora_embedding_A" in parts:
+            tree: Any = nn.Embedding(*shape, device="meta")
+        else:
+            tree = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+        tree.weight = nn.Parameter(weight, requires_grad=False)
         for name in reversed(module.split(".")):
-            root = nn.Module()
-            root.add_module(name, layer)
-            layer = root
-        inject_adapter_in_model(self._lora, root)
-        lora: Any = root.get_submodule(module)
+            above = nn.Module()
+            above.add_module(name, tree)
+            tree = above
+        inject_adapter_in_model(self._lora, tree)
+        lora = tree.get_submodule(module)
         lora.load_state_dict({_named(key): tensor for key, tensor in parts.items()}, strict=False)
         try:
             lora.merge(safe_merge=True)
@@ -132,9 +140,22 @@ class MergedWeights:
         return ModelError(f"{self.adapter}: this adapter was made for {made_for}, not for {self.base}: {why}")
 
 
+def _shape_of(parts: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """The shape of the weight that an adapter's parts change: [out, in], or [tokens, size] of an embedding."""
+    if "lora_embedding_A" in parts:
+        return parts["lora_embedding_A"].shape[1], parts["lora_embedding_B"].shape[0]
+    return parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
 def _named(key: str) -> str:
     """An adapter file's name of a part, as PEFT's layer has it: lora_A.weight -> lora_A.default.weight."""
     part, _, rest = key.partition(".")
+    if part.startswith("lora_embedding"):
+        return f"{part}.default"
     return f"{part}.default.{rest}" if rest else f"{part}.default.weight"
 
 

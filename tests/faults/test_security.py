@@ -165,7 +165,7 @@ def test_a_plain_adapter_loads(adapter: Path) -> None:
     [
         ("megatron_config", {"x": 1}), ("megatron_core", "os"), ("auto_mapping", {"parent_library": "os"}),
         ("loftq_config", {"x": 1}), ("eva_config", {"x": 1}), ("corda_config", {"x": 1}), ("layer_replication", [[0, 9]]),
-        ("peft_type", "PROMPT_TUNING"), ("r", 10**9), ("r", -1), ("r", "8"), ("target_modules", "(a+)+$"),
+        ("peft_type", "PROMPT_TUNING"), ("r", 10**9), ("r", -1), ("r", "8"),
         ("target_modules", ["(a+)+$"]), ("rank_pattern", {"(a+)+$": 4}), ("init_lora_weights", "eva"),
         ("modules_to_save", ["../x"]), ("bias", "all"), ("something_new", "x"), ("lora_alpha", 1e30),
     ],
@@ -175,6 +175,11 @@ def test_an_adapter_that_asks_for_more_is_refused(adapter: Path, field: str, val
     change(adapter, **{field: value})
     with pytest.raises(ModelError, match=f"{field}"):
         load_adapter(make_model(), adapter)
+
+
+def test_a_pattern_of_target_modules_is_not_compiled(adapter: Path) -> None:
+    change(adapter, target_modules="(a+)+$")
+    assert load_adapter(make_model(), adapter).peft_config["default"].target_modules != "(a+)+$"
 
 
 def test_a_rank_that_is_not_the_matrices_own_takes_no_memory(adapter: Path) -> None:

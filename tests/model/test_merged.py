@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from huarizo.errors import ModelError
@@ -61,6 +62,55 @@ def test_merged_logits_are_those_of_base_and_adapter(tmp_path: Path, kind: str, 
         merged = written(MergedWeights(base, adapter), tmp_path / "merged")
         actual = LlamaForCausalLM.from_pretrained(merged)(ids).logits
     assert float((actual - expected).abs().max()) < 1e-5 < float((plain - expected).abs().max())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*self_attn\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["pattern", "embedding", "head", "layers", "modules_to_save"],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_peft_itself_saved_is_merged(tmp_path: Path, options: dict[str, Any], tied: bool) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_model(tie_word_embeddings=tied).save_pretrained(base)
+    tuned = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, task_type="CAUSAL_LM", ensure_weight_tying=False, **options),
+    )
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    tuned.save_pretrained(str(adapter))
+    ids = torch.randint(0, 260, (1, 20))
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(adapter)).eval()(ids).logits
+        loaded = load_adapter(LlamaForCausalLM.from_pretrained(base), adapter)(ids).logits
+        merged = written(MergedWeights(base, adapter), tmp_path / "merged")
+        actual = LlamaForCausalLM.from_pretrained(merged)(ids).logits
+    assert torch.equal(loaded, expected) and float((actual - expected).abs().max()) < 1e-5
+
+
+def test_lora_on_biases_is_refused_in_words(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, {"lora_bias": True}, ["q_proj"], attention_bias=True)
+    with pytest.raises(ModelError, match="lora_bias can't be merged"):
+        MergedWeights(base, adapter)
+
+
+def test_a_replaced_embedding_of_another_size_is_of_another_base(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, {}, ["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file) | {"base_model.model.model.embed_tokens.weight": torch.zeros(300, 64)}
+    save_file(tensors, file)
+    with pytest.raises(
+        ModelError, match=r"not for .*: its model.embed_tokens.weight is \d+ x 64, the adapter's 300 x 64"
+    ):
+        MergedWeights(base, adapter)
 
 
 def test_the_bases_dtype_is_kept_and_added_to_in_fp32(tmp_path: Path) -> None:
