@@ -17,7 +17,7 @@ from huarizo.data.prompts import ChatFormat, prompt_format
 from huarizo.data.rows import read_rows
 from huarizo.errors import DataError, ModelError, RecipeError, UserError
 from huarizo.hub.names import resolve_model
-from huarizo.model.adapter import load_adapter, read_adapter_config
+from huarizo.model.adapter import check_adapter, load_adapter
 from huarizo.model.load import load_tokenizer, read_config
 from huarizo.model.lora import add_lora
 from huarizo.recipe import load_recipe, make_recipe
@@ -199,7 +199,7 @@ def test_adapters_and_checkpoints_hold_no_pickle(adapter: Path) -> None:
 def test_a_broken_adapter_configuration_is_told(adapter: Path, text: str) -> None:
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(ModelError, match="can't be read"):
-        read_adapter_config(adapter)
+        check_adapter(adapter)
 
 
 # Recipes

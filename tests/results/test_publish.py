@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from huarizo.errors import ModelError, UserError
-from huarizo.model.adapter import read_adapter_config
+from huarizo.model.adapter import check_adapter
 from huarizo.model.lora import add_lora
 from huarizo.recipe import make_recipe, to_yaml
 from huarizo.results.publish import CARD, Publication, publication, publish
@@ -128,7 +128,7 @@ def test_what_is_sent_loads_as_an_adapter(made: Path, tmp_path: Path) -> None:
     found = publication(Run(made / "runs" / "hello"), "ann/hello")
     for name in found.files:
         (tmp_path / name).write_bytes(content(found, name))
-    assert read_adapter_config(tmp_path).r == 4
+    assert check_adapter(tmp_path).r == 4
     assert isinstance(PeftModel.from_pretrained(make_model(), str(tmp_path)), torch.nn.Module)
 
 
