@@ -124,7 +124,7 @@ def compare(
         comparing.check_target(out, force)
     tuned = find_tuned(run, prompt)
     asked = comparing.read_prompts(prompts, tuned.recipe.data.columns) if prompts else comparing.usual_prompts(tuned)
-    samples = comparing.compare(open_assistant(tuned), asked, max_new_tokens)
+    samples = comparing.compare(open_assistant(tuned), asked, max_new_tokens, console())
     show_samples(console(), samples)
     if out:
         comparing.write_comparison(samples, f"{run}: base and tuned", out, force)
@@ -165,7 +165,7 @@ def evaluate(
         print(json.dumps(found, indent=2))
     else:
         rows = evaluating.rows_of(tuned, data) if data else evaluating.heldout_rows(tuned)
-        evaluation = evaluating.evaluate(open_assistant(tuned, precision), rows, to_answer)
+        evaluation = evaluating.evaluate(open_assistant(tuned, precision), rows, to_answer, console())
         evaluating.show(console(), evaluation)
         evaluating.save(evaluation, target, result=run, data=data or "held out")
         if evaluation.answers and evaluation.scores["after"].chrf is None:

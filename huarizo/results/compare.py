@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import read_rows, require_good
 from huarizo.errors import DataError, UserError
@@ -66,16 +68,20 @@ def usual_prompts(tuned: Tuned) -> list[Sample]:
     return [Sample(prompt, "", "", None) for prompt in PROMPTS]
 
 
-def compare(assistant: Assistant, prompts: Sequence[Sample], max_new_tokens: int = 200) -> list[Sample]:
+def compare(
+    assistant: Assistant, prompts: Sequence[Sample], max_new_tokens: int = 200, console: Console | None = None
+) -> list[Sample]:
     """The prompts with greedy answers of the base (`before`) and of the tuned model (`after`).
+
+    console: a terminal to show progress on.
 
     Raises:
         MachineError: not even one prompt fits into the card's memory.
     """
     turns = [OpenExchange(sample.instruction, sample.input) for sample in prompts]
     with assistant.untuned():
-        before = answers(assistant, turns, max_new_tokens)
-    after = answers(assistant, turns, max_new_tokens)
+        before = answers(assistant, turns, max_new_tokens, console=console)
+    after = answers(assistant, turns, max_new_tokens, console=console)
     return [
         Sample(sample.instruction, sample.input, old.text, new.text, sample.expected)
         for sample, old, new in zip(prompts, before, after, strict=True)

@@ -96,10 +96,13 @@ def rows_of(tuned: Tuned, name: str) -> list[Row]:
     return require_good(read_rows(resolve_data(name, heldout=True).path, data.columns), data.on_bad_row)
 
 
-def evaluate(assistant: Assistant, rows: Sequence[Row], to_answer: int = 32) -> Evaluation:
+def evaluate(
+    assistant: Assistant, rows: Sequence[Row], to_answer: int = 32, console: Console | None = None
+) -> Evaluation:
     """Measure losses on all rows and on the general text, and answer the first exchange of the first `to_answer` rows.
 
     A row whose prompt leaves no room for an answer in what the model was made for is not answered.
+    console: a terminal to show progress on.
 
     Raises:
         DataError: no row has a response within `data.max_length`.
@@ -113,9 +116,9 @@ def evaluate(assistant: Assistant, rows: Sequence[Row], to_answer: int = 32) -> 
             f"{assistant.encoder.max_length} tokens"
         )
     measured = [row for row, _ in kept]
-    losses = measure(assistant, [{"input_ids": e.input_ids, "labels": e.labels} for _, e in kept])
+    losses = measure(assistant, [{"input_ids": e.input_ids, "labels": e.labels} for _, e in kept], console)
     fitting = (row for row in measured if assistant.fits(_question(row)))
-    told_answers, scores = _answered(assistant, list(itertools.islice(fitting, to_answer)))
+    told_answers, scores = _answered(assistant, list(itertools.islice(fitting, to_answer)), console)
     return Evaluation(
         measured, len(pairs) - len(kept), losses, measure(assistant, general_examples(assistant.encoder)),
         told_answers, scores,
@@ -133,14 +136,16 @@ def _question(row: Row) -> OpenExchange:
     return OpenExchange(row.exchanges[0].instruction, row.exchanges[0].input)
 
 
-def _answered(assistant: Assistant, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
+def _answered(
+    assistant: Assistant, rows: Sequence[Row], console: Console | None
+) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
     if not rows:
         return [], {}
     firsts = [row.exchanges[0] for row in rows]
     turns = [_question(row) for row in rows]
     with assistant.untuned():
-        before = answers(assistant, turns, LONGEST_ANSWER)
-    after = answers(assistant, turns, LONGEST_ANSWER)
+        before = answers(assistant, turns, LONGEST_ANSWER, console=console)
+    after = answers(assistant, turns, LONGEST_ANSWER, console=console)
     expected = [first.output for first in firsts]
     texts = [
         {"instruction": first.instruction, "input": first.input, "expected": first.output,

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import GenerationConfig, TextStreamer
 
+from huarizo.console import tracked
 from huarizo.data.prompts import OpenExchange, Turn
 from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
-from huarizo.machine import choose_precision, device, float_precision
+from huarizo.machine import available_memory, choose_precision, device, float_precision
 from huarizo.model.adapter import load_adapter
 from huarizo.model.fast import uncompiled
 from huarizo.model.load import load_base
 from huarizo.results.tuned import Tuned
 
-MOST_TOKENS = 4096  # of a batch, prompts and answers
+SHARE = 0.25  # of the free memory, that a batch of answers may take
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,16 @@ def _left_padded(prompts: Sequence[list[int]], pad: int, on: torch.device) -> di
 
 
 def answers(
-    assistant: Assistant, turns: Sequence[OpenExchange], max_new_tokens: int = 80, at_once: int = 8
+    assistant: Assistant,
+    turns: Sequence[OpenExchange],
+    max_new_tokens: int = 80,
+    at_once: int = 32,
+    console: Console | None = None,
 ) -> list[Answer]:
     """Greedy answers to single prompts.
 
-    at_once: prompts in a batch at most, fewer where they are long; where a card's memory does not do, half as many.
+    at_once: prompts in a batch at most, fewer where memory is short.
+    console: a terminal to show on how many are answered.
 
     Raises:
         UserError: a prompt leaves no room for an answer in what the model was made for.
@@ -150,22 +157,42 @@ def answers(
     """
     prompts = [assistant.prompt_ids("", [turn]) for turn in turns]
     room = [min(max_new_tokens, _room(assistant, prompt)) for prompt in prompts]
+    given = _each_answer(assistant, prompts, room, at_once)
+    found = dict(tracked(given, "answering", console, len(prompts)))
+    return [found[index] for index in range(len(prompts))]
+
+
+def _each_answer(
+    assistant: Assistant, prompts: Sequence[list[int]], room: Sequence[int], at_once: int
+) -> Iterator[tuple[int, Answer]]:
+    """Each prompt's index with its answer, the longest first; where a card's memory does not do, half as many at once.
+
+    room: tokens that each answer may have; those in a batch may have as many.
+    """
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    found: dict[int, Answer] = {}
     while by_length:
-        size = max(1, min(at_once, MOST_TOKENS // (len(prompts[by_length[0]]) + max_new_tokens)))
-        batch = by_length[:size]
+        longest = by_length[0]
+        size = min(at_once, _most_at_once(assistant, len(prompts[longest]) + room[longest]))
+        batch = [index for index in by_length[:size] if room[index] == room[longest]]
         try:
-            given = _answered(assistant, [prompts[index] for index in batch], room[batch[0]])
-            found |= zip(batch, given, strict=True)
+            given = _answered(assistant, [prompts[index] for index in batch], room[longest])
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise MachineError("the card has not enough memory for one answer: shorten it or the prompt") from None
             at_once = len(batch) // 2
             torch.cuda.empty_cache()
             continue
-        by_length = by_length[size:]
-    return [found[index] for index in range(len(prompts))]
+        yield from zip(batch, given, strict=True)
+        by_length = by_length[len(batch) :]
+
+
+def _most_at_once(assistant: Assistant, length: int) -> int:
+    """How many prompts of a length, answers included, memory has room for: keys and values, and one layer at work."""
+    config, on = assistant.model.config, assistant.model.device
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    values = keys_and_values + 8 * config.hidden_size + 3 * config.intermediate_size
+    free = SHARE * available_memory(on)
+    return max(1, int(free / (length * values * assistant.model.dtype.itemsize)))
 
 
 def _answered(assistant: Assistant, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Answer]:

@@ -5,12 +5,14 @@ of the rows, not of the tokens, and a change is judged row by row, before agains
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from huarizo.console import tracked
 from huarizo.data.packing import cut, pack
 from huarizo.errors import MachineError
 from huarizo.model.fast import uncompiled
@@ -76,29 +78,34 @@ class Losses:
         return mean_loss([after - before for before, after in zip(self.before, self.after, strict=True)], self.tokens)
 
 
-def measure(assistant: Assistant, examples: Sequence[dict[str, Any]]) -> Losses:
+def measure(assistant: Assistant, examples: Sequence[dict[str, Any]], console: Console | None = None) -> Losses:
     """Losses of tokenised examples (`input_ids`, `labels`), without and with the adapter.
+
+    console: a terminal to show on how many are measured.
 
     Raises:
         MachineError: the longest example does not fit into the card's memory.
     """
+
+    def measured() -> list[tuple[float, int]]:
+        return list(tracked(_row_losses(assistant.model, examples), "reading", console, len(examples)))
+
     with assistant.untuned():
-        before = _row_losses(assistant.model, examples)
-    after = _row_losses(assistant.model, examples)
+        before = measured()
+    after = measured()
     return Losses([loss for loss, _ in before], [loss for loss, _ in after], [count for _, count in after])
 
 
-def _row_losses(model: Any, examples: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
+def _row_losses(model: Any, examples: Sequence[dict[str, Any]]) -> Iterator[tuple[float, int]]:
     """(summed loss, labelled tokens) of each example, packed into batches that get smaller where memory is short."""
     losses = PackedLoss(model.get_base_model())
     model.eval()
-    found: list[tuple[float, int]] = []
-    budget = BATCH_TOKENS
-    while len(found) < len(examples):
-        rest = examples[len(found) : len(found) + 256]
+    done, budget = 0, BATCH_TOKENS
+    while done < len(examples):
+        rest = examples[done : done + 256]
         first = cut([len(example["input_ids"]) for example in rest], budget)[0]
         try:
-            found += _batch_losses(losses, model, [rest[index] for index in first])
+            found = _batch_losses(losses, model, [rest[index] for index in first])
         except torch.cuda.OutOfMemoryError:
             if len(first) == 1:
                 raise MachineError(
@@ -106,7 +113,9 @@ def _row_losses(model: Any, examples: Sequence[dict[str, Any]]) -> list[tuple[fl
                 ) from None
             budget //= 2
             torch.cuda.empty_cache()
-    return found
+            continue
+        yield from found
+        done += len(first)
 
 
 def _batch_losses(losses: PackedLoss, model: Any, examples: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:

@@ -79,7 +79,7 @@ def test_old_turns_make_room_for_new_ones(assistant: Assistant) -> None:
 def test_a_list_of_prompts_keeps_within_what_the_model_was_made_for(assistant: Assistant) -> None:
     length = len(assistant.encoder.encode_prompt("", [OpenExchange("x?" * 50)]))
     long = OpenExchange("x?" * (50 + (256 - length - 8) // 2))
-    given = answers(assistant, [OpenExchange("Hi"), long], 40, at_once=1)
+    given = answers(assistant, [OpenExchange("Hi"), long], 40)
     room = 256 - len(assistant.encoder.encode_prompt("", [long]))
     assert given[1].tokens <= room < 40 and given[0].tokens > room
     with pytest.raises(UserError, match="the model was made for 256"):
@@ -161,13 +161,20 @@ def test_where_memory_is_short_batches_get_smaller(assistant: Assistant, monkeyp
         answers(assistant, turns, 8)
 
 
-def test_a_batch_never_holds_more_than_so_many_tokens(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_takes_no_more_than_its_share_of_memory(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[int] = []
-    answered = generate._answered
+    answered, turns = generate._answered, [OpenExchange(prompt) for prompt in PROMPTS]
     monkeypatch.setattr(generate, "_answered", lambda a, p, c: sizes.append(len(p)) or answered(a, p, c))
-    monkeypatch.setattr(generate, "MOST_TOKENS", 100)
-    answers(assistant, [OpenExchange(prompt) for prompt in PROMPTS], 20)
-    assert max(sizes) <= 3 and sum(sizes) == len(PROMPTS)
+    answers(assistant, turns, 20)
+    assert sizes == [len(PROMPTS)]
+    config = assistant.model.config
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    monkeypatch.setattr(generate, "available_memory", lambda on: 100 * keys_and_values)
+    sizes.clear()
+    answers(assistant, turns, 20)
+    assert max(sizes) <= 100 / 20 and sum(sizes) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("prompt", ["chat", "alpaca"])
