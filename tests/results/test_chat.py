@@ -161,9 +161,7 @@ def test_where_memory_is_short_batches_get_smaller(assistant: Assistant, monkeyp
         answers(assistant, turns, 8)
 
 
-def test_a_batch_takes_no_more_than_its_share_of_memory(
-    assistant: Assistant, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_takes_no_more_than_its_share_of_memory(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     answered, turns = generate._answered, [OpenExchange(prompt) for prompt in PROMPTS]
     monkeypatch.setattr(generate, "_answered", lambda a, p, c: sizes.append(len(p)) or answered(a, p, c))
