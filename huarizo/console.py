@@ -1,10 +1,12 @@
 """What the commands write to a terminal, and keeping the libraries' own messages off it."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterable
 from typing import TypeVar
 
+import typer
 from rich.console import Console
 from rich.progress import track
 
@@ -16,9 +18,25 @@ def console() -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True)
 
 
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def without_controls(text: str) -> str:
+    """A foreign text as it may reach a terminal: without the characters that would command it."""
+    return CONTROLS.sub(" ", text)
+
+
 def write(text: str) -> None:
-    """Text as it comes, without a line's end."""
-    print(text, end="", flush=True)
+    """Text as it comes, without a line's end and without what would command a terminal."""
+    print(without_controls(text), end="", flush=True)
+
+
+def confirm(question: str, default: bool) -> bool:
+    """Ask a person. Raises KeyboardInterrupt on Ctrl-C and at the end of input."""
+    try:
+        return typer.confirm(question, default=default)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
 
 
 def tracked(items: Iterable[T], what: str, console: Console | None, total: int | None = None) -> Iterable[T]:

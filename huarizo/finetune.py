@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.text import Text
 
 from huarizo.data.packing import cut, pack
-from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, MachineError, UserError
 from huarizo.files import remove_leftovers, require_space, told, whole_folder, write_manifest, write_whole
@@ -32,7 +31,7 @@ from huarizo.prepare import Prepared, changed_files, prepare
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.results.card import CARD, adapter_card
 from huarizo.results.generate import Assistant, answers
-from huarizo.results.report import Sample, samples_as_text, samples_from_text, save_loss_plot
+from huarizo.results.report import Sample, sample_of, samples_as_text, samples_from_text, save_loss_plot
 from huarizo.runs import Run, new_run, unfinished_runs
 from huarizo.training.checkpoint import Checkpoint, newest_valid, space_needed
 from huarizo.training.interrupt import Signals
@@ -255,19 +254,14 @@ def _samples_before(assistant: Assistant, session: Session, checkpoint: Checkpoi
         return samples_from_text(checkpoint.files["samples.jsonl"].decode())
     wanted = prepared.recipe.samples
     if isinstance(wanted, list):
-        turns = [(OpenExchange(prompt), "") for prompt in wanted]
+        asked = [Sample(prompt, "", "", None) for prompt in wanted]
     else:
-        firsts = (row.exchanges[0] for row in prepared.data.heldout_rows or prepared.data.rows)
-        asked = ((OpenExchange(first.instruction, first.input), first.output) for first in firsts)
-        fitting = (pair for pair in asked if assistant.fits(pair[0]))
-        turns = list(itertools.islice(fitting, wanted))
-    if turns:
-        console.print(f"{'samples':<10} {len(turns)} prompts are answered before and after", soft_wrap=True)
-    before = answers(assistant, [turn for turn, _ in turns])
-    samples = [
-        Sample(turn.instruction, turn.input, answer.text, None, expected)
-        for (turn, expected), answer in zip(turns, before, strict=True)
-    ]
+        every = (sample_of(row) for row in prepared.data.heldout_rows or prepared.data.rows)
+        asked = list(itertools.islice((sample for sample in every if assistant.fits(sample.question)), wanted))
+    if asked:
+        console.print(f"{'samples':<10} {len(asked)} prompts are answered before and after", soft_wrap=True)
+    before = answers(assistant, [sample.question for sample in asked])
+    samples = [dataclasses.replace(s, before=answer.text) for s, answer in zip(asked, before, strict=True)]
     write_whole(run.samples, samples_as_text(samples))
     return samples
 
@@ -287,8 +281,7 @@ def _finish(assistant: Assistant, session: Session, result: Result, saving: Save
     console.print(f"{'saving':<10} took {saving.seconds:.1f} s, {share:.1f} % of the time", soft_wrap=True)
     for fault in changed_files(session.prepared.data_sources):
         console.print(Text(f"{fault} changed during the run, which used it as it was", style="yellow"))
-    turns = [OpenExchange(sample.instruction, sample.input) for sample in result.samples]
-    after = answers(assistant, turns)
+    after = answers(assistant, [sample.question for sample in result.samples])
     samples = [dataclasses.replace(s, after=a.text) for s, a in zip(result.samples, after, strict=True)]
     result = dataclasses.replace(result, samples=samples)
     write_whole(run.samples, samples_as_text(samples))

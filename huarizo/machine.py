@@ -198,6 +198,15 @@ def peak_memory(on: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the card or the machine has no memory left; of a CPU torch says it in words alone."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
 def micro_batch_tokens(bytes_per_token: int, free: int, on: torch.device) -> int:
     """How many tokens to compute at once: as many as 60% of the `free` bytes hold, within what still gains speed."""
     most = 16384 if on.type == "cuda" else 1024

@@ -50,6 +50,14 @@ class OpenExchange:
 Turn = Exchange | OpenExchange
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A user turn to be answered, and the system text in front of it."""
+
+    turn: OpenExchange
+    system: str = ""
+
+
 class PromptFormat(Protocol):
     """How conversations become text. `stop` is the special token that ends a response."""
 
@@ -149,6 +157,15 @@ class JinjaFormat(TextFormat):
         super().__init__(template, render, stop, with_stop)
 
 
+def _messages(system: str, turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """A conversation up to its last question, as chat templates take it."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages.append({"role": "user", "content": user_text(turn)})
+        messages.append({"role": "assistant", "content": turn.output or ""})
+    return messages[:-1]
+
+
 class ChatFormat:
     """The model's own chat template, cut at the places where an answer begins and ends.
 
@@ -188,13 +205,13 @@ class ChatFormat:
         return str(text)
 
     def pieces(self, system: str, turns: Sequence[Turn]) -> list[Piece]:
-        messages = [{"role": "system", "content": system}] if system else []
         pieces: list[Piece] = []
         done = ""
-        for turn in turns:
-            messages.append({"role": "user", "content": user_text(turn)})
-            text = self._text(messages, answer_next=True)
+        for number, turn in enumerate(turns, 1):
+            text = self._text(_messages(system, turns[:number]), answer_next=True)
             if not text.startswith(done):
+                if turns[-1].output is None:  # nothing is learnt here, so the whole may be written in one piece
+                    return [Piece("prompt", self._text(_messages(system, turns), answer_next=True))]
                 raise ModelError(
                     "the model's chat template rewrites earlier turns. Use data.prompt=alpaca for this data"
                 )
@@ -202,7 +219,6 @@ class ChatFormat:
             if turn.output is None:
                 break
             pieces += [Piece("response", turn.output), Piece("stop", self.stop)]
-            messages.append({"role": "assistant", "content": turn.output})
             done = text + turn.output + (self.stop if self._writes_stop else "")
         return pieces
 

@@ -7,7 +7,8 @@ describes a plain LoRA is taken from it; anything else that is set is refused by
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ PREFIX = "base_model.model."  # of the names in an adapter's file
 BASE_LAYER = ".base_layer.weight"
 """How names end of embeddings and heads that PEFT writes beside the LoRA on them, as the base had them."""
 PLAIN_NAME = re.compile(r"[\w.]{1,200}")
+REWRITING = re.compile(r"olora|pissa")
 INITS = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")
 """Initialisations that change the base model, or do nothing, when an adapter is loaded; all without code or data."""
 
@@ -48,6 +50,37 @@ def load_adapter(model: Any, folder: Path) -> Any:
     if unused := given ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
         raise ModelError(f"{wrong_base}: {sorted(unused)[0]} has no counterpart")
     return tuned
+
+
+def rewritten_weights(model: Any, folder: Path) -> dict[str, Any]:
+    """Copies of those weights of a base that change when this adapter is loaded, by name: PiSSA and OLoRA put a part
+    of the weight into A and B and leave the rest in the base. {} for every other LoRA.
+
+    Raises:
+        ModelError: no adapter there, or no plain LoRA.
+    """
+    config = check_adapter(folder)
+    if not isinstance(config.init_lora_weights, str) or not REWRITING.match(config.init_lora_weights):
+        return {}
+    parameters = dict(model.named_parameters())
+    names = (f"{module}.weight" for module in _targets(folder, _shapes(folder, config)))
+    return {name: parameters[name].detach().clone() for name in names if name in parameters}
+
+
+@contextmanager
+def without_adapter(tuned: Any, rewritten: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block a PeftModel computes what its base does. `rewritten`: the base's, of `rewritten_weights`."""
+    layers = dict(tuned.get_base_model().named_modules())
+    swapped = {name: layers[name.removesuffix(".weight")].get_base_layer().weight for name in rewritten}
+    kept = {name: weight.data for name, weight in swapped.items()}
+    with tuned.disable_adapter():
+        try:
+            for name, weight in swapped.items():
+                weight.data = rewritten[name]
+            yield
+        finally:
+            for name, weight in swapped.items():
+                weight.data = kept[name]
 
 
 def check_adapter(folder: Path) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from huarizo.errors import ModelError
-from huarizo.machine import spread
+from huarizo.errors import MachineError, ModelError
+from huarizo.machine import is_out_of_memory, spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -90,6 +90,11 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             local_files_only=True,
         )
     except Exception as error:  # whatever broken weights set off
+        if is_out_of_memory(error):
+            raise MachineError(
+                f"{folder}: there is not enough memory for this model. Close other programs, use a smaller model, or "
+                "train with precision=int8"
+            ) from None
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         if pickled and not list(folder.glob("*.safetensors")):
             raise ModelError(

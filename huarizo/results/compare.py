@@ -3,6 +3,7 @@
 In go prompts from a file, or those that the run itself answered; out comes a table, Markdown, a page of HTML, or JSON.
 """
 
+import dataclasses
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import read_rows, require_good
 from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, write_whole
@@ -78,12 +78,12 @@ def compare(
     Raises:
         MachineError: not even one prompt fits into the card's memory.
     """
-    turns = [OpenExchange(sample.instruction, sample.input) for sample in prompts]
+    questions = [sample.question for sample in prompts]
     with assistant.untuned():
-        before = answers(assistant, turns, max_new_tokens, console=console)
-    after = answers(assistant, turns, max_new_tokens, console=console)
+        before = answers(assistant, questions, max_new_tokens, console=console)
+    after = answers(assistant, questions, max_new_tokens, console=console)
     return [
-        Sample(sample.instruction, sample.input, old.text, new.text, sample.expected)
+        dataclasses.replace(sample, before=old.text, after=new.text)
         for sample, old, new in zip(prompts, before, after, strict=True)
     ]
 

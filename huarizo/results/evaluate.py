@@ -18,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 from huarizo.data.prepare import prepare_data
-from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Row, read_rows, require_good
 from huarizo.data.tokens import Encoder
 from huarizo.errors import DataError, UserError
@@ -27,6 +26,7 @@ from huarizo.hub.names import check_pinned, resolve_data
 from huarizo.machine import cache_folder
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.losses import Losses, Mean, measure
+from huarizo.results.report import Sample, sample_of
 from huarizo.results.tuned import Tuned
 
 GENERAL = Path(__file__).with_name("general_text.json")
@@ -117,7 +117,7 @@ def evaluate(
         )
     measured = [row for row, _ in kept]
     losses = measure(assistant, [{"input_ids": e.input_ids, "labels": e.labels} for _, e in kept], console)
-    fitting = (row for row in measured if assistant.fits(_question(row)))
+    fitting = (sample for row in measured if assistant.fits((sample := sample_of(row)).question))
     told_answers, scores = _answered(assistant, list(itertools.islice(fitting, to_answer)), console)
     return Evaluation(
         measured, len(pairs) - len(kept), losses, measure(assistant, general_examples(assistant.encoder)),
@@ -132,25 +132,20 @@ def general_examples(encoder: Encoder) -> list[dict[str, Any]]:
     return [{"input_ids": ids, "labels": ids} for ids in every]
 
 
-def _question(row: Row) -> OpenExchange:
-    return OpenExchange(row.exchanges[0].instruction, row.exchanges[0].input)
-
-
 def _answered(
-    assistant: Assistant, rows: Sequence[Row], console: Console | None
+    assistant: Assistant, samples: Sequence[Sample], console: Console | None
 ) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
-    if not rows:
+    if not samples:
         return [], {}
-    firsts = [row.exchanges[0] for row in rows]
-    turns = [_question(row) for row in rows]
+    questions = [sample.question for sample in samples]
     with assistant.untuned():
-        before = answers(assistant, turns, LONGEST_ANSWER, console=console)
-    after = answers(assistant, turns, LONGEST_ANSWER, console=console)
-    expected = [first.output for first in firsts]
+        before = answers(assistant, questions, LONGEST_ANSWER, console=console)
+    after = answers(assistant, questions, LONGEST_ANSWER, console=console)
+    expected = [sample.expected for sample in samples]
     texts = [
-        {"instruction": first.instruction, "input": first.input, "expected": first.output,
-         "before": old.text, "after": new.text}
-        for first, old, new in zip(firsts, before, after, strict=True)
+        {"system": sample.system, "instruction": sample.instruction, "input": sample.input,
+         "expected": sample.expected, "before": old.text, "after": new.text}
+        for sample, old, new in zip(samples, before, after, strict=True)
     ]  # fmt: skip
     return texts, {
         name: Scores(

@@ -3,34 +3,41 @@
 Prompts go through the same code as in training, and an answer ends at the stop token that was learnt.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from huarizo.console import tracked
-from huarizo.data.prompts import OpenExchange, Turn
+from huarizo.data.files import excerpt
+from huarizo.data.prompts import Question, Turn
 from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
-from huarizo.machine import available_memory, choose_precision, device, float_precision
-from huarizo.model.adapter import load_adapter
+from huarizo.machine import available_memory, choose_precision, device, float_precision, is_out_of_memory
+from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.fast import uncompiled
 from huarizo.model.load import load_base
 from huarizo.results.tuned import Tuned
 
 SHARE = 0.25  # of the free memory, that a batch of answers may take
+TOO_LONG = "there is not enough memory for one answer. Close other programs, or shorten the answer or the prompt"
 
 
 @dataclass(frozen=True)
 class Assistant:
-    """A model that can be asked, with the encoder that its prompts go through."""
+    """A model that can be asked, with the encoder that its prompts go through.
+
+    base_weights: those of the base that loading the adapter changed (`rewritten_weights`).
+    """
 
     model: Any
     encoder: Encoder
+    base_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> int:
@@ -49,13 +56,13 @@ class Assistant:
             raise UserError("what was typed or sent is not text in UTF-8. Send it again in that encoding") from None
         return self.encoder.encode_prompt(system, turns)
 
-    def fits(self, turn: OpenExchange) -> bool:
+    def fits(self, question: Question) -> bool:
         """Whether a prompt leaves room for an answer in what the model was made for."""
-        return len(self.prompt_ids("", [turn])) < self.positions
+        return len(self.prompt_ids(question.system, [question.turn])) < self.positions
 
-    def untuned(self, wanted: bool = True) -> Any:
+    def untuned(self, wanted: bool = True) -> AbstractContextManager[None]:
         """A block in which the base answers, as if it had no adapter; nothing changes where not `wanted`."""
-        return self.model.disable_adapter() if wanted else nullcontext()
+        return without_adapter(self.model, self.base_weights) if wanted else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -92,21 +99,27 @@ def open_assistant(tuned: Tuned, precision: str | None = None) -> Assistant:
     wanted = precision or tuned.recipe.precision
     dtype = choose_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on).dtype
     model = load_base(tuned.base, dtype, on)
-    return Assistant(load_adapter(model, tuned.adapter), tuned.encoder)
+    base_weights = rewritten_weights(model, tuned.adapter)
+    return Assistant(load_adapter(model, tuned.adapter), tuned.encoder, base_weights)
 
 
 @contextmanager
 def generating(model: Any) -> Iterator[None]:
-    """Evaluation mode, with Transformers' own attention and a key/value cache; put back as it was afterwards."""
+    """Evaluation mode, with Transformers' own attention; put back as it was afterwards.
+
+    Settings of generation that a base model brings along (beams, penalties, stop strings) have no say meanwhile.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention, was_training = base.config._attn_implementation, model.training
+    attention, was_training, settings = base.config._attn_implementation, model.training, base.generation_config
     base.set_attn_implementation("sdpa")
+    model.generation_config = base.generation_config = GenerationConfig()
     model.eval()
     try:
         with torch.no_grad(), uncompiled():
             yield
     finally:
         base.set_attn_implementation(attention)
+        model.generation_config = base.generation_config = settings
         model.train(was_training)
 
 
@@ -124,10 +137,11 @@ def _generation_config(assistant: Assistant, sampling: Sampling) -> GenerationCo
     )  # fmt: skip
 
 
-def _room(assistant: Assistant, prompt: Sequence[int]) -> int:
+def _room(assistant: Assistant, prompt: Sequence[int], text: str) -> int:
     if len(prompt) >= assistant.positions:
         raise UserError(
-            f"a prompt has {len(prompt):,} tokens, and the model was made for {assistant.positions:,}. Shorten it"
+            f"the prompt {excerpt(text)} has {len(prompt):,} tokens, and the model was made for "
+            f"{assistant.positions:,}. Shorten it"
         )
     return assistant.positions - len(prompt)
 
@@ -141,7 +155,7 @@ def _left_padded(prompts: Sequence[list[int]], pad: int, on: torch.device) -> di
 
 def answers(
     assistant: Assistant,
-    turns: Sequence[OpenExchange],
+    questions: Sequence[Question],
     max_new_tokens: int = 80,
     at_once: int = 32,
     console: Console | None = None,
@@ -153,11 +167,11 @@ def answers(
 
     Raises:
         UserError: a prompt leaves no room for an answer in what the model was made for.
-        MachineError: not even one prompt fits into the card's memory.
+        MachineError: there is not enough memory even for one prompt.
     """
-    prompts = [assistant.prompt_ids("", [turn]) for turn in turns]
-    room = [min(max_new_tokens, _room(assistant, prompt)) for prompt in prompts]
-    given = _each_answer(assistant, prompts, room, at_once)
+    prompts = [assistant.prompt_ids(question.system, [question.turn]) for question in questions]
+    rooms = [_room(assistant, ids, asked.turn.instruction) for ids, asked in zip(prompts, questions, strict=True)]
+    given = _each_answer(assistant, prompts, [min(max_new_tokens, room) for room in rooms], at_once)
     found = dict(tracked(given, "answering", console, len(prompts)))
     return [found[index] for index in range(len(prompts))]
 
@@ -165,7 +179,7 @@ def answers(
 def _each_answer(
     assistant: Assistant, prompts: Sequence[list[int]], room: Sequence[int], at_once: int
 ) -> Iterator[tuple[int, Answer]]:
-    """Each prompt's index with its answer, the longest first; where a card's memory does not do, half as many at once.
+    """Each prompt's index with its answer, the longest first; where memory does not do, half as many at once.
 
     room: tokens that each answer may have; those in a batch may have as many.
     """
@@ -176,9 +190,11 @@ def _each_answer(
         batch = [index for index in by_length[:size] if room[index] == room[longest]]
         try:
             given = _answered(assistant, [prompts[index] for index in batch], room[longest])
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if len(batch) == 1:
-                raise MachineError("the card has not enough memory for one answer: shorten it or the prompt") from None
+                raise MachineError(TOO_LONG) from None
             at_once = len(batch) // 2
             torch.cuda.empty_cache()
             continue
@@ -187,10 +203,11 @@ def _each_answer(
 
 
 def _most_at_once(assistant: Assistant, length: int) -> int:
-    """How many prompts of a length, answers included, memory has room for: keys and values, and one layer at work."""
+    """How many prompts of a length, answers included, memory has room for: keys and values, and one layer at work
+    with its mask."""
     config, on = assistant.model.config, assistant.model.device
     keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    values = keys_and_values + 8 * config.hidden_size + 3 * config.intermediate_size
+    values = keys_and_values + 8 * config.hidden_size + 3 * config.intermediate_size + 2 * length
     free = SHARE * available_memory(on)
     return max(1, int(free / (length * values * assistant.model.dtype.itemsize)))
 
@@ -204,22 +221,50 @@ def _answered(assistant: Assistant, prompts: Sequence[list[int]], max_new_tokens
 
 
 def _answer(assistant: Assistant, ids: list[int], config: GenerationConfig) -> Answer:
-    """The text of new tokens, up to the first that ends it."""
+    length = _length(ids, config)
+    return Answer(_text(assistant.encoder.tokenizer, ids[:length]), length, length < len(ids))
+
+
+def _length(ids: Sequence[int], config: GenerationConfig) -> int:
+    """How many of the new tokens stand before the first that ends the answer."""
     stops: Any = config.eos_token_id or []
-    length = next((place for place, number in enumerate(ids) if number in stops), len(ids))
-    text = assistant.encoder.tokenizer.decode(ids[:length], skip_special_tokens=True)
-    return Answer(text.strip(), length, length < len(ids))
+    return next((place for place, number in enumerate(ids) if number in stops), len(ids))
 
 
-class _Streamer(TextStreamer):
-    """Hands each finished stretch of text to a function."""
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.write(text)
+class _Streamer(BaseStreamer):
+    """Hands an answer's text to a function as it grows; all of it together is the `Answer`'s own text.
+
+    Each time all tokens are decoded, because a token's text depends on those before it. What may still change is held
+    back: a letter of which only some bytes are there, and white space at the end.
+    """
+
+    def __init__(self, tokenizer: Any, config: GenerationConfig, write: Callable[[str], None]) -> None:
+        self.tokenizer, self.config, self.write = tokenizer, config, write
+        self.ids: list[int] = []
+        self.shown = ""
+        self.saw_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt at first, then one new token after another: int64 [1] each."""
+        if self.saw_prompt:
+            self.ids += value.flatten().tolist()
+            self._show(self._text().rstrip("\ufffd").rstrip())
+        self.saw_prompt = True
+
+    def end(self) -> None:
+        self._show(self._text())
+
+    def _text(self) -> str:
+        return _text(self.tokenizer, self.ids[: _length(self.ids, self.config)])
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown) and text != self.shown:
+            self.write(text[len(self.shown) :])
+            self.shown = text
 
 
 def stream_answer(
@@ -233,15 +278,21 @@ def stream_answer(
 
     Raises:
         UserError: the conversation leaves no room for an answer in what the model was made for, or is no text.
+        MachineError: there is not enough memory for it.
     """
     sampling = sampling or Sampling()
     prompt = assistant.prompt_ids(system, turns)
     config = _generation_config(assistant, sampling)
-    config.max_new_tokens = min(sampling.max_new_tokens, _room(assistant, prompt))
+    config.max_new_tokens = min(sampling.max_new_tokens, _room(assistant, prompt, turns[-1].instruction))
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     batch = _left_padded([prompt], 0, assistant.model.device)
-    streamer = _Streamer(assistant.encoder.tokenizer, write)
-    with generating(assistant.model):
-        output = assistant.model.generate(**batch, generation_config=config, streamer=streamer)
+    streamer = _Streamer(assistant.encoder.tokenizer, config, write)
+    try:
+        with generating(assistant.model):
+            output = assistant.model.generate(**batch, generation_config=config, streamer=streamer)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(TOO_LONG) from None
     return _answer(assistant, output[0, len(prompt) :].tolist(), config)

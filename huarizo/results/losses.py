@@ -15,6 +15,7 @@ from rich.console import Console
 from huarizo.console import tracked
 from huarizo.data.packing import cut, pack
 from huarizo.errors import MachineError
+from huarizo.machine import is_out_of_memory
 from huarizo.model.fast import uncompiled
 from huarizo.model.loss import PackedLoss
 from huarizo.results.generate import Assistant
@@ -84,7 +85,7 @@ def measure(assistant: Assistant, examples: Sequence[dict[str, Any]], console: C
     console: a terminal to show on how many are measured.
 
     Raises:
-        MachineError: the longest example does not fit into the card's memory.
+        MachineError: the longest example does not fit into memory.
     """
 
     def measured() -> list[tuple[float, int]]:
@@ -106,10 +107,12 @@ def _row_losses(model: Any, examples: Sequence[dict[str, Any]]) -> Iterator[tupl
         first = cut([len(example["input_ids"]) for example in rest], budget)[0]
         try:
             found = _batch_losses(losses, model, [rest[index] for index in first])
-        except torch.cuda.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if len(first) == 1:
                 raise MachineError(
-                    "the card has not enough memory for the longest row. Use a smaller data.max_length"
+                    "there is not enough memory for the longest row. Use a smaller data.max_length"
                 ) from None
             budget //= 2
             torch.cuda.empty_cache()

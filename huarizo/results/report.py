@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from huarizo.data.prompts import OpenExchange, user_text
+from huarizo.console import without_controls
+from huarizo.data.prompts import OpenExchange, Question, user_text
+from huarizo.data.rows import Row
 from huarizo.files import write_whole
 from huarizo.runs import Run
 
@@ -19,7 +21,8 @@ from huarizo.runs import Run
 class Sample:
     """The same prompt answered before and after training.
 
-    `after` is None until the run is done; `expected` is the row's own answer, or empty.
+    `before` is empty until the base, and `after` None until the tuned model has answered; `expected` is the row's own
+    answer, or empty.
     """
 
     instruction: str
@@ -27,10 +30,21 @@ class Sample:
     before: str
     after: str | None
     expected: str = ""
+    system: str = ""
+
+    @property
+    def question(self) -> Question:
+        return Question(OpenExchange(self.instruction, self.input), self.system)
 
     @property
     def prompt(self) -> str:
-        return user_text(OpenExchange(self.instruction, self.input))
+        return user_text(self.question.turn)
+
+
+def sample_of(row: Row) -> Sample:
+    """A row's first exchange, to be answered."""
+    first = row.exchanges[0]
+    return Sample(first.instruction, first.input, "", None, first.output, row.system)
 
 
 def samples_as_text(samples: list[Sample]) -> str:
@@ -74,24 +88,31 @@ def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 def fenced(text: str) -> str:
     """A text as a code block that nothing in the text can end: its fence is longer than any run of backticks in it."""
-    text = re.sub(r"[^\S\n]|[\x00-\x08\x0e-\x1f\x7f]", " ", text)
+    text = without_controls(text)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def samples_from_text(text: str) -> list[Sample]:
-    """`samples_as_text`, read back."""
+    """`samples_as_text`, read back.
+
+    Raises:
+        ValueError, TypeError: it is something else.
+    """
     rows = [json.loads(line) for line in text.split("\n") if line]
-    return [Sample(**{field.name: row[field.name] for field in fields(Sample)}) for row in rows]
+    texts = [{field.name: row[field.name] for field in fields(Sample) if field.name in row} for row in rows]
+    if any(not isinstance(text, str | None) for each in texts for text in each.values()):
+        raise ValueError("a prompt or an answer is not a text")
+    return [Sample(**each) for each in texts]
 
 
 def show_samples(console: Console, samples: list[Sample]) -> None:
     """The answers side by side."""
     table = Table(show_lines=True, expand=console.is_terminal)
     for column in ("prompt", "before", "after"):
-        table.add_column(column, ratio=1)
+        table.add_column(column, ratio=1, overflow="fold")
     for sample in samples:
-        table.add_row(Text(sample.prompt), Text(sample.before), Text(sample.after or ""))
+        table.add_row(*(Text(without_controls(text)) for text in (sample.prompt, sample.before, sample.after or "")))
     console.print(table)
 
 

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
 from huarizo.errors import MachineError
-from huarizo.machine import Choice, rank, world_size
+from huarizo.machine import Choice, is_out_of_memory, rank, world_size
 from huarizo.model.fast import uncompiled
 from huarizo.model.lora import count_weights
 from huarizo.model.loss import PackedLoss
@@ -124,10 +124,12 @@ class LoraTrainer(Trainer):
             try:
                 loss = self._accumulate(model, inputs)
                 break
-            except torch.cuda.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.budget <= LEAST_TOKENS or world_size() > 1:
                     raise MachineError(
-                        "the card has not enough memory, even for the smallest micro-batch. Use a smaller "
+                        "there is not enough memory, even for the smallest micro-batch. Use a smaller "
                         "data.max_length, or trainer.gradient_checkpointing=true"
                     ) from None
                 longest = max(len(example["input_ids"]) for example in inputs.examples)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from huarizo.data.prompts import OpenExchange
+from huarizo.data.prompts import OpenExchange, Question
 from huarizo.errors import MachineError, UserError
 from huarizo.results import generate
 from huarizo.results.chat import Conversation, checked, converse
@@ -78,12 +78,12 @@ def test_old_turns_make_room_for_new_ones(assistant: Assistant) -> None:
 
 def test_a_list_of_prompts_keeps_within_what_the_model_was_made_for(assistant: Assistant) -> None:
     length = len(assistant.encoder.encode_prompt("", [OpenExchange("x?" * 50)]))
-    long = OpenExchange("x?" * (50 + (256 - length - 8) // 2))
-    given = answers(assistant, [OpenExchange("Hi"), long], 40)
-    room = 256 - len(assistant.encoder.encode_prompt("", [long]))
+    long = Question(OpenExchange("x?" * (50 + (256 - length - 8) // 2)))
+    given = answers(assistant, [Question(OpenExchange("Hi")), long], 40)
+    room = 256 - len(assistant.encoder.encode_prompt("", [long.turn]))
     assert given[1].tokens <= room < 40 and given[0].tokens > room
     with pytest.raises(UserError, match="the model was made for 256"):
-        answers(assistant, [OpenExchange("Hi"), OpenExchange("x?" * 400)])
+        answers(assistant, [Question(OpenExchange("Hi")), Question(OpenExchange("x?" * 400))])
 
 
 @pytest.mark.parametrize(
@@ -140,13 +140,13 @@ def test_values_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
 
 
 def test_answers_in_batches_are_those_given_one_by_one(assistant: Assistant) -> None:
-    turns = [OpenExchange(prompt) for prompt in PROMPTS]
-    assert answers(assistant, turns, 12, at_once=5) == [answers(assistant, [turn], 12)[0] for turn in turns]
+    questions = [Question(OpenExchange(prompt)) for prompt in PROMPTS]
+    assert answers(assistant, questions, 12, at_once=5) == [answers(assistant, [each], 12)[0] for each in questions]
 
 
 def test_where_memory_is_short_batches_get_smaller(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = [OpenExchange(prompt) for prompt in PROMPTS]
-    expected, answered, sizes, fitting = answers(assistant, turns, 8), generate._answered, [], 2
+    questions = [Question(OpenExchange(prompt)) for prompt in PROMPTS]
+    expected, answered, sizes, fitting = answers(assistant, questions, 8), generate._answered, [], 2
 
     def short_of_memory(assistant: Assistant, prompts: Any, config: Any) -> Any:
         sizes.append(len(prompts))
@@ -155,23 +155,23 @@ def test_where_memory_is_short_batches_get_smaller(assistant: Assistant, monkeyp
         return answered(assistant, prompts, config)
 
     monkeypatch.setattr(generate, "_answered", short_of_memory)
-    assert answers(assistant, turns, 8, at_once=5) == expected and sizes == [5, 2, 2, 1]
+    assert answers(assistant, questions, 8, at_once=5) == expected and sizes == [5, 2, 2, 1]
     fitting = 0
     with pytest.raises(MachineError, match="not enough memory"):
-        answers(assistant, turns, 8)
+        answers(assistant, questions, 8)
 
 
 def test_a_batch_takes_no_more_than_its_share_of_memory(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    answered, turns = generate._answered, [OpenExchange(prompt) for prompt in PROMPTS]
+    answered, questions = generate._answered, [Question(OpenExchange(prompt)) for prompt in PROMPTS]
     monkeypatch.setattr(generate, "_answered", lambda a, p, c: sizes.append(len(p)) or answered(a, p, c))
-    answers(assistant, turns, 20)
+    answers(assistant, questions, 20)
     assert sizes == [len(PROMPTS)]
     config = assistant.model.config
     keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     monkeypatch.setattr(generate, "available_memory", lambda on: 100 * keys_and_values)
     sizes.clear()
-    answers(assistant, turns, 20)
+    answers(assistant, questions, 20)
     assert max(sizes) <= 100 / 20 and sum(sizes) == len(PROMPTS)
 
 
@@ -189,5 +189,5 @@ def test_an_answer_ends_at_the_stop_token(tmp_path: Path, prompt: str) -> None:
         return logits + stop
 
     assistant.model.get_base_model().lm_head.register_forward_hook(ends_after_three)
-    (answer,) = answers(assistant, [OpenExchange("Hi")], 8)
+    (answer,) = answers(assistant, [Question(OpenExchange("Hi"))], 8)
     assert answer.finished and answer.tokens == 3 and prompt_length > 3

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from huarizo.data.prompts import OpenExchange, prompt_format
+from huarizo.data.prompts import OpenExchange, Question, prompt_format
 from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import IGNORED, Encoder
 from huarizo.model.lora import add_lora
@@ -41,7 +41,7 @@ def learn(tokenizer: Any, tmp_path: Path, eos: bool, prompt: str = "alpaca") -> 
 
 
 def answered(assistant: Assistant) -> list[str]:
-    given = answers(assistant, [OpenExchange(question) for question in QUESTIONS], max_new_tokens=40)
+    given = answers(assistant, [Question(OpenExchange(question)) for question in QUESTIONS], max_new_tokens=40)
     return [answer.text for answer in given]
 
 
