@@ -4,6 +4,7 @@ Errors become one message on stderr and an exit code:
 0 done; 2 the user's mistake; 3 the machine's fault; 130 interrupted, after a checkpoint.
 """
 
+import errno
 import io
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from huarizo import cli_results
-from huarizo.console import console, quiet_libraries
-from huarizo.errors import HuarizoError
+from huarizo.console import confirm, console, quiet_libraries
+from huarizo.errors import HuarizoError, MachineError
 from huarizo.recipe import fields, load_recipe, type_of
 from huarizo.runs import Run, open_run
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_results.app)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or its name under runs/")]
 
 
@@ -54,7 +56,7 @@ def train(
 
     def go_on(run: Run) -> bool:
         if resume is None and sys.stdin.isatty():
-            return typer.confirm(f"{run.path} is an unfinished run of this recipe. Go on with it?", default=True)
+            return confirm(f"{run.path} is an unfinished run of this recipe. Go on with it?", default=True)
         if not resume:
             print(f"{run.path} is an unfinished run of this recipe: huarizo resume {run.path}")
         return bool(resume)
@@ -122,6 +124,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("huarizo: interrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"huarizo: what is printed can't be written: {error.strerror}", file=sys.stderr)
+        sys.exit(MachineError.exit_code)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from huarizo.console import console, quiet_libraries, write
-from huarizo.errors import ModelError, UserError
+from huarizo.console import confirm, console, quiet_libraries, write
+from huarizo.errors import Interrupted, ModelError, UserError
 from huarizo.runs import open_run
 
 app = typer.Typer()
@@ -102,11 +102,21 @@ def chat(
     converse(Conversation(assistant, write, system, sampling), input)
 
 
+def _name_and_overrides(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """What stands behind RUN: the name of rows or prompts, and `data.KEY=VALUE` for how they are read."""
+    overrides = [word for word in words or [] if word.startswith("data.") and "=" in word]
+    names = [word for word in words or [] if word not in overrides]
+    if len(names) > 1:
+        raise UserError(f"{names[1]}: one file, folder or hub id can be named, and then data.KEY=VALUE")
+    return (names[0] if names else None), overrides
+
+
 @app.command()
 def compare(
     run: Name,
     prompts: Annotated[
-        Path | None, typer.Argument(metavar="[PROMPTS]", help="text, one a line, or a file of rows; default: the run's")
+        list[str] | None,
+        typer.Argument(metavar="[PROMPTS] [KEY=VALUE]...", help="text, one a line, or rows; default: the run's"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="also write a file: .md, .html or .jsonl")] = None,
     max_new_tokens: MaxNewTokens = 200,
@@ -118,16 +128,18 @@ def compare(
     from huarizo.results import compare as comparing
     from huarizo.results.generate import open_assistant
     from huarizo.results.report import show_samples
-    from huarizo.results.tuned import find_tuned
+    from huarizo.results.tuned import find_tuned, read_otherwise
 
     if out:
         comparing.check_target(out, force)
-    tuned = find_tuned(run, prompt)
-    asked = comparing.read_prompts(prompts, tuned.recipe.data.columns) if prompts else comparing.usual_prompts(tuned)
+    file, overrides = _name_and_overrides(prompts)
+    tuned = read_otherwise(find_tuned(run, prompt), overrides)
+    asked = comparing.read_prompts(Path(file), tuned.recipe.data) if file else comparing.usual_prompts(tuned)
     samples = comparing.compare(open_assistant(tuned), asked, max_new_tokens, console())
-    show_samples(console(), samples)
     if out:
         comparing.write_comparison(samples, f"{run}: base and tuned", out, force)
+    show_samples(console(), samples)
+    if out:
         print(f"compared: {out}")
 
 
@@ -135,7 +147,8 @@ def compare(
 def evaluate(
     run: Name,
     data: Annotated[
-        str | None, typer.Argument(metavar="[DATA]", help="rows: file, folder or hub id; default: the run's held-out")
+        list[str] | None,
+        typer.Argument(metavar="[DATA] [KEY=VALUE]...", help="rows: file, folder or hub id; default: those held out"),
     ] = None,
     to_answer: Annotated[int, typer.Option("--answers", min=0, help="so many rows are also answered")] = 32,
     precision: Annotated[str | None, typer.Option(help="bf16 | fp16 | fp32; default: the fastest float")] = None,
@@ -152,22 +165,24 @@ def evaluate(
     from huarizo.results import evaluate as evaluating
     from huarizo.results.generate import open_assistant
     from huarizo.results.target import check_folder
-    from huarizo.results.tuned import find_tuned
+    from huarizo.results.tuned import find_tuned, read_otherwise
 
-    tuned = find_tuned(run, prompt)
+    name, overrides = _name_and_overrides(data)
+    tuned = read_otherwise(find_tuned(run, prompt), overrides)
     target = out or tuned.folder / "evaluations" / time.strftime("%Y%m%d-%H%M%S")
     check_folder(target, force, evaluating.SUMMARY)
-    if harness:
+    if harness is not None:
         from huarizo.results.harness import run_harness
 
-        found = run_harness(open_assistant(tuned, precision), harness.split(","), limit)
+        tasks = [task.strip() for task in harness.split(",") if task.strip()]
+        found = run_harness(lambda: open_assistant(tuned, precision), tasks, limit)
         evaluating.save_harness(found, target)
         print(json.dumps(found, indent=2))
     else:
-        rows = evaluating.rows_of(tuned, data) if data else evaluating.heldout_rows(tuned)
+        rows = evaluating.rows_of(tuned, name) if name else evaluating.heldout_rows(tuned)
         evaluation = evaluating.evaluate(open_assistant(tuned, precision), rows, to_answer, console())
+        evaluating.save(evaluation, target, result=run, data=name or "held out")
         evaluating.show(console(), evaluation)
-        evaluating.save(evaluation, target, result=run, data=data or "held out")
         if evaluation.answers and evaluation.scores["after"].chrf is None:
             print("chrF was left out: pip install sacrebleu (or huarizo[eval])", file=sys.stderr)
     print(f"evaluated: {target}")
@@ -193,7 +208,9 @@ def merge(
 def export(
     run: Name,
     to: Annotated[str, typer.Option(help="the format: gguf")] = "gguf",
-    kind: Annotated[str, typer.Option("--type", help="of the weights: f32, f16, bf16 or q8_0")] = "f16",
+    kind: Annotated[
+        str | None, typer.Option("--type", help="of the weights: f32, f16, bf16 or q8_0; default f16")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="file; default RUN/NAME-TYPE.gguf")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA alone, for a GGUF of its base")] = False,
     ollama: Annotated[bool, typer.Option("--ollama", help="also write a Modelfile for Ollama beside it")] = False,
@@ -206,14 +223,15 @@ def export(
     """Write the tuned model as one GGUF file, for llama.cpp and Ollama."""
     if to != "gguf":
         raise UserError(f"--to {to}: gguf is the only format. For a model folder: huarizo merge {run}")
-    if adapter and ollama:
-        raise UserError("--adapter writes the LoRA alone: --ollama is for the whole model")
+    if adapter and (ollama or kind):
+        raise UserError("--adapter writes the LoRA alone, in f32: --ollama and --type are for the whole model")
+    kind = kind or "f16"
     quiet_libraries()
     from huarizo.results.gguf import export_adapter, export_gguf
-    from huarizo.results.ollama import commands, modelfile, write_modelfile
+    from huarizo.results.ollama import MODELFILE, commands, modelfile, write_modelfile
     from huarizo.results.target import check_file
     from huarizo.results.tuned import find_tuned
-    from huarizo.results.verify import compare_adapter, compare_with_transformers, llama_cpp
+    from huarizo.results.verify import ADAPTERS_BASE, compare_adapter, compare_with_transformers, llama_cpp
 
     if verify:
         llama_cpp()  # says that it is missing before the long work
@@ -221,7 +239,9 @@ def export(
     name = (tuned.run.path if tuned.run else Path(run).expanduser()).resolve().name
     file = out or tuned.folder / f"{name}-{'adapter' if adapter else kind}.gguf"
     if ollama:
-        check_file(file.with_name("Modelfile"), force)
+        if file.name == MODELFILE:
+            raise UserError(f"{file}: the Modelfile itself has this name. Name another file")
+        check_file(file.with_name(MODELFILE), force)
         modelfile(tuned, file.name)  # says what Ollama can't have before the long work
     if adapter:
         export_adapter(tuned, file, force)
@@ -230,7 +250,7 @@ def export(
     if verify:
         found = compare_adapter(tuned, file, console()) if adapter else compare_with_transformers(tuned, file)
         print(found)
-        if not found.agrees:
+        if not found.agrees(ADAPTERS_BASE if adapter else kind):
             raise ModelError(
                 f"{file}: in llama.cpp this is not the trained model, so don't use the file. The adapter is sound; for "
                 f"a model folder: huarizo merge {run}"
@@ -262,5 +282,7 @@ def push(
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("nothing was sent. Look at the list above, and say --yes to send it")
-        typer.confirm("Send this?", abort=True)
+        if not confirm("Send this?", default=False):
+            print("nothing was sent")
+            raise typer.Exit(Interrupted.exit_code)
     print(f"pushed: {publish(what, force)}")

@@ -1,9 +1,13 @@
 """What the commands write to a terminal, and keeping the libraries' own messages off it."""
 
 import logging
+import os
 import re
+import shutil
+import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
 
 import typer
@@ -16,6 +20,12 @@ T = TypeVar("T")
 def console() -> Console:
     """For text that is shown as it is, without markup."""
     return Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def program() -> str:
+    """What to type to start Huarizo: its name where the shell finds it, or else its path."""
+    started = Path(sys.argv[0])
+    return "huarizo" if shutil.which("huarizo") or started.name != "huarizo" else os.path.relpath(started)
 
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
@@ -36,6 +46,7 @@ def confirm(question: str, default: bool) -> bool:
     try:
         return typer.confirm(question, default=default)
     except typer.Abort:
+        print()
         raise KeyboardInterrupt from None
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from huarizo.errors import MachineError
+from huarizo.errors import HuarizoError, MachineError
 
 Content = bytes | str | Callable[[BinaryIO], None]
 """What a file is to hold: its bytes, its text, or a function that writes it into the open file."""
@@ -34,6 +34,7 @@ REMEDIES = {
     errno.ENOTCONN: "The drive is no longer connected: mount it again",
     errno.EIO: "The disk or drive reports an error: copy what is there to another one",
 }
+RUST = re.compile(r"\(os error (\d+)\)")
 NO_FOLDER_RENAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
 """What file systems say that can't rename a folder."""
 
@@ -48,8 +49,19 @@ def told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0, "Choose another folder or disk")
-        raise MachineError(f"{path}: could not be written: {error.strerror or error}. {remedy}") from error
+        raise _unwritable(path, error.errno or 0, error.strerror or str(error)) from error
+    except HuarizoError:
+        raise
+    except Exception as error:  # libraries in Rust have exceptions of their own for what the disk says
+        said = RUST.search(str(error))
+        if said is None:
+            raise
+        raise _unwritable(path, int(said[1]), os.strerror(int(said[1]))) from error
+
+
+def _unwritable(path: Path, number: int, said: str) -> MachineError:
+    remedy = REMEDIES.get(number, "Choose another folder or disk")
+    return MachineError(f"{path}: could not be written: {said}. {remedy}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -171,19 +183,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
     with told(path):
-        temporary = _beside(path, "tmp")
+        temporary, old = _beside(path, "tmp"), _beside(path, "deleted")
         try:
             os.mkdir(temporary)
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 sync_folder(file)  # a file is flushed the same way
             sync_folder(temporary)
-            old = _beside(path, "deleted")
             if path.exists():
                 os.replace(path, old)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            if os.path.lexists(old) and not os.path.lexists(path):
+                os.replace(old, path)
             raise
         sync_folder(path.parent)
         _delete(old)

@@ -262,6 +262,17 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return _validated(values, path.name, problems)
 
 
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with `key=value` overrides.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    values = recipe.model_dump()
+    problems = [problem for override in overrides if (problem := apply_override(values, override))]
+    return _validated(values, "overrides", problems)
+
+
 def make_recipe(**values: Any) -> Recipe:
     """A recipe from Python: the same keys and checks as in a file.
 

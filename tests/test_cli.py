@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+
+from huarizo.console import confirm
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -57,6 +61,8 @@ def test_a_run_from_start_to_answer(recipe_file: Path, tmp_path: Path) -> None:
     talk = huarizo("chat", str(run), "--max-new-tokens", "3", cwd=tmp_path, input="hello\n/reset\n/exit\n")
     assert talk.returncode == 0 and "you>" in talk.stdout, talk.stderr
     use_the_result(run, tmp_path)
+    nothing_is_sent_unasked(run, tmp_path)
+    an_evaluation_outlives_its_output(run, tmp_path)
     again = huarizo("train", str(recipe_file), cwd=tmp_path)
     assert again.returncode == 2 and "huarizo resume" in again.stderr
     complete = huarizo("resume", str(run), cwd=tmp_path)
@@ -103,6 +109,56 @@ def use_the_result(run: Path, tmp_path: Path) -> None:
     pushed = huarizo("push", str(run), "ann/adapter", cwd=tmp_path, input="")
     assert pushed.returncode == 2 and "--yes" in pushed.stderr and "adapter_model.safetensors" in pushed.stdout
     assert "private" in pushed.stdout and str(tmp_path) not in pushed.stdout
+
+
+def nothing_is_sent_unasked(run: Path, tmp_path: Path) -> None:
+    """Whatever a person at a terminal says but yes."""
+    for said, message in ((b"n\n", "nothing was sent"), (b"\n", "nothing was sent"), (b"\x04", "Send this?")):
+        person, terminal = pty.openpty()
+        command = [sys.executable, "-m", "huarizo", "push", str(run), "ann/adapter"]
+        os.write(person, said)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ENVIRONMENT, stdin=terminal, capture_output=True, text=True, timeout=120
+        )
+        os.close(person)
+        os.close(terminal)
+        assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+        assert message in (done.stdout + done.stderr).splitlines()[-1] and "pushed" not in done.stdout
+
+
+def an_evaluation_outlives_its_output(run: Path, tmp_path: Path) -> None:
+    """What was measured is there, though it could not be shown."""
+    command = [sys.executable, "-m", "huarizo", "eval", str(run), "--answers", "0", "--out"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "full"], cwd=tmp_path, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("huarizo: ") and "No space left" in done.stderr
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*command, "closed"], cwd=tmp_path, env=ENVIRONMENT, stdout=written, stderr=subprocess.PIPE, text=True
+    )
+    os.close(written)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    for name in ("full", "closed"):
+        assert json.loads((tmp_path / name / "summary.json").read_text())["rows"] == 2
+    refused = huarizo("eval", str(run), "--harness", "", cwd=tmp_path)
+    assert refused.returncode == 2 and "--harness needs the names of tasks" in refused.stderr
+    other = huarizo("eval", str(run), "lora.r=3", cwd=tmp_path)
+    assert other.returncode == 2 and "lora.r=3" in other.stderr
+    two = huarizo("compare", str(run), "a.txt", "b.txt", cwd=tmp_path)
+    assert two.returncode == 2 and "b.txt: one file" in two.stderr
+
+
+def test_ctrl_c_and_the_end_of_input_answer_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    def abort(*_: Any, **__: Any) -> bool:
+        raise typer.Abort
+
+    monkeypatch.setattr(typer, "confirm", abort)
+    with pytest.raises(KeyboardInterrupt):
+        confirm("Send this?", default=False)
 
 
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("int8", True)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from huarizo.errors import RecipeError
-from huarizo.recipe import DECIDED_ELSEWHERE, fields, load_recipe, make_recipe, to_yaml, type_of
+from huarizo.recipe import DECIDED_ELSEWHERE, fields, load_recipe, make_recipe, to_yaml, type_of, with_overrides
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -81,6 +81,15 @@ def test_overrides_are_typed_as_in_yaml(tmp_path: Path) -> None:
     assert (recipe.lora.r, recipe.training.learning_rate, recipe.data.eval) == (16, 2e-4, "other.json")
     assert recipe.lora.target_modules == ["q_proj", "k_proj"] and recipe.samples == ["Hi?", "Who are you?"]
     assert recipe.trainer == {"warmup_steps": 3}
+
+
+def test_a_recipe_is_overridden_as_a_file_is() -> None:
+    recipe = make_recipe(model="a", data={"train": "b", "columns": {"output": "reply"}})
+    found = with_overrides(recipe, ["data.max_length=64", "data.columns.instruction=question"])
+    assert found.data.columns == {"instruction": "question", "output": "reply"} and found.data.max_length == 64
+    assert with_overrides(recipe, []) == recipe and recipe.data.max_length == 512
+    with pytest.raises(RecipeError, match=r"(?s)2 mistakes.*data\.max_length.*lora\.r"):
+        with_overrides(recipe, ["data.max_length=0", "lora.r=0"])
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

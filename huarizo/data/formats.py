@@ -242,6 +242,14 @@ def _prompt_completion(fields: Fields) -> Conversation:
     return fields.optional("system"), (Exchange(fields.text("prompt"), "", fields.text("completion")),)
 
 
+def _question(fields: Fields) -> Conversation:
+    return fields.optional("system"), (Exchange(fields.text("instruction"), fields.optional("input"), ""),)
+
+
+def _prompt(fields: Fields) -> Conversation:
+    return fields.optional("system"), (Exchange(fields.text("prompt"), "", ""),)
+
+
 class Format(NamedTuple):
     """How rows of one format are recognised (`required`: all of them are there) and read."""
 
@@ -256,4 +264,9 @@ FORMATS = {  # in the order in which they are tried
     "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _alpaca),
     "prompt-completion": Format(("prompt", "completion"), ("system",), _prompt_completion),
 }
+QUESTIONS = FORMATS | {
+    "instructions": Format(("instruction",), ("input", "system"), _question),
+    "prompts": Format(("prompt",), ("system",), _prompt),
+}
+"""The formats, and rows that have no answer."""
 OUR_FIELDS = tuple(dict.fromkeys(name for each in FORMATS.values() for name in (*each.required, *each.optional)))

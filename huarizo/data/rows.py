@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Literal
 
 from huarizo.data.files import data_files, enumerated, excerpt, printable, refusal, shown
-from huarizo.data.formats import FORMATS, OUR_FIELDS, Conversation, Exchange, Fields, kind_of, report_doubled
+from huarizo.data.formats import (
+    FORMATS,
+    OUR_FIELDS,
+    Conversation,
+    Exchange,
+    Fields,
+    Format,
+    kind_of,
+    report_doubled,
+)
 from huarizo.data.records import Flaw, Record, read_records
 from huarizo.errors import DataError, listed
 from huarizo.files import write_whole
@@ -80,10 +89,10 @@ def _names(columns: Mapping[str, str]) -> dict[str, str]:
     return dict(columns) | {name: name for name in OUR_FIELDS if name not in columns and name not in taken}
 
 
-def _fitting(fields: Collection[str], columns: Mapping[str, str]) -> str | None:
+def _fitting(fields: Collection[str], columns: Mapping[str, str], formats: Mapping[str, Format]) -> str | None:
     """The format whose required fields are all there and that has all mapped fields."""
     names = _names(columns)
-    for name, each in FORMATS.items():
+    for name, each in formats.items():
         mapped = columns.keys() <= {*each.required, *each.optional}
         if mapped and all(names.get(required) in fields for required in each.required):
             return name
@@ -129,6 +138,7 @@ class _Reading:
     """Rows and problems as they come in."""
 
     columns: Mapping[str, str]
+    formats: Mapping[str, Format]
     rows: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     problem_count: int = 0
@@ -137,7 +147,7 @@ class _Reading:
     def file(self, path: Path) -> str:
         """Read one file and return its format."""
         names = _names(self.columns)
-        records = read_records(path, set(names.values()), lambda fields: _fitting(fields, self.columns) is not None)
+        records = read_records(path, set(names.values()), lambda fields: self.format_of(fields) is not None)
         first, fields = _peek(records)
         if not first:
             raise refusal(path, "has no rows", "Write rows into it, or leave it out")
@@ -145,12 +155,15 @@ class _Reading:
         if fields is None:
             problems = [str(Problem(file, number, *_no_object(value))) for number, value in first[:MAX_LISTED]]
             raise DataError(f"{file}: has no row that can be read.\n{_told(problems, len(first))}")
-        format = _fitting(fields, self.columns)
+        format = self.format_of(fields)
         if format is None or not fields.keys() >= set(self.columns.values()):
             raise _no_format(path, fields, self.columns)
         for number, value in itertools.chain(first, records):
-            self.record(file, number, value, names, FORMATS[format].read)
+            self.record(file, number, value, names, self.formats[format].read)
         return format
+
+    def format_of(self, fields: Collection[str]) -> str | None:
+        return _fitting(fields, self.columns, self.formats)
 
     def record(
         self, file: str, number: int, value: object, names: Mapping[str, str], read: Callable[[Fields], Conversation]
@@ -193,16 +206,17 @@ def _peek(records: Iterator[Record]) -> tuple[list[Record], dict[str, None] | No
     return first, fields
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> Rows:
+def read_rows(path: Path, columns: Mapping[str, str] | None = None, formats: Mapping[str, Format] = FORMATS) -> Rows:
     """Read all rows of a file or folder. Bad rows become problems; nothing is said of them yet (see `require_good`).
 
     columns: our field name -> its name in the file, where they differ.
+    formats: `QUESTIONS` also takes rows without an answer.
 
     Raises:
         DataError: a file can't be read at all, no format fits, the files of a folder differ in format, or `columns`
             names what is not there.
     """
-    reading = _Reading(dict(columns or {}))
+    reading = _Reading(dict(columns or {}), formats)
     _check_columns(reading.columns)
     files = data_files(Path(path))
     format = reading.file(files[0])

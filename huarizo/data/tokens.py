@@ -127,9 +127,9 @@ class Encoder:
         return [i for ids, _ in runs for i in ids]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text outside any conversation, cut at `max_length`; special tokens in it are plain text."""
+        """Ids of a text outside any conversation; special tokens in it are plain text."""
         (ids,) = self._ids([text], literal=True)
-        return ([self._bos, *ids] if self._bos is not None else ids)[: self.max_length]
+        return [self._bos, *ids] if self._bos is not None else ids
 
     def fingerprint(self) -> str:
         """A hash of everything but the rows that decides the ids."""

@@ -27,6 +27,10 @@ FILES = (
     "chat_template.json",
 )
 """Patterns of the files that are fetched and used: no code, no pickle."""
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+CARD = "README.md"
+BESIDE = (CARD, *LICENCES)
+"""Patterns of files that say whose a model is: fetched with it, and never pinned, because they decide no number."""
 EXCEPT_FILES = ("*/*", "consolidated*", "adapter_model.safetensors")
 """Weights that match the patterns above but are not the model in Transformers' format."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -38,6 +42,13 @@ LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file; the format's own l
 LARGEST = {"tokenizer.json": 200_000_000, "tokenizer.model": 100_000_000, INDEX: 50_000_000}  # bytes
 LARGEST_OTHER = 10_000_000  # bytes; TinyLlama's others have under 2,000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files with a model's weights: the one, or those that its index names."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def lacking(names: Iterable[str]) -> str | None:

@@ -93,6 +93,8 @@ class _Kind:
     error: type[UserError]
     lacking: Callable[[Iterable[str]], str | None]
     broken: Callable[[Path], str | None]
+    beside: tuple[str, ...] = ()
+    """Patterns of files that are fetched too, and not used."""
 
     def used(self, names: Iterable[str]) -> list[str]:
         """Those of `names` (relative, with /) that are used."""
@@ -120,6 +122,7 @@ MODEL = _Kind(
     error=ModelError,
     lacking=model_files.lacking,
     broken=model_files.broken,
+    beside=model_files.BESIDE,
 )
 ADAPTER = _Kind(
     repo_type="model",
@@ -312,7 +315,7 @@ def _snapshot(repository: Repository, kind: _Kind, token: str | bool = False, lo
         repository.repo_id,
         repo_type=repository.kind,
         revision=repository.revision,
-        allow_patterns=list(kind.files),
+        allow_patterns=[*kind.files, *(() if local_files_only else kind.beside)],
         ignore_patterns=list(kind.except_files),
         token=token,
         local_files_only=local_files_only,

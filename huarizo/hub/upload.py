@@ -5,14 +5,14 @@ a byte is sent: the token and its rights, whose the repository is, who can see i
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, is_offline_mode
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from huarizo.errors import HuarizoError, HubError, MachineError
 from huarizo.hub.access import FAILURES, LOG_IN, Login, check_login, log_in, reason, unreachable
@@ -23,14 +23,22 @@ TIMEOUT = 20.0  # seconds, for what the hub says of a repository
 NEVER_OURS = ".gitattributes"  # written by the hub into every repository
 
 
-def upload(repo_id: str, files: Mapping[str, Path | bytes], private: bool, force: bool, message: str) -> str:
+def upload(
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    private: bool,
+    force: bool,
+    message: str,
+    replaced: Sequence[str] = (),
+) -> str:
     """Send files to a model repository, which is made where there is none, and return the commit's address.
 
     repo_id: `owner/name`, or `name` alone for one of the token's owner.
     files: name in the repository -> a file on this machine, or the content.
     private: who can see a new repository; into one that is public already nothing is sent then.
-    force: replace files of the same names.
+    force: replace files of the same names, and remove those of `replaced`.
     message: of the commit.
+    replaced: patterns of files that must not stay beside the new ones.
 
     Raises:
         HubError: no token, no right, not the user's repository, files or visibility in the way, or no answer.
@@ -47,9 +55,12 @@ def upload(repo_id: str, files: Mapping[str, Path | bytes], private: bool, force
         except RepositoryNotFoundError:
             api.create_repo(repo_id, private=private, exist_ok=True)
             found = api.model_info(repo_id, timeout=TIMEOUT)
-        _check_free(found, repo_id, files, private, force)
-        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
-        commit = api.create_commit(repo_id, additions, commit_message=message, parent_commit=found.sha)
+        there = [sibling.rfilename for sibling in found.siblings or []]
+        stale = [name for name in filter_repo_objects(there, allow_patterns=list(replaced)) if name not in files]
+        _check_free(found, repo_id, sorted((set(files) - {NEVER_OURS}) & set(there)) + stale, private, force)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=found.sha)
     except FAILURES as error:
         raise _explained(error, repo_id, login) from None
     return str(commit.commit_url)
@@ -134,14 +145,13 @@ def may_write(identity: dict[str, Any], repo_id: str) -> bool:
     )
 
 
-def _check_free(found: ModelInfo, repo_id: str, files: Mapping[str, Path | bytes], private: bool, force: bool) -> None:
+def _check_free(found: ModelInfo, repo_id: str, taken: Sequence[str], private: bool, force: bool) -> None:
     page = f"{constants.ENDPOINT}/{repo_id}"
     if private and not found.private:
         raise HubError(
             f"{repo_id}: this repository exists and everybody can see it, so nothing was sent. Say --public if that is "
             f"meant, name another one, or make it private at {page}/settings"
         )
-    taken = sorted((set(files) - {NEVER_OURS}) & {sibling.rfilename for sibling in found.siblings or []})
     if taken and not force:
         raise HubError(
             f"{repo_id}: this repository holds {', '.join(taken[:5])}{' and more' if len(taken) > 5 else ''} already, "

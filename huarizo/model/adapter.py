@@ -7,7 +7,7 @@ describes a plain LoRA is taken from it; anything else that is set is refused by
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     except Exception as error:  # whatever a broken or foreign adapter sets off
         if "size mismatch" in str(error):
             raise ModelError(f"{wrong_base}: the sizes of its layers differ") from None
-        raise ModelError(f"{folder}: the adapter does not load: {_first_line(error)}") from None
+        raise ModelError(f"{folder}: the adapter does not load: {first_line(error)}") from None
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         given = {name for name in file.keys() if not name.endswith(BASE_LAYER)}  # noqa: SIM118
     if unused := given ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
@@ -142,7 +142,10 @@ def _read_config(folder: Path) -> Any:
     for name in ("peft_type", "task_type"):
         taken.pop(name, None)
     taken |= {"task_type": "CAUSAL_LM", "inference_mode": True}
-    return LoraConfig(**taken)  # pyright: ignore[reportArgumentType]
+    try:
+        return LoraConfig(**taken)  # pyright: ignore[reportArgumentType]
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: peft refuses these settings: {first_line(error)}") from None
 
 
 def _is_names(value: Any) -> bool:
@@ -170,9 +173,9 @@ def _is_flag(value: Any) -> bool:
     return type(value) is bool
 
 
-def _is_pattern(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict) and _is_names(list(value)) and all(map(_is_number, value.values()))
+def _is_pattern_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        value is None or (isinstance(value, dict) and _is_names(list(value)) and all(map(kind, value.values())))
     )
 
 
@@ -191,8 +194,8 @@ CHECKS = {
     "modules_to_save": _is_names,
     "layers_to_transform": _is_layers,
     "layers_pattern": _is_names,
-    "rank_pattern": _is_pattern,
-    "alpha_pattern": _is_pattern,
+    "rank_pattern": _is_pattern_of(_is_rank),
+    "alpha_pattern": _is_pattern_of(_is_number),
     "bias": lambda value: value == "none",
     "fan_in_fan_out": lambda value: value is False,
     "use_rslora": _is_flag,
@@ -216,7 +219,7 @@ def _shapes(folder: Path, config: Any) -> dict[str, list[int]]:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file: {_first_line(error)}") from None
+        raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file: {first_line(error)}") from None
     matrices = {name: shape for name, shape in shapes.items() if "lora_A" in name or "lora_embedding_A" in name}
     wrong = next((name for name, shape in matrices.items() if shape[:1] and shape[0] not in allowed), None)
     if wrong or not matrices:
@@ -235,5 +238,6 @@ def _targets(folder: Path, names: Iterable[str]) -> list[str]:
     return found
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library says, without the lines of advice behind it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -4,7 +4,6 @@ The adapter is added to the original float weights, in fp32, whatever the base w
 stands in memory. PEFT's own layer does the arithmetic, so that every kind of LoRA that it knows is merged as it means.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,12 +14,16 @@ from safetensors import safe_open
 from torch import nn
 
 from huarizo.errors import ModelError
-from huarizo.hub.model_files import INDEX, WEIGHTS
-from huarizo.model.adapter import BASE_LAYER, PREFIX, check_adapter
+from huarizo.hub.model_files import weight_files
+from huarizo.model.adapter import BASE_LAYER, CONFIG, PREFIX, check_adapter, first_line
 from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from huarizo.model.load import read_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
+LINEAR_PARTS = {"lora_A.weight", "lora_B.weight"}
+EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B"}
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 
 
 class MergedWeights:
@@ -36,6 +39,11 @@ class MergedWeights:
     def __init__(self, base: Path, adapter: Path | None) -> None:
         self.base, self.adapter = base, adapter
         self.config = read_config(base)
+        if self.config.get("quantization_config"):
+            raise ModelError(
+                f"{base}: this base is quantised, and an adapter is added to float weights. Name the original model in "
+                "the adapter's base_model_name_or_path"
+            )
         self.shards = _shards(base)
         self._file_of = {name: file for file, names in self.shards.items() for name in names}
         self.changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -44,9 +52,9 @@ class MergedWeights:
         if adapter is not None:
             self._lora = check_adapter(adapter)
             self._read_adapter(adapter)
-        if self.tied and self._changes_one_of_the_tied():
-            last = list(self.shards)[-1]
-            self.shards[last].append(HEAD)
+        if self._changes_one_of_the_tied():
+            if self.tied:
+                self.shards[list(self.shards)[-1]].append(HEAD)
             self.config["tie_word_embeddings"] = False
 
     @property
@@ -60,35 +68,41 @@ class MergedWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """What the base keeps this tensor in."""
-        return self._base_tensor(EMBEDDING if name == HEAD and self.tied else name).dtype
+        return self._base_tensor(self._source(name)).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the file's header alone where the adapter does not replace it."""
         if name in self.replaced:
             return tuple(self.replaced[name].shape)
-        source = EMBEDDING if name == HEAD and self.tied else name
+        source = self._source(name)
         with safe_open(self.base / self._file_of[source], framework="pt") as file:
             return tuple(file.get_slice(source).get_shape())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A tensor with the adapter's change, in float32."""
-        source = EMBEDDING if name == HEAD and self.tied else name
-        weight = (self.replaced[name] if name in self.replaced else self._base_tensor(source)).float()
+        weight = (self.replaced[name] if name in self.replaced else self._base_tensor(self._source(name))).float()
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.changes:
             return self._added(module, weight)
         return weight
+
+    def _source(self, name: str) -> str:
+        return EMBEDDING if name == HEAD and self.tied else name
 
     def _base_tensor(self, name: str) -> torch.Tensor:
         with safe_open(self.base / self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def _read_adapter(self, adapter: Path) -> None:
+        kept_whole = tuple(self._lora.modules_to_save or ())
         known = {name.removesuffix(".weight") for name in self._file_of} | {HEAD.removesuffix(".weight")}
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 name = key.removeprefix(PREFIX).replace(BASE_LAYER, ".weight")
                 module, mark, rest = name.partition(".lora_")
+                tensor = file.get_tensor(key)
+                if not tensor.isfinite().all():
+                    raise ModelError(f"{adapter}: {key} holds numbers that are not finite. Train it again")
                 if module.removesuffix(".weight") not in known:
                     raise self._wrong_base(f"it has no {module}")
                 if rest == "B.bias":
@@ -96,14 +110,29 @@ class MergedWeights:
                         f"{adapter}: lora_bias can't be merged. The adapter can be used with PEFT as it is"
                     )
                 if mark:
-                    self.changes[module][f"lora_{rest}"] = file.get_tensor(key)
+                    self.changes[module][f"lora_{rest}"] = tensor
+                elif key.endswith(BASE_LAYER) or name.removesuffix(".weight").endswith(kept_whole):
+                    self._replace(name, tensor)
                 else:
-                    self._replace(name, file.get_tensor(key))
+                    raise ModelError(f"{adapter}: {key} is not in modules_to_save of its {CONFIG}")
+        for module, parts in self.changes.items():
+            self._check_parts(module, parts)
 
     def _replace(self, name: str, tensor: torch.Tensor) -> None:
         if tuple(tensor.shape) != self.shape(name):
             raise self._wrong_base(f"its {name} is {_size(self.shape(name))}, the adapter's {_size(tensor.shape)}")
-        self.replaced[name] = tensor
+        if not torch.equal(tensor.float(), self._base_tensor(self._source(name)).float()):
+            self.replaced[name] = tensor
+
+    def _check_parts(self, module: str, parts: dict[str, torch.Tensor]) -> None:
+        wanted = EMBEDDING_PARTS if "lora_embedding_A" in parts else LINEAR_PARTS
+        wanted = wanted | ({MAGNITUDE} if self._lora.use_dora else set())
+        if set(parts) != wanted:
+            odd = sorted(set(parts) ^ wanted)[0]
+            raise ModelError(f"{self.adapter}: {odd} of {module} is {'missing' if odd in wanted else 'not expected'}")
+        shape, ours = self.shape(f"{module}.weight"), _shape_of(parts)
+        if shape != ours:
+            raise self._wrong_base(f"its {module} is {_size(shape)}, the adapter's {_size(ours)}")
 
     def _changes_one_of_the_tied(self) -> bool:
         tied = (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
@@ -113,12 +142,9 @@ class MergedWeights:
         """The weight with LoRA's change, by PEFT's layer alone in a tree of the model's names."""
         from peft import inject_adapter_in_model
 
-        parts = self.changes[module]
-        shape = _shape_of(parts)
-        if weight.shape != shape:
-            raise self._wrong_base(f"its {module} is {_size(weight.shape)}, the adapter's {_size(shape)}")
+        parts, shape = self.changes[module], weight.shape
         if "lora_embedding_A" in parts:
-            tree: Any = nn.Embedding(*shape, device="meta")
+            tree: Any = nn.Embedding(shape[0], shape[1], device="meta")
         else:
             tree = nn.Linear(shape[1], shape[0], bias=False, device="meta")
         tree.weight = nn.Parameter(weight, requires_grad=False)
@@ -126,13 +152,13 @@ class MergedWeights:
             above = nn.Module()
             above.add_module(name, tree)
             tree = above
-        inject_adapter_in_model(self._lora, tree)
-        lora = tree.get_submodule(module)
-        lora.load_state_dict({_named(key): tensor for key, tensor in parts.items()}, strict=False)
         try:
+            inject_adapter_in_model(self._lora, tree)
+            lora = tree.get_submodule(module)
+            lora.load_state_dict({_named(key): tensor for key, tensor in parts.items()}, strict=False)
             lora.merge(safe_merge=True)
-        except ValueError as error:
-            raise ModelError(f"{self.adapter}: {module}: {error}") from None
+        except Exception as error:  # whatever PEFT finds in a foreign adapter
+            raise ModelError(f"{self.adapter}: {module} can't be merged: {first_line(error)}") from None
         return lora.get_base_layer().weight.detach()
 
     def _wrong_base(self, why: str) -> ModelError:
@@ -161,18 +187,26 @@ def _named(key: str) -> str:
 
 def _shards(base: Path) -> dict[str, list[str]]:
     """The base's weight files and the tensors in each."""
-    if (base / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    else:
-        files = sorted(set(json.loads((base / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     found: dict[str, list[str]] = {}
-    for name in files:
+    for name in weight_files(base):
         with safe_open(base / name, framework="pt") as file:
-            found[name] = list(file.keys())
+            found[name] = [key for key in file.keys() if not key.endswith(COMPUTED)]  # noqa: SIM118
     return found
 
 
 def merged_shards(weights: MergedWeights) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Each file's name and tensors, in the base's dtypes; one file at a time stands in memory."""
+    """Each file's name and tensors, in the base's dtypes; one file at a time stands in memory.
+
+    Raises:
+        ModelError: a merged weight is too large for the base's dtype.
+    """
     for file, names in weights.shards.items():
-        yield file, {name: weights[name].to(weights.dtype(name)).contiguous() for name in names}
+        yield file, {name: _cast(weights, name) for name in names}
+
+
+def _cast(weights: MergedWeights, name: str) -> torch.Tensor:
+    weight = weights[name]
+    cast = weight.to(weights.dtype(name)).contiguous()
+    if weight.isfinite().all() and not cast.isfinite().all():
+        raise ModelError(f"{weights.adapter}: merged, {name} is too large for {cast.dtype}, which the base is in")
+    return cast

@@ -6,7 +6,8 @@ that the hub reads, the licence of the base, a few answers before and after, and
 
 import json
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +15,14 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from huarizo.errors import UserError
+from huarizo.hub.model_files import CARD, LICENCES
 from huarizo.hub.names import QUICKSTART
 from huarizo.recipe import Recipe
-from huarizo.results.merge import LICENCES
+from huarizo.results.gguf import is_adapter
 from huarizo.results.report import Sample, fenced, heldout_change, samples_from_text
 from huarizo.runs import Run
 
 What = Literal["adapter", "merged", "gguf"]
-CARD = "README.md"
 KIND = {"adapter": ("peft", "adapter"), "merged": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}
 """library_name and base_model_relation, as the hub's model cards have them."""
 QUICKSTART_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -88,7 +89,7 @@ model = PeftModel.from_pretrained(base, {json.dumps(adapter)})
 ```"""
 
 
-def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: list[str]) -> str:
+def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: Sequence[Path]) -> str:
     """The model card: front matter that the hub reads, what the model was trained on, and how it is loaded."""
     hub_id, base, licence = hub_id_of(recipe.model), public_name(recipe.model), _licence(recipe.model)
     library, relation = KIND[what]
@@ -98,7 +99,7 @@ def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: list[str
     front |= {"license": licence} if licence else {}
     front |= {"pipeline_tag": "text-generation", "tags": ["lora", "huarizo"]}
     data = recipe.data.train if recipe.data.train == QUICKSTART else public_name(recipe.data.train)
-    metrics = _read(run.metrics, lambda text: [json.loads(line) for line in text.splitlines()])
+    metrics = _read(run.metrics, _metrics_from_text)
     samples = [sample for sample in _read(run.samples, samples_from_text) if sample.after is not None][:SAMPLES]
     name = repo_id.split("/")[1]
     title = {"adapter": "LoRA adapter", "merged": "fine-tuned model", "gguf": "fine-tuned model in GGUF"}[what]
@@ -120,8 +121,15 @@ def _read(file: Path, parse: Callable[[str], list[Any]]) -> list[Any]:
     """The rows of a run's JSONL file; none where the run wrote none."""
     try:
         return parse(file.read_text(encoding="utf-8")) if file.is_file() else []
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: can't be read ({type(error).__name__}: {error}). Mend or remove it") from None
+
+
+def _metrics_from_text(text: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in text.splitlines()]
+    if not all(isinstance(row, dict) and isinstance(row.get("eval_loss", 0.0), float | int | None) for row in rows):
+        raise ValueError("a line is no object, or its eval_loss no number")
+    return rows
 
 
 def _sample_block(sample: Sample) -> str:
@@ -133,7 +141,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + "…"
 
 
-def _usage(what: What, base: str, repo_id: str, ggufs: list[str]) -> str:
+def _usage(what: What, base: str, repo_id: str, ggufs: Sequence[Path]) -> str:
     """How it is loaded: with PEFT, with Transformers, or in llama.cpp and Ollama."""
     if what == "adapter":
         return peft_usage(base, repo_id)
@@ -144,12 +152,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 model = AutoModelForCausalLM.from_pretrained("{repo_id}")
 ```"""
-    file = next((name for name in ggufs if not name.endswith("-adapter.gguf")), None)
-    if file is None:
-        return (
-            f"```sh\nhf download {repo_id} '{ggufs[0]}' --local-dir .\nllama-cli -m BASE.gguf --lora '{ggufs[0]}'\n```"
-        )
-    return f"```sh\nllama-cli --hf-repo {repo_id} --hf-file '{file}'\nollama run hf.co/{repo_id}\n```"
+    whole = next((file.name for file in ggufs if not is_adapter(file)), None)
+    if whole is None:
+        name = shlex.quote(ggufs[0].name)
+        return f"```sh\nhf download {repo_id} {name} --local-dir .\nllama-cli -m BASE.gguf --lora {name}\n```"
+    return f"```sh\nllama-cli --hf-repo {repo_id} --hf-file {shlex.quote(whole)}\nollama run hf.co/{repo_id}\n```"
 
 
 def _licence(model: str) -> str | None:

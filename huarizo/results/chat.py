@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 from huarizo.data.prompts import OpenExchange, Turn
 from huarizo.data.rows import Exchange
-from huarizo.errors import UserError
+from huarizo.errors import MachineError, UserError
 from huarizo.results.generate import Assistant, Sampling, stream_answer
 
 HELP = """\
@@ -83,7 +83,7 @@ class Conversation:
             self.write("" if answer.finished else f"\n(cut at {answer.tokens} tokens)")
         except KeyboardInterrupt:
             self.write("\n(stopped; this turn is forgotten)")
-        except UserError as error:
+        except (UserError, MachineError) as error:
             self.write(f"({error})")
         self.write("\n")
 
@@ -109,10 +109,14 @@ def checked(sampling: Sampling) -> Sampling:
     """
     ranges = {
         "max_new_tokens": (sampling.max_new_tokens >= 1, "1 or more"),
-        "temperature": (0 <= sampling.temperature < 100, "0 or more; 0 takes the likeliest token"),
+        "temperature": (
+            sampling.temperature == 0 or 0.01 <= sampling.temperature <= 100,
+            "0, which takes the likeliest token, or 0.01 to 100",
+        ),
         "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
         "top_k": (sampling.top_k >= 0, "0 (no limit) or more"),
-        "repetition_penalty": (0 < sampling.repetition_penalty < 100, "above 0; 1 changes nothing"),
+        "repetition_penalty": (0.01 <= sampling.repetition_penalty <= 100, "0.01 to 100; 1 changes nothing"),
+        "seed": (sampling.seed is None or 0 <= sampling.seed < 2**63, "0 or more, and below 2^63"),
     }
     for name, (fits, range_) in ranges.items():
         if not fits:
@@ -134,5 +138,8 @@ def converse(conversation: Conversation, read: Callable[[str], str]) -> None:
         except UnicodeDecodeError:
             conversation.write("(this was not text in UTF-8)\n")
             continue
-        if not conversation.hear(line):
-            return
+        try:
+            if not conversation.hear(line):
+                return
+        except KeyboardInterrupt:  # a second one, while the first was being told
+            conversation.write("\n")

@@ -6,16 +6,18 @@ In go prompts from a file, or those that the run itself answered; out comes a ta
 import dataclasses
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from huarizo.data.formats import QUESTIONS
 from huarizo.data.rows import read_rows, require_good
 from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, write_whole
+from huarizo.recipe import DataRecipe
 from huarizo.results.generate import Assistant, answers
-from huarizo.results.report import Sample, fenced, samples_from_text
+from huarizo.results.report import Sample, fenced, sample_of, samples_from_text
 from huarizo.results.target import check_file
 from huarizo.results.tuned import Tuned
 from huarizo.results.verify import PROMPTS
@@ -30,20 +32,18 @@ td { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
-def read_prompts(file: Path, columns: Mapping[str, str] | None = None) -> list[Sample]:
-    """Prompts from a text file, one a line, or from any file of rows; answers are still to be given.
+def read_prompts(file: Path, data: DataRecipe) -> list[Sample]:
+    """Prompts from a text file, one a line, or from any file or folder of rows, with or without their answers.
 
-    columns: the names of the rows' columns, where they have their own.
+    data: says what the rows' columns are called, and whether bad rows are left out.
 
     Raises:
         DataError: no such file, or nothing in it that can be asked.
     """
-    if not file.is_file():
+    if not file.exists():
         raise DataError(f"{file}: there is no such file. Give a text file with one prompt a line, or a file of rows")
-    if file.suffix.lower() not in (".txt", ".md", ""):
-        rows = require_good(read_rows(file, columns), "fail")
-        firsts = [row.exchanges[0] for row in rows]
-        return [Sample(first.instruction, first.input, "", None, first.output) for first in firsts]
+    if file.is_dir() or file.suffix.lower() not in (".txt", ".md", ""):
+        return [sample_of(row) for row in require_good(read_rows(file, data.columns, QUESTIONS), data.on_bad_row)]
     if file.stat().st_size > LARGEST:
         raise DataError(f"{file}: {file.stat().st_size:,} bytes are too many for a list of prompts")
     try:

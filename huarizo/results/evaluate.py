@@ -7,6 +7,7 @@ model still reads what it was not trained on.
 
 import itertools
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from huarizo.console import without_controls
 from huarizo.data.prepare import prepare_data
 from huarizo.data.rows import Row, read_rows, require_good
-from huarizo.data.tokens import Encoder
 from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, whole_folder
 from huarizo.hub.names import check_pinned, resolve_data
@@ -29,8 +30,11 @@ from huarizo.results.losses import Losses, Mean, measure
 from huarizo.results.report import Sample, sample_of
 from huarizo.results.tuned import Tuned
 
+logger = logging.getLogger(__name__)
+
 GENERAL = Path(__file__).with_name("general_text.json")
 LONGEST_ANSWER = 200  # tokens
+FEW = 20  # rows, below which an interval is not to be relied on
 SUMMARY = "summary.json"  # a file of every evaluation's folder
 
 
@@ -60,7 +64,8 @@ class Evaluation:
     def worst(self, count: int = 5) -> list[int]:
         """Rows with the highest mean loss after training, the worst first."""
         means = [loss / tokens for loss, tokens in zip(self.losses.after, self.losses.tokens, strict=True)]
-        return sorted(range(len(means)), key=lambda index: -means[index])[:count]
+        sizes = [mean if math.isfinite(mean) else math.inf for mean in means]
+        return sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:count]
 
 
 def heldout_rows(tuned: Tuned) -> list[Row]:
@@ -93,7 +98,11 @@ def rows_of(tuned: Tuned, name: str) -> list[Row]:
         UserError: not found, or rows that can't be used.
     """
     data = tuned.recipe.data
-    return require_good(read_rows(resolve_data(name, heldout=True).path, data.columns), data.on_bad_row)
+    read = read_rows(resolve_data(name, heldout=True).path, data.columns)
+    good = require_good(read, data.on_bad_row)
+    if read.bad_row_count:
+        logger.warning("%s: %d bad rows are left out", name, read.bad_row_count)
+    return good
 
 
 def evaluate(
@@ -120,15 +129,18 @@ def evaluate(
     fitting = (sample for row in measured if assistant.fits((sample := sample_of(row)).question))
     told_answers, scores = _answered(assistant, list(itertools.islice(fitting, to_answer)), console)
     return Evaluation(
-        measured, len(pairs) - len(kept), losses, measure(assistant, general_examples(assistant.encoder)),
+        measured, len(pairs) - len(kept), losses, measure(assistant, general_examples(assistant)),
         told_answers, scores,
     )  # fmt: skip
 
 
-def general_examples(encoder: Encoder) -> list[dict[str, Any]]:
-    """The general text, tokenised as plain text: every token but the first is predicted."""
+def general_examples(assistant: Assistant) -> list[dict[str, Any]]:
+    """The general text, tokenised as plain text: every token but the first is predicted.
+
+    It is cut at what the model was made for alone, so that runs of one base can be compared whatever their lengths.
+    """
     texts = [entry["text"] for entry in json.loads(GENERAL.read_text(encoding="utf-8"))]
-    every = [encoder.encode_text(text) for text in texts]
+    every = [assistant.encoder.encode_text(text)[: assistant.positions] for text in texts]
     return [{"input_ids": ids, "labels": ids} for ids in every]
 
 
@@ -174,8 +186,9 @@ def show(console: Console, evaluation: Evaluation) -> None:
     for name, losses in (("loss", evaluation.losses), ("general text", evaluation.general)):
         table.add_row(name, str(losses.mean_before), str(losses.mean_after), str(losses.change))
         if name == "loss":
-            perplexities = (losses.mean_before.perplexity, losses.mean_after.perplexity)
-            table.add_row("perplexity", *(f"{perplexity:,.2f}" for perplexity in perplexities), "")
+            table.add_row(
+                "perplexity", *(_interval(mean.perplexity) for mean in (losses.mean_before, losses.mean_after)), ""
+            )
     for name, of in (("chrF", "chrf"), ("exact answers", "exact"), ("answers that end", "finished")):
         values = [getattr(scores, of) for scores in evaluation.scores.values()]
         if values and values[0] is not None:
@@ -186,12 +199,19 @@ def show(console: Console, evaluation: Evaluation) -> None:
         f"{len(evaluation.rows)} rows{left_out}, {len(evaluation.answers)} answered; losses in nats a token, ± 95 % "
         "confidence over rows; general text: what it was not trained on"
     )
+    if len(evaluation.rows) < FEW:
+        console.print(f"fewer than {FEW} rows: the intervals are rough, and rather too narrow")
     console.print("highest losses after training:")
     for index in evaluation.worst():
         row, losses = evaluation.rows[index], evaluation.losses
         before, after = (part[index] / losses.tokens[index] for part in (losses.before, losses.after))
         first = " ".join(row.exchanges[0].instruction.split())[:60]
-        console.print(Text(f"  {after:.3f} (before {before:.3f})  {row.file}, row {row.number}: {first}"))
+        place = f"  {after:.3f} (before {before:.3f})  {row.file}, row {row.number}: {first}"
+        console.print(Text(without_controls(place)))
+
+
+def _interval(mean: Mean) -> str:
+    return f"{mean.value:,.2f}" + ("" if math.isnan(mean.low) else f" ({mean.low:,.2f} to {mean.high:,.2f})")
 
 
 def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:
@@ -205,9 +225,10 @@ def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:
     make_parent(target)
     with whole_folder(target) as folder:
         summary = facts | _summary(evaluation)
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        texts = {SUMMARY: json.dumps(summary, indent=2, ensure_ascii=False) + "\n"}
         for name, lines in (("rows.jsonl", _row_lines(evaluation)), ("answers.jsonl", evaluation.answers)):
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            texts[name] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -225,8 +246,8 @@ def save_harness(scores: dict[str, Any], target: Path) -> None:
 def _row_lines(evaluation: Evaluation) -> list[dict[str, Any]]:
     losses = evaluation.losses
     return [
-        {"file": row.file, "row": row.number, "tokens": tokens, "loss_before": before / tokens,
-         "loss_after": after / tokens}
+        {"file": row.file, "row": row.number, "tokens": tokens, "loss_before": _finite(before / tokens),
+         "loss_after": _finite(after / tokens)}
         for row, before, after, tokens in zip(evaluation.rows, losses.before, losses.after, losses.tokens, strict=True)
     ]  # fmt: skip
 
@@ -244,8 +265,13 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
 
 def _told(losses: Losses) -> dict[str, Any]:
     def of(mean: Mean) -> dict[str, float | None]:
-        return {name: None if math.isnan(value) else value for name, value in asdict(mean).items()}
+        return {name: _finite(value) for name, value in asdict(mean).items()}
 
-    perplexities = {"before": losses.mean_before.perplexity, "after": losses.mean_after.perplexity}
-    means = {"before": losses.mean_before, "after": losses.mean_after, "change": losses.change}
-    return {name: of(mean) for name, mean in means.items()} | {"perplexity": perplexities}
+    before, after = losses.mean_before, losses.mean_after
+    perplexity = {"before": of(before.perplexity), "after": of(after.perplexity)}
+    return {"before": of(before), "after": of(after), "change": of(losses.change), "perplexity": perplexity}
+
+
+def _finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None

@@ -3,6 +3,7 @@
 Prompts go through the same code as in training, and an answer ends at the stop token that was learnt.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -86,8 +87,10 @@ class Answer:
     finished: bool
 
 
-def open_assistant(tuned: Tuned, precision: str | None = None) -> Assistant:
+def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device | None = None) -> Assistant:
     """The base model with its adapter, in a float format; None: the recipe's, or the fastest one for int8.
+
+    on: the device, this machine's best one unless given.
 
     Raises:
         ModelError: the adapter does not fit the base.
@@ -95,7 +98,7 @@ def open_assistant(tuned: Tuned, precision: str | None = None) -> Assistant:
     """
     if precision not in (None, "bf16", "fp16", "fp32"):
         raise UserError(f"--precision {precision}: answers and losses are computed in bf16, fp16 or fp32")
-    on = device()
+    on = on or device()
     wanted = precision or tuned.recipe.precision
     dtype = choose_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on).dtype
     model = load_base(tuned.base, dtype, on)
@@ -236,7 +239,8 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
 
 
 class _Streamer(BaseStreamer):
-    """Hands an answer's text to a function as it grows; all of it together is the `Answer`'s own text.
+    """Hands an answer's text to a function as it grows; all of it together is the `Answer`'s own text, unless a stray
+    byte spoils a letter that was shown already.
 
     Each time all tokens are decoded, because a token's text depends on those before it. What may still change is held
     back: a letter of which only some bytes are there, and white space at the end.
@@ -262,8 +266,8 @@ class _Streamer(BaseStreamer):
         return _text(self.tokenizer, self.ids[: _length(self.ids, self.config)])
 
     def _show(self, text: str) -> None:
-        if text.startswith(self.shown) and text != self.shown:
-            self.write(text[len(self.shown) :])
+        if not self.shown.startswith(text):
+            self.write(text[len(os.path.commonprefix((text, self.shown))) :])
             self.shown = text
 
 

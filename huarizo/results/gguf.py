@@ -4,11 +4,11 @@ What has gone wrong elsewhere is decided here in words or not at all: the tokeni
 of the rotated halves of q and k, whether a BOS is added, the chat template, and the token at which an answer ends.
 """
 
-import json
+import errno
 import math
-from dataclasses import dataclass
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 
 from huarizo.console import tracked
-from huarizo.data.prompts import OpenExchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
-from huarizo.files import make_parent, require_space, told, whole_file
+from huarizo.files import make_parent, require_space, whole_file
 from huarizo.model.adapter import check_adapter
-from huarizo.model.merged import MergedWeights
+from huarizo.model.merged import HEAD, MergedWeights
 from huarizo.results.target import check_file
 from huarizo.results.tuned import Tuned
+from huarizo.results.vocabulary import add_vocabulary, read_vocabulary
 
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -31,21 +31,8 @@ TYPES = {
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
+FP16_MAX = 65504
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # a weight
-LLAMA3_SPLIT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
-"""How the pattern of Llama 3's pre-tokenizer begins."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer as GGUF has it. `scores` are SentencePiece's, `merges` byte-level BPE's."""
-
-    kind: Literal["llama", "gpt2"]
-    pre: str
-    tokens: list[bytes]
-    types: list[int]
-    scores: list[float] | None
-    merges: list[str] | None
 
 
 def export_gguf(tuned: Tuned, target: Path, kind: str, force: bool = False, console: Console | None = None) -> Path:
@@ -61,13 +48,26 @@ def export_gguf(tuned: Tuned, target: Path, kind: str, force: bool = False, cons
             f"--type {kind}: {', '.join(TYPES)} can be written. K-quants are llama.cpp's own, made from an f16 file: "
             "llama-quantize MODEL-f16.gguf MODEL-Q4_K_M.gguf Q4_K_M"
         )
-    check_file(target, force)
+    check_file(target, force, [tuned.base, tuned.adapter])
     weights = MergedWeights(tuned.base, tuned.adapter)
     require_space(target, size_of(weights, kind), "the GGUF file")
     make_parent(target)
     with whole_file(target) as temporary:
-        write_gguf(weights, tuned.encoder, tuned.base, temporary, kind, console)
+        write_gguf(weights, tuned.encoder, temporary, kind, target.stem, console)
     return target
+
+
+def is_adapter(file: Path) -> bool:
+    """Whether a GGUF file holds an adapter alone.
+
+    Raises:
+        ModelError: it is no whole GGUF file.
+    """
+    try:
+        field = gguf.GGUFReader(file).get_field("general.type")
+    except Exception as error:  # whatever a file sets off that is none
+        raise ModelError(f"{file}: not a whole GGUF file ({error}). Export it again, or remove it") from None
+    return field is not None and field.contents() == "adapter"
 
 
 def size_of(weights: MergedWeights, kind: str) -> int:
@@ -84,8 +84,13 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
         ModelError: an adapter that is more than A and B of one rank and scale; merge it instead.
         MachineError: no space on the disk, or it can't be written.
     """
-    check_file(target, force)
+    check_file(target, force, [tuned.base, tuned.adapter])
     weights = MergedWeights(tuned.base, tuned.adapter)
+    if weights.tied and HEAD.removesuffix(".weight") in weights.changes:
+        raise ModelError(
+            f"{tuned.adapter}: it changes the head, which in this base is the embedding and has no tensor of its own "
+            "in GGUF. Export the merged model: leave out --adapter"
+        )
     lora = check_adapter(tuned.adapter)
     plain = not (lora.use_dora or lora.rank_pattern or lora.alpha_pattern or isinstance(lora.init_lora_weights, str))
     linear = all(set(parts) == {"lora_A.weight", "lora_B.weight"} for parts in weights.changes.values())
@@ -109,61 +114,72 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
+        _close(writer, temporary)
     return target
 
 
 def write_gguf(
     weights: MergedWeights,
     encoder: Encoder,
-    tokenizer_folder: Path,
     target: Path,
     kind: str,
+    name: str,
     console: Console | None = None,
 ) -> None:
     """Write the model into a file, which the caller makes whole.
 
-    encoder: of the run's prompt format; its stop token becomes the end of an answer.
-    tokenizer_folder: with tokenizer.json or tokenizer.model.
+    encoder: of the run's prompt format; its stop token becomes an end of an answer.
+    name: of the model, as llama.cpp shows it.
     console: a terminal to show on how many tensors are written.
 
     Raises:
-        ModelError: a tokenizer or rope that llama.cpp does not have.
-        MachineError: the disk is full or can't be written.
+        ModelError: a tokenizer, activation or rope that llama.cpp does not have, or weights that the type can't hold.
+        OSError: the disk is full or can't be written.
     """
     config = weights.config
-    vocabulary = read_vocabulary(tokenizer_folder, encoder.tokenizer, config["vocab_size"])
-    with told(target):
-        writer = gguf.GGUFWriter(target, "llama")
-        _describe(writer, config, kind, target.stem)
-        rope = _rope_factors(writer, config)
-        _add_vocabulary(writer, vocabulary, encoder)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-        plan = {name: _stored_as(name, weights, kind) for name in weights.names()}
-        if rope is not None:
-            writer.add_tensor_info("rope_freqs.weight", rope.shape, rope.dtype, rope.nbytes)
-        for name, stored in plan.items():
-            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if gguf_name is None:
-                raise ModelError(f"{weights.base}: llama.cpp's Llama has no tensor {name}")
-            shape = weights.shape(name)
-            size = int(np.prod(shape)) * gguf.GGML_QUANT_SIZES[stored][1] // gguf.GGML_QUANT_SIZES[stored][0]
-            dtype = np.dtype(np.float16) if stored == gguf.GGMLQuantizationType.F16 else np.dtype(np.float32)
-            writer.add_tensor_info(gguf_name, shape, dtype, size, raw_dtype=stored)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if rope is not None:
-            writer.write_tensor_data(rope)
-        for name, stored in tracked(plan.items(), "writing", console):
-            writer.write_tensor_data(_stored(_arranged(name, weights[name], config).numpy(), stored))
-        writer.close()
+    vocabulary = read_vocabulary(weights.base, encoder.tokenizer, config["vocab_size"])
+    writer = gguf.GGUFWriter(target, "llama")
+    _describe(writer, weights, kind, name)
+    rope = _rope_factors(writer, config)
+    add_vocabulary(writer, vocabulary, encoder)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    plan = {name: _stored_as(name, weights, kind) for name in weights.names()}
+    if rope is not None:
+        writer.add_tensor_info("rope_freqs.weight", rope.shape, rope.dtype, rope.nbytes)
+    for name, stored in plan.items():
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise ModelError(f"{weights.base}: llama.cpp's Llama has no tensor {name}")
+        shape = weights.shape(name)
+        size = int(np.prod(shape)) * gguf.GGML_QUANT_SIZES[stored][1] // gguf.GGML_QUANT_SIZES[stored][0]
+        dtype = np.dtype(np.float16) if stored == gguf.GGMLQuantizationType.F16 else np.dtype(np.float32)
+        writer.add_tensor_info(gguf_name, shape, dtype, size, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if rope is not None:
+        writer.write_tensor_data(rope)
+    for name, stored in tracked(plan.items(), "writing", console):
+        writer.write_tensor_data(_stored(name, _arranged(name, weights[name], config), stored))
+    _close(writer, target)
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str, name: str) -> None:
+def _close(writer: gguf.GGUFWriter, file: Path) -> None:
+    """Close a file and see that all of it is there: numpy, which writes the tensors, tells no failure at the end."""
+    assert writer.fout is not None
+    size = writer.fout[0].tell()
+    writer.close()
+    if file.stat().st_size < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+
+def _describe(writer: gguf.GGUFWriter, weights: MergedWeights, kind: str, name: str) -> None:
+    config = weights.config
+    if config.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{weights.base}: llama.cpp's Llama has the activation silu, not {config['hidden_act']}")
     heads = config["num_attention_heads"]
     writer.add_name(name)
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(_positions(config))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -172,10 +188,14 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str, name: 
     writer.add_key_length(_head_size(config))
     writer.add_value_length(_head_size(config))
     writer.add_rope_dimension_count(_head_size(config))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))  # Transformers' own where it is not said
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(TYPES[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _positions(config: dict[str, Any]) -> int:
+    return config.get("max_position_embeddings", 2048)  # Transformers' own where it is not said
 
 
 def _head_size(config: dict[str, Any]) -> int:
@@ -199,9 +219,9 @@ def _rope_factors(writer: gguf.GGUFWriter, config: dict[str, Any]) -> np.ndarray
     size = _head_size(config)
     wavelengths = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = (rope["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    original = rope.get("original_max_position_embeddings") or _positions(config)
+    smooth = (original / wavelengths - low) / (high - low)
     stretched = 1 / ((1 - smooth) / rope["factor"] + smooth)
-    original = rope["original_max_position_embeddings"]
     factors = np.where(wavelengths > original / low, rope["factor"], stretched)
     return np.where(wavelengths < original / high, 1.0, factors).astype(np.float32)
 
@@ -216,7 +236,12 @@ def _stored_as(name: str, weights: MergedWeights, kind: str) -> gguf.GGMLQuantiz
     return TYPES[kind][0]
 
 
-def _stored(values: np.ndarray, stored: gguf.GGMLQuantizationType) -> np.ndarray:
+def _stored(name: str, weight: torch.Tensor, stored: gguf.GGMLQuantizationType) -> np.ndarray:
+    values = weight.numpy()
+    largest = float(np.abs(values).max(initial=0))
+    limit = {gguf.GGMLQuantizationType.F16: FP16_MAX, gguf.GGMLQuantizationType.Q8_0: 127 * FP16_MAX}
+    if not largest < limit.get(stored, math.inf):
+        raise ModelError(f"{name}: {largest:g} is too large for {stored.name}. Export with --type bf16 or f32")
     return values if stored == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(values, stored)
 
 
@@ -227,104 +252,3 @@ def _arranged(name: str, weight: torch.Tensor, config: dict[str, Any]) -> torch.
         return weight
     heads = heads if ".q_proj." in name else config.get("num_key_value_heads") or heads
     return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
-    """The tokenizer of a model, SentencePiece or byte-level BPE, with as many tokens as the embedding has rows.
-
-    Raises:
-        ModelError: a tokenizer of another kind, or one whose pre-tokenizer llama.cpp does not have.
-    """
-    if not (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, added = spec["model"], {token["id"]: token for token in spec["added_tokens"]}
-    if model["type"] != "BPE":
-        raise ModelError(f"{folder}: a tokenizer of the kind {model['type']} can't be written as GGUF")
-    ids = {number: text for text, number in model["vocab"].items()} | {n: t["content"] for n, t in added.items()}
-    is_sentencepiece = bool(model.get("byte_fallback"))
-    tokens, types = [], []
-    for number in range(size):
-        text = ids.get(number, f"[PAD{number}]")
-        tokens.append(text.encode("utf-8"))
-        types.append(_type(number, text, added, is_sentencepiece, model, number in ids))
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
-    if is_sentencepiece:
-        ranks = {merge.replace(" ", ""): float(-rank) for rank, merge in reversed(list(enumerate(merges)))}
-        scores = [ranks.get(token.decode("utf-8"), float(-len(merges) - 1)) for token in tokens]
-        return Vocabulary("llama", "default", tokens, types, scores, None)
-    return Vocabulary("gpt2", _pre_tokenizer(folder, spec), tokens, types, None, merges)
-
-
-def _type(number: int, text: str, added: dict[int, Any], is_sentencepiece: bool, model: Any, known: bool) -> int:
-    if not known:
-        return gguf.TokenType.UNUSED
-    if is_sentencepiece and text == model.get("unk_token"):
-        return gguf.TokenType.UNKNOWN
-    if number in added:
-        return gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
-    if is_sentencepiece and len(text) == 6 and text.startswith("<0x"):
-        return gguf.TokenType.BYTE
-    return gguf.TokenType.NORMAL
-
-
-def _pre_tokenizer(folder: Path, spec: dict[str, Any]) -> str:
-    """llama.cpp's name of how a text is split before BPE, from what the tokenizer does."""
-    pre = spec.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not spec.get("normalizer"):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "smollm"
-    pattern = steps[0].get("pattern", {}).get("Regex", "") if kinds[:1] == ["Split"] else ""
-    if kinds == ["Split", "ByteLevel"] and pattern.startswith(LLAMA3_SPLIT):
-        return "llama-bpe"
-    raise ModelError(f"{folder}: llama.cpp's name of this tokenizer's pre-tokenizer is not known ({kinds})")
-
-
-def leading_space(encoder: Encoder) -> str:
-    """What a chat prompt has to begin with in llama.cpp so that SentencePiece cuts it as Transformers does: " " or "".
-
-    llama.cpp puts a space in front of a text and behind every special token, or nowhere. Newer tokenizers put one in
-    front of the whole text alone; for them it is told nowhere, and the prompt brings the one space along.
-    """
-    spec = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
-    steps = spec.get("pre_tokenizer") or {}
-    schemes = [step.get("prepend_scheme") for step in steps.get("pretokenizers", [steps])]
-    if encoder.prompt.name != "chat" or not spec["model"].get("byte_fallback") or "first" not in schemes:
-        return ""
-    text = encoder.prompt.pieces("", [OpenExchange("Hi")])[0].text
-    specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
-    return "" if text.startswith(tuple(specials)) else " "
-
-
-def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, encoder: Encoder) -> None:
-    tokenizer = encoder.tokenizer
-    writer.add_tokenizer_model(vocabulary.kind)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.scores is not None:
-        writer.add_token_scores(vocabulary.scores)
-    if vocabulary.merges is not None:
-        writer.add_token_merges(vocabulary.merges)
-    if tokenizer.bos_token_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_token_id)
-    stop = encoder.stop_id if encoder.stop_id is not None else tokenizer.eos_token_id
-    if stop is None:
-        raise UserError("the tokenizer has no token that ends an answer, so a model in GGUF would never stop")
-    writer.add_eos_token_id(stop)
-    if tokenizer.unk_token_id is not None:
-        writer.add_unk_token_id(tokenizer.unk_token_id)
-    if tokenizer.pad_token_id is not None:
-        writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(encoder.adds_bos)
-    writer.add_add_eos_token(False)
-    space = leading_space(encoder)
-    if vocabulary.kind == "llama":
-        writer.add_add_space_prefix(not space)
-    if isinstance(tokenizer.chat_template, str) and encoder.prompt.name == "chat":
-        writer.add_chat_template(("{{- ' ' }}" if space else "") + tokenizer.chat_template)

@@ -5,27 +5,32 @@ from the hub, and defines the scores. Names, paths to task files, and groups are
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from huarizo.errors import UserError
 from huarizo.results.generate import Assistant, generating
 
 
-def run_harness(assistant: Assistant, tasks: Sequence[str], limit: int | None = None) -> dict[str, dict[str, Any]]:
+def run_harness(
+    open_model: Callable[[], Assistant], tasks: Sequence[str], limit: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Scores by task and metric: {task: {metric: {"before": ..., "after": ...}}}.
 
+    open_model: is called when it is known that the harness is there.
     tasks: names that the harness knows, or paths of task files. limit: questions a task, None for all.
 
     Raises:
-        UserError: the harness is not installed, or it does not know or can't get a task.
+        UserError: no task, the harness is not installed, or it does not know or can't get a task.
     """
+    if not tasks:
+        raise UserError("--harness needs the names of tasks, with commas between: --harness arc_easy,hellaswag")
     try:
         evaluator = importlib.import_module("lm_eval.evaluator")
         wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
     except ImportError:
         raise UserError("--harness needs lm-eval: pip install lm-eval (or huarizo[harness])") from None
-    found: dict[str, dict[str, Any]] = {}
+    assistant, found = open_model(), {}
     for name in ("before", "after"):
         with assistant.untuned(name == "before"), generating(assistant.model):
             model = wrapper(pretrained=assistant.model, tokenizer=assistant.encoder.tokenizer, batch_size=4)

@@ -3,18 +3,22 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from safetensors.torch import save_file
 
 from huarizo.console import tracked
+from huarizo.errors import ModelError
 from huarizo.files import make_parent, require_space, whole_folder
-from huarizo.hub.model_files import INDEX, WEIGHTS
+from huarizo.hub.model_files import INDEX, LICENCES, WEIGHTS
+from huarizo.model.load import load_tokenizer
 from huarizo.model.merged import MergedWeights, merged_shards
 from huarizo.results.target import check_folder
 from huarizo.results.tuned import Tuned
+from huarizo.results.turns import chat_template
 
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+GENERATION = "generation_config.json"
 
 
 def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None = None) -> Path:
@@ -38,16 +42,36 @@ def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None 
             save_file(tensors, folder / file, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
             size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            del tensors  # before the next ones are made
         if list(weights.shards) != [WEIGHTS]:
             index = {"metadata": {"total_size": size}, "weight_map": places}
             (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(weights.config, indent=2), encoding="utf-8")
-        generation = tuned.base / "generation_config.json"
-        settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
-        settings["eos_token_id"] = tuned.stop_ids
-        (folder / "generation_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        tuned.encoder.tokenizer.save_pretrained(str(folder))
+        (folder / GENERATION).write_text(json.dumps(_generation_settings(tuned), indent=2), encoding="utf-8")
+        _tokenizer(tuned).save_pretrained(str(folder))
         for pattern in LICENCES:
-            for file in tuned.base.glob(pattern):
+            for file in filter(Path.is_file, tuned.base.glob(pattern)):
                 shutil.copy(file, folder)
     return out
+
+
+def _generation_settings(tuned: Tuned) -> dict[str, Any]:
+    """The base's, with the tokens at which a trained answer ends in front of its own."""
+    file = tuned.base / GENERATION
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        own = settings.get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{file}: can't be read as settings ({error}). Mend or remove it") from None
+    settings.pop("_from_model_config", None)  # else Transformers may make them anew from config.json
+    own = own if isinstance(own, list) else [own]
+    stops = list(dict.fromkeys([*tuned.stop_ids, *(number for number in own if number is not None)]))
+    return settings | ({"eos_token_id": stops} if stops else {})
+
+
+def _tokenizer(tuned: Tuned) -> Any:
+    """The base's tokenizer, whose chat template writes the prompts that the run was trained on."""
+    tokenizer, encoder = load_tokenizer(tuned.base), tuned.encoder
+    bos = str(encoder.tokenizer.bos_token) if encoder.adds_bos and encoder.prompt.name != "chat" else ""
+    tokenizer.chat_template = chat_template(encoder, bos) or tokenizer.chat_template
+    return tokenizer

@@ -6,16 +6,17 @@ taken, and none of them may tell the folders of the machine that they come from.
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huarizo.errors import ModelError, UserError
-from huarizo.hub.model_files import INDEX, broken
+from huarizo.hub.model_files import INDEX, LICENCES, broken, weight_files
 from huarizo.hub.upload import check_id, full_name, upload
 from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
+from huarizo.recipe import TOKEN
 from huarizo.results.card import CARD, What, hub_card, public_name
-from huarizo.results.merge import LICENCES
 from huarizo.runs import Run
 
 TOKENIZER = (
@@ -28,10 +29,14 @@ SENT: dict[What, tuple[str, ...]] = {
     "gguf": ("*.gguf", "Modelfile"),
 }
 """Patterns of the files that are sent."""
-LOCAL_PATH = re.compile(r"/|~|\\\\|[A-Za-z]:[\\/]|file:")
+WEIGHTS_OF_A_MODEL = ("*.safetensors", INDEX)
+TEXTS = (".json", ".jinja", ".txt", ".md", "")  # endings, and none: LICENSE, Modelfile
+LOCAL_PATH = re.compile(r"/|~|\.{1,2}[\\/]|\\\\|[A-Za-z]:[\\/]|file:")
 VOCABULARY = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 """Parts of tokenizer.json whose texts are tokens and patterns, which may begin as a path does."""
 TOKENS = re.compile(r"content|chat_template|.*_tokens?")
+SECRETS = ("token", "auth_token", "use_auth_token", "hub_token", "api_key")
+"""Fields that are never sent, whatever they hold."""
 OWNER = "OWNER/"  # stands in a card for the user who is known only when the hub is asked
 
 
@@ -42,6 +47,8 @@ class Publication:
     repo_id: str
     private: bool
     files: dict[str, Path | bytes]
+    replaced: tuple[str, ...] = ()
+    """Patterns of files that must not stay beside these, and go with `--force`."""
 
     def __str__(self) -> str:
         """All that is sent, for people to look at before it is."""
@@ -65,12 +72,16 @@ def publication(run: Run, repo_id: str, what: What = "adapter", public: bool = F
     recipe = run.recipe()
     found = _found(run, what)
     base = public_name(recipe.model)
-    files: dict[str, Path | bytes] = {f.name: _without_paths(f, base) if f.suffix == ".json" else f for f in found}
+    private = [str(place) for place in (Path.home(), Path.cwd(), run.path.resolve().parent) if len(place.parts) > 1]
+    files: dict[str, Path | bytes] = {
+        f.name: _without_paths(f, base, private) if f.suffix == ".json" else f for f in found
+    }
     if "Modelfile" in files:
         _check_modelfile(run.path / "Modelfile")
-    ggufs = [name for name in files if name.endswith(".gguf")]
+    ggufs = [file for file in found if file.suffix == ".gguf"]
     files[CARD] = hub_card(run, recipe, repo_id if "/" in repo_id else OWNER + repo_id, what, ggufs).encode()
-    return Publication(repo_id, not public, files)
+    _check_no_token(files)
+    return Publication(repo_id, not public, files, WEIGHTS_OF_A_MODEL if what == "merged" else ())
 
 
 def publish(publication: Publication, force: bool = False) -> str:
@@ -85,7 +96,7 @@ def publish(publication: Publication, force: bool = False) -> str:
         name = full_name(repo_id)
         files[CARD] = card.replace((OWNER + repo_id).encode(), name.encode())
         repo_id = name
-    return upload(repo_id, files, publication.private, force, "Upload with Huarizo")
+    return upload(repo_id, files, publication.private, force, "Upload with Huarizo", publication.replaced)
 
 
 def _found(run: Run, what: What) -> list[Path]:
@@ -94,7 +105,7 @@ def _found(run: Run, what: What) -> list[Path]:
     paths = {path: None for pattern in SENT[what] for path in sorted(folder.glob(pattern))}
     found = [path for path in paths if not path.name.startswith(".") and (path.is_file() or path.is_symlink())]
     for path in found:
-        _check_inside(path, run.path)
+        _check_inside(path, folder)
     if what == "adapter":
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{run.path}: this run has no adapter yet. Go on with it: huarizo resume {run.path}")
@@ -104,6 +115,8 @@ def _found(run: Run, what: What) -> list[Path]:
             raise UserError(f"{folder}: there is no merged model yet. Make it first: huarizo merge {run.path}")
         if problem := broken(folder):
             raise ModelError(f"{folder}: {problem}")
+        weights = weight_files(folder)
+        found = [path for path in found if path.suffix != ".safetensors" or path.name in weights]
     elif not any(path.suffix == ".gguf" for path in found):
         raise UserError(f"{run.path}: there is no GGUF file yet. Make one first: huarizo export {run.path}")
     return found
@@ -112,16 +125,32 @@ def _found(run: Run, what: What) -> list[Path]:
 def _check_inside(file: Path, folder: Path) -> None:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise UserError(
-            f"{file}: this link leads out of the run's folder ({file.resolve()}), so it is not sent. Put the file "
-            "itself in its place"
+            f"{file}: this link leads out of {folder} (to {file.resolve()}), so it is not sent. Put the file itself "
+            "in its place"
         )
 
 
-def _without_paths(file: Path, base: str) -> Path | bytes:
-    """A JSON file as it is sent: without the texts that are local paths; the file itself where there are none."""
+def _check_no_token(files: Mapping[str, Path | bytes]) -> None:
+    """The texts that would be sent hold nothing that looks like a token of the hub."""
+    for name, content in files.items():
+        if isinstance(content, Path) and content.suffix not in TEXTS:
+            continue
+        text = content if isinstance(content, bytes) else content.read_bytes()
+        if TOKEN.search(text.decode("utf-8", "replace")):
+            raise UserError(
+                f"{name}: there is a token of the hub in it, so nothing is sent. Take it out (a card's samples come "
+                "from samples.jsonl), and revoke it where others may have seen it"
+            )
+
+
+def _without_paths(file: Path, base: str, private: Sequence[str]) -> Path | bytes:
+    """A JSON file as it is sent: without secrets and texts that are local paths; the file itself where there are none.
+
+    private: folders of this machine that no text may name.
+    """
     try:
         values = json.loads(file.read_bytes())
-        cleaned = _cleaned(values, file.name == "tokenizer.json")
+        cleaned = _cleaned(values, private, file.name == "tokenizer.json")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: can't be read as JSON ({error}). Make it again, or put a whole copy there") from None
     if file.name == CONFIG and isinstance(cleaned, dict):
@@ -129,25 +158,33 @@ def _without_paths(file: Path, base: str) -> Path | bytes:
     return file if cleaned == values else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _cleaned(value: Any, keeps_vocabulary: bool = False) -> Any:
-    """Fields and items that are local paths are left out, but for texts that are tokens."""
-    if isinstance(value, dict):
-        return {
-            key: inner if TOKENS.fullmatch(key) or (keeps_vocabulary and key in VOCABULARY) else _cleaned(inner)
-            for key, inner in value.items()
-            if TOKENS.fullmatch(key) or not _is_local_path(inner)
-        }
-    return [_cleaned(inner) for inner in value if not _is_local_path(inner)] if isinstance(value, list) else value
+def _cleaned(value: Any, private: Sequence[str], keeps_vocabulary: bool = False) -> Any:
+    """Secrets, and fields and items that tell a local path, are left out; texts that are tokens stay."""
+    if isinstance(value, list):
+        return [_cleaned(inner, private) for inner in value if not _is_local_path(inner, private)]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, inner in value.items():
+        if key in SECRETS:
+            continue
+        if TOKENS.fullmatch(key) or (keeps_vocabulary and key in VOCABULARY):
+            kept[key] = inner
+        elif not _is_local_path(inner, private):
+            kept[key] = _cleaned(inner, private)
+    return kept
 
 
-def _is_local_path(value: Any) -> bool:
-    return isinstance(value, str) and bool(LOCAL_PATH.match(value))
+def _is_local_path(value: Any, private: Sequence[str] = ()) -> bool:
+    return isinstance(value, str) and (bool(LOCAL_PATH.match(value)) or any(place in value for place in private))
 
 
 def _check_modelfile(file: Path) -> None:
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        word, _, place = line.strip().partition(" ")
-        if word.upper() in ("FROM", "ADAPTER") and _is_local_path(place.strip(" \"'")):
+    for line in filter(str.strip, file.read_text(encoding="utf-8", errors="replace").splitlines()):
+        word, *rest = line.split(maxsplit=1)
+        place = Path(rest[0].strip(" \"'") if rest else "")
+        elsewhere = place.name != str(place) or _is_local_path(str(place))  # pathlib takes ./ off
+        if word.upper() in ("FROM", "ADAPTER") and elsewhere:
             raise UserError(
                 f"{file}: {line.strip()!r} names a folder of this machine, where others find nothing. Write "
                 f"{word} ./FILE.gguf, the file beside it"

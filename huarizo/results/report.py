@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from huarizo.console import without_controls
+from huarizo.console import program, without_controls
 from huarizo.data.prompts import OpenExchange, Question, user_text
 from huarizo.data.rows import Row
 from huarizo.files import write_whole
@@ -132,4 +132,10 @@ def show_summary(console: Console, run: Run, metrics: list[dict[str, Any]], samp
             soft_wrap=True,
         )
     console.print(f"adapter {run.adapter}, curves {run.loss_plot}, answers {run.samples}", soft_wrap=True)
-    console.print(f'next: huarizo chat {run.path}    or: huarizo ask {run.path} "Who are you?"', soft_wrap=True)
+    console.print("next:")
+    for arguments, what in (
+        (f"chat {run.path}", "talk with it"),
+        (f"eval {run.path}", "what it is worth, and what it forgot"),
+        (f"export {run.path} --ollama --verify", "a file for llama.cpp and Ollama, tried"),
+    ):
+        console.print(f"  {program()} {arguments}    {what}", soft_wrap=True)

@@ -7,15 +7,22 @@ from pathlib import Path
 from huarizo.errors import UserError
 
 
-def check_file(file: Path, force: bool) -> None:
+def check_file(file: Path, force: bool, spared: Sequence[Path] = ()) -> None:
     """Can a file be written there?
 
+    spared: folders in which nothing may be replaced.
+
     Raises:
-        UserError: it is a folder, its folder is a file, or there is something already, and not `force`.
+        UserError: it is a folder, a device or in a spared folder, its folder is a file, or there is something already,
+            and not `force`.
     """
     if file.is_dir():
         raise UserError(f"{file}: this is a folder. Name a file, such as {file / 'NAME'}")
     _check_free(file, force)
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: this is a device or a pipe, which no file replaces. Name another place")
+    if os.path.lexists(file) and any(file.resolve().is_relative_to(folder.resolve()) for folder in spared):
+        raise UserError(f"{file}: this file is a part of the model that is read. Name another place")
 
 
 def check_folder(folder: Path, force: bool, known_by: str, spared: Sequence[Path] = ()) -> None:
@@ -26,12 +33,16 @@ def check_folder(folder: Path, force: bool, known_by: str, spared: Sequence[Path
     Raises:
         UserError: there is something already, and not `force`; or something that is not of this kind.
     """
+    if folder.name in ("", "..") and not folder.is_dir():
+        raise UserError(f"{folder}: a new folder needs a name. Name another place")
     _check_free(folder, force)
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: this is a file, and a folder is to be written. Name another place")
     place = folder.resolve()
+    if Path.cwd().is_relative_to(place):
+        raise UserError(f"{folder}: this is the folder that you are in, which can't be replaced. Name another place")
     held = next((path for path in spared if path.resolve().is_relative_to(place)), None)
     if held is not None:
         raise UserError(f"{folder}: {held} would be lost with this folder. Name another place")

@@ -4,16 +4,17 @@ A result is named by a run folder or its name, by the folder of any PEFT adapter
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huarizo.data.prompts import prompt_format
 from huarizo.data.tokens import Encoder
-from huarizo.errors import UserError
+from huarizo.errors import RecipeError, UserError
 from huarizo.hub.names import check_pinned, resolve_adapter, resolve_model
 from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
 from huarizo.model.load import load_tokenizer
-from huarizo.recipe import Recipe, make_recipe
+from huarizo.recipe import Recipe, make_recipe, with_overrides
 from huarizo.runs import Run, find_run, open_run
 
 
@@ -40,6 +41,26 @@ class Tuned:
     def folder(self) -> Path:
         """Where what is made from it goes: the run's folder; the current one for an adapter from elsewhere."""
         return self.run.path if self.run else Path()
+
+
+READING = ("data.columns", "data.max_length", "data.on_bad_row")
+"""Settings of a run that say how other rows are read, and may be others for them."""
+
+
+def read_otherwise(tuned: Tuned, overrides: Sequence[str]) -> Tuned:
+    """The same result, for rows that are read with other settings: `key=value`, of the keys in READING.
+
+    Raises:
+        RecipeError: another key, or a value that it can't have.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not any(key == each or key.startswith(f"{each}.") for each in READING):
+            raise RecipeError(f"{override}: only {', '.join(READING)} can be other than in the run")
+    recipe = with_overrides(tuned.recipe, overrides)
+    encoder = tuned.encoder
+    longer = Encoder(encoder.tokenizer, encoder.prompt, recipe.data.labels, recipe.data.max_length)
+    return dataclasses.replace(tuned, recipe=recipe, encoder=longer)
 
 
 def find_tuned(name: str, prompt: str | None = None) -> Tuned:

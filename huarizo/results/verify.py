@@ -7,6 +7,7 @@ with the package xllamacpp (`pip install huarizo[verify]`), and is spoken with o
 import dataclasses
 import importlib
 import json
+import math
 import tempfile
 import urllib.request
 from collections.abc import Sequence
@@ -20,12 +21,11 @@ from rich.console import Console
 from huarizo.data.prompts import OpenExchange
 from huarizo.errors import ModelError, UserError
 from huarizo.files import require_space
-from huarizo.model.adapter import load_adapter
-from huarizo.model.load import load_base
 from huarizo.model.merged import MergedWeights
-from huarizo.results.generate import generating
+from huarizo.results.generate import Assistant, generating, open_assistant
 from huarizo.results.gguf import size_of, write_gguf
 from huarizo.results.tuned import Tuned
+from huarizo.results.turns import chat_template, leading_space, rendered
 
 PROMPTS = (
     "Who are you?",
@@ -37,10 +37,11 @@ PROMPTS = (
     "Sort these numbers: 3, 1, 2.",
     "Explain what LoRA is in one sentence.",
 )
+ADAPTERS_BASE = "f16"  # type of the base that an adapter is tried on
 TOP = 5  # likeliest tokens that are compared
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine itself
-ROUNDING = 0.5
-"""Nats: a larger mean difference is no rounding of any type that is written (q8_0: 0.08), but another model."""
+ROUNDING = {"f32": 0.02, "f16": 0.05, "bf16": 0.2, "q8_0": 0.3}
+"""Nats: a larger mean difference is no rounding of a type, but another model. Measured: 0.001, 0.002, 0.04, 0.08."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,13 @@ class Comparison:
     mean_difference: float
     same_likeliest: int
     """Of all prompts."""
+    mean_difference_from_base: float
+    """As `mean_difference`, from what the untuned model expects."""
 
-    @property
-    def agrees(self) -> bool:
-        """Whether it is the same model, but for rounding."""
-        return not self.other_tokens and self.mean_difference < ROUNDING
+    def agrees(self, kind: str) -> bool:
+        """Whether it is the same model, but for the rounding of a type, and not the untuned one."""
+        untuned = self.mean_difference > 2 * self.mean_difference_from_base
+        return not self.other_tokens and self.compared > 0 and self.mean_difference < ROUNDING[kind] and not untuned
 
     def __str__(self) -> str:
         other = len(self.other_tokens)
@@ -121,7 +124,7 @@ class LlamaCpp:
         """The text that the file's own chat template makes of messages (`role`, `content`)."""
         return self._post("/apply-template", {"messages": list(messages)})["prompt"]
 
-    def likeliest(self, ids: Sequence[int], top: int = TOP) -> tuple[int, dict[int, float]]:
+    def likeliest(self, ids: Sequence[int], top: int = TOP) -> tuple[int, dict[int, float | None]]:
         """The likeliest next token, and the log-probabilities of the `top` likeliest.
 
         There are none where the token's bytes are only a part of a character: llama.cpp then waits for the rest of it.
@@ -139,7 +142,7 @@ class LlamaCpp:
 def compare_with_transformers(tuned: Tuned, file: Path, adapter: Path | None = None) -> Comparison:
     """Load both and compare them on prompts in the run's format: how llama.cpp cuts them, and what it expects next.
 
-    Where that format is the model's chat template, llama.cpp writes the prompts by the template in the file.
+    llama.cpp writes the prompts by the chat template in the file, where the format can be had as one.
 
     file: a GGUF of the tuned model; or of its base, with `adapter` on it.
 
@@ -148,15 +151,15 @@ def compare_with_transformers(tuned: Tuned, file: Path, adapter: Path | None = N
         ModelError: llama.cpp can't load the file.
     """
     other, encoder = LlamaCpp(file, adapter=adapter), tuned.encoder
+    has_template = chat_template(encoder) is not None
     contexts, wrong = [], []
     for prompt in PROMPTS:
         contexts.append(encoder.encode_prompt("", [OpenExchange(prompt)]))
-        if encoder.prompt.name == "chat":
+        if has_template:
             text = other.chat_prompt([{"role": "user", "content": prompt}])
+            text = text.removeprefix(str(encoder.tokenizer.bos_token)) if encoder.adds_bos else text
         else:
-            text = "".join(piece.text for piece in encoder.prompt.pieces("", [OpenExchange(prompt)]))
-        if encoder.adds_bos:
-            text = text.removeprefix(str(encoder.tokenizer.bos_token))
+            text = leading_space(encoder) + rendered(encoder, "", [OpenExchange(prompt)])
         if other.tokens(text, add_special=True) != contexts[-1]:
             wrong.append(prompt)
     return dataclasses.replace(compare_contexts(tuned, other, contexts), other_tokens=wrong)
@@ -171,24 +174,43 @@ def compare_adapter(tuned: Tuned, adapter: Path, console: Console | None = None)
         MachineError: no space for the base beside the adapter.
     """
     weights = MergedWeights(tuned.base, None)
-    require_space(adapter.parent, size_of(weights, "f16"), "a GGUF of the base, to put the adapter on,")
+    require_space(adapter.parent, size_of(weights, ADAPTERS_BASE), "a GGUF of the base, to put the adapter on,")
     with tempfile.TemporaryDirectory(prefix=".", dir=adapter.parent) as folder:
         base = Path(folder) / "base.gguf"
-        write_gguf(weights, tuned.encoder, tuned.base, base, "f16", console)
+        write_gguf(weights, tuned.encoder, base, ADAPTERS_BASE, adapter.stem, console)
         return compare_with_transformers(tuned, base, adapter)
 
 
 def compare_contexts(tuned: Tuned, other: LlamaCpp, contexts: Sequence[list[int]]) -> Comparison:
     """Compare what llama.cpp and Transformers expect next after each of these lists of token ids."""
-    model = load_adapter(load_base(tuned.base, torch.float32, torch.device("cpu")), tuned.adapter)
+    assistant = open_assistant(tuned, "fp32", torch.device("cpu"))
     differences: list[float] = []
+    from_base: list[float] = []
     same = compared = 0
     for ids in contexts:
         likeliest, found = other.likeliest(ids)
-        with generating(model):
-            expected = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
-        differences += [abs(value - float(expected[number])) for number, value in found.items()]
+        expected = _expected(assistant, ids)
+        with assistant.untuned():
+            before = _expected(assistant, ids)
+        differences += [_difference(value, expected[number]) for number, value in found.items()]
+        from_base += [_difference(value, before[number]) for number, value in found.items()]
         same += likeliest == int(expected.argmax())
         compared += bool(found)
-    largest, mean = (max(differences), sum(differences) / len(differences)) if differences else (0.0, 0.0)
-    return Comparison(len(contexts), compared, [], largest, mean, same)
+    largest = max(differences, default=0.0)
+    return Comparison(len(contexts), compared, [], largest, _mean(differences), same, _mean(from_base))
+
+
+def _expected(assistant: Assistant, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of the next token, float64 [vocabulary]."""
+    with generating(assistant.model):
+        return assistant.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+
+
+def _difference(found: float | None, expected: torch.Tensor) -> float:
+    """Infinite where one of the two is no number; llama.cpp then tells none."""
+    difference = math.nan if found is None else abs(found - float(expected))
+    return math.inf if math.isnan(difference) else difference
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from huarizo.data import rows as rows_module
+from huarizo.data.formats import QUESTIONS
 from huarizo.data.rows import Exchange, Problem, Row, Rows, read_rows, require_good, write_skipped
 from huarizo.errors import DataError
 
@@ -92,6 +93,21 @@ def test_single_turn_in_every_container(tmp_path: Path, suffix: str) -> None:
     prompts = [{"prompt": KOREAN, "completion": "Y", "system": "S"}]
     rows = read_rows(write(tmp_path / f"b{suffix}", prompts))
     assert (rows.format, conversations(rows)) == ("prompt-completion", [("S", (Exchange(KOREAN, "", "Y"),))])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rows_without_an_answer_are_taken_where_they_are_asked_for(tmp_path: Path, suffix: str) -> None:
+    asked = write(tmp_path / f"a{suffix}", [{"instruction": KOREAN, "input": "x", "system": "S", "id": 1}])
+    prompts = write(tmp_path / f"b{suffix}", [{"prompt": KOREAN, "system": "S", "base": "x", "tuned": "y"}])
+    for path, format, input in ((asked, "instructions", "x"), (prompts, "prompts", "")):
+        rows = read_rows(path, formats=QUESTIONS)
+        assert (rows.format, conversations(rows)) == (format, [("S", (Exchange(KOREAN, input, ""),))])
+        with pytest.raises(DataError):
+            read_rows(path)
+    whole = write(tmp_path / f"c{suffix}", [{"instruction": "Q", "input": "", "output": "A"}])
+    assert read_rows(whole, formats=QUESTIONS) == read_rows(whole)
+    named = write(tmp_path / f"d{suffix}", [{"question": "Q"}])
+    assert conversations(read_rows(named, {"instruction": "question"}, QUESTIONS)) == [("", (Exchange("Q", "", ""),))]
 
 
 def test_absent_and_null_fields(tmp_path: Path) -> None:

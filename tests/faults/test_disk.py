@@ -2,10 +2,9 @@
 
 import errno
 import os
-import resource
 import subprocess
-import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from huarizo.files import require_space, whole_folder, write_whole
 from huarizo.training.checkpoint import newest_valid, save
 from huarizo.training.lock import file_system
 from tests.faults.operations import Operation, Operations, fail_at
+from tests.limits import limited_files
 
 FILES = {"adapter_model.safetensors": b"a" * 9000, "state.json": b"{}" * 2000}
 
@@ -58,18 +58,10 @@ def test_a_disk_of_any_size_keeps_what_it_holds(small_disk: Path) -> None:
 
 @pytest.mark.parametrize("limit", [0, 1, 100, 4000, 8999, 9000])
 def test_a_limit_on_file_sizes(tmp_path: Path, limit: int) -> None:
-    import signal
-
     save(tmp_path, 1, FILES, {}, keep=9)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(MachineError, match="ulimit -f") if limit < 9000 else threading.Lock():
-            save(tmp_path, 2, FILES, {}, keep=9)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
+    outcome = pytest.raises(MachineError, match="ulimit -f") if limit < 9000 else nullcontext()
+    with limited_files(limit), outcome:
+        save(tmp_path, 2, FILES, {}, keep=9)
     still_valid(tmp_path, 1 if limit < 9000 else 2)
 
 

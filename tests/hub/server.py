@@ -322,6 +322,9 @@ class _Handler(BaseHTTPRequestHandler):
         added = {}
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                del repo.files[value["path"]]
+                continue
             if line["key"] == "lfsFile" and value["oid"] not in self.server_hub.objects:
                 return self._refuse(400, None, f"{value['path']} did not arrive")
             objects, is_large_one = self.server_hub.objects, line["key"] == "lfsFile"

@@ -131,12 +131,18 @@ def hub_server(model_bytes: dict[str, bytes]) -> Iterator[HubServer]:
     model = model_bytes
     weights = model["model.safetensors"]
     no_weights = {name: content for name, content in model.items() if name != "model.safetensors"}
-    extras = {"README.md": b"# tiny", "evil.py": b"1/0", "pytorch_model.bin": weights, "sub/model.safetensors": weights}
+    terms = {"README.md": b"# tiny", "LICENSE.txt": b"You may.", "NOTICE": b"Ours", "USE_POLICY.md": b"Be good."}
+    extras = terms | {
+        "sub/LICENSE": b"x",
+        "evil.py": b"1/0",
+        "pytorch_model.bin": weights,
+        "sub/model.safetensors": weights,
+    }
     other = model | {"generation_config.json": b'{"eos_token_id": 2}'}
     rows = json.dumps([ROW]).encode()
     read_here = {"entity": {"type": "user", "name": "bob"}, "permissions": ["repo.content.read"]}
     repos = {
-        "alpaca/tiny": Repo(model | extras, branches={"dev": other}),
+        "alpaca/tiny": Repo(model | extras, branches={"dev": other | terms}),
         "alpaca/pinned": Repo(dict(model)),
         "alpaca/private": Repo(dict(model), private=True, readers=("ann",)),
         "alpaca/private-data": Repo({"rows.json": rows}, kind="dataset", private=True, readers=("bob", "ann")),
@@ -253,7 +259,12 @@ def offline(online: Outcome, hub_server: HubServer, home: Path, tiny_model: Path
         case("offline, never seen", "alpaca/never"),
         case("offline, damaged", "alpaca/shaky"),
         case("offline, local", str(tiny_model), token="blank"),
+        case("offline, without its terms", "alpaca/tiny@dev"),
     ]
+    for name in TERMS:
+        (home / "hf" / "hub" / "models--alpaca--tiny" / "snapshots" / commit_of("alpaca/tiny dev") / name).unlink(
+            missing_ok=True
+        )
     half = home / "hf" / "hub" / "models--alpaca--enospc"
     commit = commit_of("alpaca/enospc main")
     shutil.rmtree(half / "trees")  # the client's list of what a whole copy holds
@@ -285,6 +296,7 @@ def _closed_port() -> int:
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 MODEL_FILES |= {"chat_template.jinja"}
+TERMS = {"README.md", "LICENSE.txt", "NOTICE", "USE_POLICY.md"}
 
 
 def digests(contents: dict[str, bytes]) -> dict[str, str]:
@@ -308,8 +320,9 @@ def test_a_public_model_needs_no_token_and_loads(online: Outcome, model_bytes: d
 
 
 def test_only_listed_files_are_fetched(online: Outcome, hub_server: HubServer) -> None:
-    assert hub_server.files_sent("public") == MODEL_FILES
-    assert {file.name for file in Path(online.ok("public")["path"]).rglob("*")} == MODEL_FILES
+    assert hub_server.files_sent("public") == MODEL_FILES | TERMS
+    assert {file.name for file in Path(online.ok("public")["path"]).rglob("*")} == MODEL_FILES | TERMS
+    assert online.ok("public")["sha256"].keys() == MODEL_FILES
     assert all(token is None for _, _, token in hub_server.asked_in("public"))
 
 
@@ -485,6 +498,10 @@ def test_offline_mode_uses_the_cache_and_asks_nobody(
     offline.failure("offline, damaged", "HubError", "model.safetensors is not the file that the hub publishes")
     assert offline.ok("offline, local")["pinned"] == str(tiny_model)
     assert len(hub_server.asked) == asked
+
+
+def test_a_copy_without_its_terms_is_whole(offline: Outcome) -> None:
+    assert offline.ok("offline, without its terms")["sha256"].keys() == MODEL_FILES
 
 
 def test_without_a_network_the_cache_serves_with_a_note(online: Outcome, unplugged: Outcome, tiny_model: Path) -> None:

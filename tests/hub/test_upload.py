@@ -43,7 +43,7 @@ for case in json.load(open(sys.argv[1])):
         os.environ["HF_TOKEN"] = case["token"]
     files = {name: text.encode() for name, text in case["files"].items()} | {"w.safetensors": Path(case["weights"])}
     try:
-        out = {"url": upload(case["to"], files, case["private"], case["force"], "A test")}
+        out = {"url": upload(case["to"], files, case["private"], case["force"], "A test", case["replaced"])}
     except HuarizoError as error:
         out = {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
     print(json.dumps({"case": case["case"]} | out), flush=True)
@@ -52,7 +52,7 @@ for case in json.load(open(sys.argv[1])):
 
 def case(name: str, to: str, token: str | None = "ann", **more: Any) -> dict[str, Any]:
     texts = {file: content.decode() for file, content in FILES.items()}
-    defaults = {"files": texts, "weights": "w.safetensors", "private": True, "force": False}
+    defaults = {"files": texts, "weights": "w.safetensors", "private": True, "force": False, "replaced": []}
     return {"case": name, "to": to, "token": TOKENS[token] if token else None} | defaults | more
 
 
@@ -96,6 +96,8 @@ def server() -> Iterator[HubServer]:
         }.items()
     }
     repos["ann/full"] = Repo({".gitattributes": b"", "README.md": b"old", "notes.txt": b"kept"}, **mine)
+    parts = {"part-1.safetensors": b"old", "model.safetensors.index.json": b"{}", "notes.txt": b"kept"}
+    repos["ann/parts"] = Repo({".gitattributes": b""} | parts, **mine)
     repos["ann/replaced"] = Repo({".gitattributes": b"", "README.md": b"old", "notes.txt": b"kept"}, **mine)
     here = {"entity": {"type": "model", "name": "ann/fine"}, "permissions": ["repo.content.read", "repo.write"]}
     users = {
@@ -137,6 +139,8 @@ def online(server: HubServer, home: Path) -> Outcome:
         case("public, meant", "ann/shown", private=False),
         case("taken", "ann/full"),
         case("taken, force", "ann/replaced", force=True),
+        case("old weights", "ann/parts", files={}, replaced=["*.safetensors", "*.index.json"]),
+        case("old weights, force", "ann/parts", files={}, replaced=["*.safetensors", "*.index.json"], force=True),
         case("shaky", "ann/shaky", weights="other.safetensors"),
         case("broken", "ann/broken", weights="third.safetensors"),
         case("trouble", "ann/trouble"),
@@ -246,6 +250,12 @@ def test_a_repository_that_is_taken_is_unchanged_unless_forced(online: Outcome, 
     assert server.repos["ann/full"].files == {".gitattributes": b"", "README.md": b"old", "notes.txt": b"kept"}
     assert online.ok("taken, force")
     assert server.repos["ann/replaced"].files == sent() | {"notes.txt": b"kept"}
+
+
+def test_old_weights_do_not_stay_beside_new_ones(online: Outcome, server: HubServer) -> None:
+    online.failure("old weights", "HubError", "holds part-1.safetensors, model.safetensors.index.json", "--force")
+    assert online.ok("old weights, force")
+    assert server.repos["ann/parts"].files == {".gitattributes": b"", "notes.txt": b"kept", "w.safetensors": WEIGHTS}
 
 
 def test_without_a_hub(server: HubServer, home: Path) -> None:

@@ -1,6 +1,7 @@
 """A merged model is the base with its adapter: every kind of LoRA, tied heads, and the base's own dtype."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def make_pair(
     tuned.peft_config["default"].base_model_name_or_path = "owner/the-base"
     tuned.save_pretrained(str(adapter), save_embedding_layers=False)
     return base, adapter
+
+
+def change_config(adapter: Path, **values: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def written(weights: MergedWeights, folder: Path) -> Path:
@@ -105,8 +111,11 @@ def test_lora_on_biases_is_refused_in_words(tmp_path: Path) -> None:
 def test_a_replaced_embedding_of_another_size_is_of_another_base(tmp_path: Path) -> None:
     base, adapter = make_pair(tmp_path, {}, ["q_proj"])
     file = adapter / "adapter_model.safetensors"
-    tensors = load_file(file) | {"base_model.model.model.embed_tokens.weight": torch.zeros(300, 64)}
-    save_file(tensors, file)
+    whole = "base_model.model.model.embed_tokens.weight"
+    save_file(load_file(file) | {whole: torch.zeros(300, 64)}, file)
+    with pytest.raises(ModelError, match="embed_tokens.weight is not in modules_to_save"):
+        MergedWeights(base, adapter)
+    change_config(adapter, modules_to_save=["embed_tokens"])
     with pytest.raises(
         ModelError, match=r"not for .*: its model.embed_tokens.weight is \d+ x 64, the adapter's 300 x 64"
     ):
@@ -116,13 +125,68 @@ def test_a_replaced_embedding_of_another_size_is_of_another_base(tmp_path: Path)
 def test_the_bases_dtype_is_kept_and_added_to_in_fp32(tmp_path: Path) -> None:
     base, adapter = make_pair(tmp_path, {}, ["q_proj"], dtype=torch.bfloat16)
     weights = MergedWeights(base, adapter)
-    name = "model.layers.0.self_attn.q_proj.weight"
     parts = {k: t for _, tensors in merged_shards(weights) for k, t in tensors.items()}
     assert {tensor.dtype for tensor in parts.values()} == {torch.bfloat16}
-    before = MergedWeights(base, None)[name]
-    change = weights[name] - before
-    assert torch.equal(parts[name], (before + change).bfloat16()) and float(change.norm()) > 0
+    module = "model.layers.0.self_attn.q_proj"
+    lora = load_file(adapter / "adapter_model.safetensors")
+    a, b = (lora[f"base_model.model.{module}.lora_{part}.weight"].float() for part in "AB")
+    before = MergedWeights(base, None)[f"{module}.weight"]
+    assert torch.equal(parts[f"{module}.weight"], (before + 16 / 4 * (b @ a)).bfloat16())
     assert len(weights.shards) > 1 and sorted(parts) == sorted(weights.names())
+
+
+def test_a_weight_that_its_dtype_can_not_hold_is_told(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, {}, ["q_proj"], dtype=torch.float16)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * 1000 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match=r"q_proj.weight is too large for torch.float16"):
+        written(MergedWeights(base, adapter), tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({}, lambda t: {k: v for k, v in t.items() if "lora_B" not in k}, "lora_B.weight of .* is missing"),
+        ({"use_dora": True}, lambda t: {k: v for k, v in t.items() if "magnitude" not in k}, "magnitude.* is missing"),
+        (
+            {},
+            lambda t: {k.replace("A.weight", "A.default.weight"): v for k, v in t.items()},
+            "A.* is (not expected|mis)",
+        ),
+        ({}, lambda t: {k: v * math.nan for k, v in t.items()}, "not finite"),
+    ],
+    ids=["no B", "no magnitude", "other names", "nan"],
+)
+def test_a_damaged_adapter_is_told_before_anything_is_merged(
+    tmp_path: Path, options: dict[str, Any], change: Any, message: str
+) -> None:
+    base, adapter = make_pair(tmp_path, options, ["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(ModelError, match=message):
+        MergedWeights(base, adapter)
+
+
+def test_magnitudes_are_not_dropped(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, {"use_dora": True}, ["q_proj"])
+    change_config(adapter, use_dora=False)
+    with pytest.raises(ModelError, match="magnitude.* is not expected"):
+        MergedWeights(base, adapter)
+
+
+def test_a_module_that_the_configuration_does_not_target_is_told(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, {}, ["q_proj", "v_proj"])
+    change_config(adapter, target_modules=["q_proj"])
+    with pytest.raises(ModelError, match="v_proj can't be merged"):
+        written(MergedWeights(base, adapter), tmp_path / "merged")
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, {}, ["q_proj"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ModelError, match="this base is quantised.*Name the original model"):
+        MergedWeights(base, adapter)
 
 
 @pytest.mark.parametrize("config", [{"hidden_size": 128}, {"num_hidden_layers": 1}])

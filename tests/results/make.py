@@ -1,5 +1,6 @@
 """A random base with a random adapter on it, as the parts of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,21 @@ def trained_tokenizer() -> Any:
     )
 
 
-def make_tuned(folder: Path, tokenizer: Any = None, options: Any = None, prompt: str = "auto", **config: Any) -> Tuned:
+def make_tuned(
+    folder: Path,
+    tokenizer: Any = None,
+    options: Any = None,
+    prompt: str = "auto",
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    **config: Any,
+) -> Tuned:
     """A random base, a random adapter, and the prompts of a chat template, or Alpaca's."""
     base, adapter = folder / "base", folder / "adapter"
     tokenizer = tokenizer or trained_tokenizer()
     model = make_model(**({"initializer_range": 0.2, "vocab_size": len(tokenizer)} | config))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    recipe = make_recipe(lora={"r": 4, "target_modules": ["q_proj", "v_proj"], "options": options or {}})
+    recipe = make_recipe(lora={"r": 4, "target_modules": list(targets), "options": options or {}})
     tuned = add_lora(model.requires_grad_(False), recipe.lora, 0)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:

@@ -1,18 +1,24 @@
 """A conversation: who answers, what is remembered, what a person may type, and that Ctrl-C stops an answer only."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig, LlamaForCausalLM
 
-from huarizo.data.prompts import OpenExchange, Question
+from huarizo.console import write as write_to_terminal
+from huarizo.data.prompts import ChatFormat, OpenExchange, Question
 from huarizo.errors import MachineError, UserError
 from huarizo.results import generate
 from huarizo.results.chat import Conversation, checked, converse
 from huarizo.results.generate import Assistant, Sampling, answers, open_assistant, stream_answer
 from tests.results.make import make_tuned
+from tests.tiny import CHATML, make_tokenizer
 
+NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
 PROMPTS = ["Hi", "What is the capital of France, and why?", "Sing!", "One two three four five six seven", "?"]
 
 
@@ -132,8 +138,12 @@ def test_a_seed_draws_the_same_answer(assistant: Assistant) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"repetition_penalty": 0.0}]
-)
+    "wrong",
+    [
+        {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": 1e-40}, {"temperature": float("nan")}, {"top_p": 0.0},
+        {"top_k": -1}, {"repetition_penalty": 0.0}, {"repetition_penalty": 1e-42}, {"seed": -1}, {"seed": 2**63},
+    ],
+)  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         checked(Sampling(**wrong))
@@ -144,14 +154,159 @@ def test_answers_in_batches_are_those_given_one_by_one(assistant: Assistant) -> 
     assert answers(assistant, questions, 12, at_once=5) == [answers(assistant, [each], 12)[0] for each in questions]
 
 
-def test_where_memory_is_short_batches_get_smaller(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_question_is_asked_with_its_system_text(assistant: Assistant) -> None:
+    turn, systems = OpenExchange("Hi"), ("", "Be rude.", "Be kind.")
+    single = [stream_answer(assistant, [turn], lambda _: None, system, Sampling(12)) for system in systems]
+    assert answers(assistant, [Question(turn, system) for system in systems], 12) == single
+    assert len({answer.text for answer in single}) == 3
+
+
+STREAMED = [
+    "Here is the code:\n\ndef f(x):\n    if x:\n\t\treturn [1,  2]\n    return None\n\n\nf(1)",
+    "뷁쀍은 낱말이 아니다.\n  훈민정음 🦙👩🏽‍🚀 끝\n",
+    "  two spaces , and a blank before a comma . Isn't it ?\n",
+    "🏔️",
+    "half a letter \ufffd stays",
+]
+
+
+def stream(tokenizer: Any, ids: list[int], stops: list[int]) -> tuple[list[str], str]:
+    """What is written while a model says these tokens, and the text of its answer."""
+    written: list[str] = []
+    config = GenerationConfig(eos_token_id=stops)
+    streamer = generate._Streamer(tokenizer, config, written.append)
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    for each in ids:
+        streamer.put(torch.tensor([each]))
+    streamer.end()
+    assistant: Any = SimpleNamespace(encoder=SimpleNamespace(tokenizer=tokenizer))
+    return written, generate._answer(assistant, ids, config).text
+
+
+@pytest.mark.parametrize("text", STREAMED)
+@pytest.mark.parametrize("name", ["sentencepiece", "bytes"])
+def test_what_is_written_as_it_comes_is_the_answer(name: str, text: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue("tinyllama_tokenizer" if name == "sentencepiece" else "tiny_tokenizer")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    written, answer = stream(tokenizer, [*ids, tokenizer.eos_token_id], [tokenizer.eos_token_id])
+    assert "".join(written) == answer == text.strip()
+    assert "".join(written).count("\ufffd") == text.count("\ufffd")
+    assert len(written) > len(text.split()) / 2
+
+
+def test_a_letter_that_is_never_finished_is_written_at_the_end(tiny_tokenizer: Any) -> None:
+    ids = tiny_tokenizer("ab 라", add_special_tokens=False)["input_ids"][:-1]
+    written, answer = stream(tiny_tokenizer, ids, [])
+    assert "".join(written) == answer == "ab \ufffd" and "\ufffd" in written[-1]
+
+
+def test_a_byte_that_spoils_the_letter_before_it_does_not_silence_the_rest(tinyllama_tokenizer: Any) -> None:
+    letter, rest = (
+        tinyllama_tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A 뷁", "hello and more")
+    )
+    ids = [*letter, tinyllama_tokenizer.convert_tokens_to_ids("<0xE3>"), *rest]
+    written, _ = stream(tinyllama_tokenizer, ids, [])
+    assert "".join(written).endswith("hello and more")
+
+
+def test_a_stop_that_is_an_ordinary_token_is_not_written(tiny_tokenizer: Any) -> None:
+    *ids, stop = tiny_tokenizer("One.\nTwo#", add_special_tokens=False)["input_ids"]
+    written, answer = stream(tiny_tokenizer, [*ids, stop], [stop])
+    assert "".join(written) == answer == "One.\nTwo"
+
+
+def test_a_streamed_answer_is_that_of_a_batch(assistant: Assistant) -> None:
+    for prompt in PROMPTS:
+        written: list[str] = []
+        streamed = stream_answer(assistant, [OpenExchange(prompt)], written.append, "", Sampling(40))
+        assert "".join(written) == streamed.text
+        assert answers(assistant, [Question(OpenExchange(prompt))], 40) == [streamed]
+
+
+def test_settings_of_generation_that_a_base_brings_have_no_say(tmp_path: Path) -> None:
+    tuned, questions = make_tuned(tmp_path), [Question(OpenExchange(prompt)) for prompt in PROMPTS]
+    expected = answers(open_assistant(tuned, "fp32"), questions, 12)
+    likely = tuned.encoder.tokenizer(expected[0].text, add_special_tokens=False)["input_ids"]
+    settings = {
+        "num_beams": 4, "suppress_tokens": likely, "stop_strings": [expected[1].text[:2]], "min_new_tokens": 11, "top_k": 3,
+        "repetition_penalty": 9.0, "do_sample": True, "temperature": 2.0, "forced_eos_token_id": 5, "max_length": 20,
+    }  # fmt: skip
+    (tuned.base / "generation_config.json").write_text(json.dumps(settings))
+    assistant = open_assistant(tuned, "fp32")
+    assert assistant.model.generation_config.num_beams == 4
+    assert answers(assistant, questions, 12) == expected
+    for question, answer in zip(questions, expected, strict=True):
+        assert stream_answer(assistant, [question.turn], lambda _: None, "", Sampling(12)) == answer
+    assert assistant.model.generation_config.num_beams == 4
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "gaussian", True])
+def test_the_untuned_model_is_the_base_as_it_was(tmp_path: Path, init: Any) -> None:
+    tuned = make_tuned(tmp_path, options={"init_lora_weights": init})
+    plain = LlamaForCausalLM.from_pretrained(tuned.base)
+    model = (assistant := open_assistant(tuned, "fp32")).model
+    model.get_base_model().set_attn_implementation("sdpa")
+    ids = torch.arange(20, 40)[None]
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        return model(input_ids=ids).logits
+
+    before, expected = logits(), plain(input_ids=ids).logits.detach()
+    with assistant.untuned():
+        torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(logits(), before) and float((before - expected).abs().max()) > 0.1
+    with pytest.raises(KeyboardInterrupt), assistant.untuned():
+        raise KeyboardInterrupt
+    with assistant.untuned(False):
+        assert torch.equal(logits(), before)
+
+
+def test_a_layer_that_was_trained_whole_is_the_bases_own_in_the_untuned_model(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tuned = make_tuned(tmp_path)
+    plain, adapted = (LlamaForCausalLM.from_pretrained(tuned.base) for _ in range(2))
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    peft = get_peft_model(adapted, config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "modules_to_save" in name or "lora_B" in name:
+                parameter += 0.1
+    peft.save_pretrained(str(tuned.adapter), save_embedding_layers=False)
+    assistant = open_assistant(tuned, "fp32")
+    assistant.model.get_base_model().set_attn_implementation("sdpa")
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(assistant.model(input_ids=ids).logits, peft(input_ids=ids).logits)
+        with assistant.untuned():
+            torch.testing.assert_close(assistant.model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_a_template_that_strips_reasoning_is_asked_again(tmp_path: Path) -> None:
+    said = "message['content'].split('</think>')[-1] if message['role'] == 'assistant' and not loop.last else message['content']"
+    tuned = make_tuned(tmp_path, make_tokenizer(CHATML.replace("message['content']", f"({said})")))
+    assert isinstance(tuned.encoder.prompt, ChatFormat)
+    assistant = open_assistant(tuned, "fp32")
+    written: list[str] = []
+    conversation = Conversation(assistant, written.append, sampling=Sampling(max_new_tokens=4))
+    conversation.hear("Hi")
+    conversation.turns[0] = type(conversation.turns[0])("Hi", "", "<think>deep</think>Hello")
+    conversation.hear("And?")
+    assert len(conversation.turns) == 2 and "template" not in "".join(written)
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("no memory"), NO_MEMORY, MemoryError()])
+def test_where_memory_is_short_batches_get_smaller(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     questions = [Question(OpenExchange(prompt)) for prompt in PROMPTS]
     expected, answered, sizes, fitting = answers(assistant, questions, 8), generate._answered, [], 2
 
     def short_of_memory(assistant: Assistant, prompts: Any, config: Any) -> Any:
         sizes.append(len(prompts))
         if len(prompts) > fitting:
-            raise torch.cuda.OutOfMemoryError("no memory")
+            raise error
         return answered(assistant, prompts, config)
 
     monkeypatch.setattr(generate, "_answered", short_of_memory)
@@ -159,6 +314,48 @@ def test_where_memory_is_short_batches_get_smaller(assistant: Assistant, monkeyp
     fitting = 0
     with pytest.raises(MachineError, match="not enough memory"):
         answers(assistant, questions, 8)
+
+
+def failing(error: BaseException) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_chat_goes_on_where_memory_gave_out(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(type(assistant.model), "generate", failing(NO_MEMORY))
+        with pytest.raises(MachineError, match="not enough memory"):
+            stream_answer(assistant, [OpenExchange("Hi")], lambda _: None)
+        written: list[str] = []
+        conversation = Conversation(assistant, written.append, sampling=Sampling(8))
+        assert conversation.hear("Hi") and "(there is not enough memory" in "".join(written) and not conversation.turns
+    written.clear()
+    assert conversation.hear("Hi") and "".join(written) == talk(assistant, "Hi")[0]
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(assistant.model), "generate", failing(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        stream_answer(assistant, [OpenExchange("Hi")], lambda _: None)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        answers(assistant, [Question(OpenExchange("Hi"))] * 2)
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")])
+def test_a_model_that_memory_does_not_hold_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    tuned = make_tuned(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", failing(error))
+    with pytest.raises(MachineError, match="not enough memory for this model"):
+        open_assistant(tuned, "fp32")
+
+
+def test_no_answer_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    write_to_terminal("a\x1b[2Jb\x9b2Jc\x07d\re\x00f\x7fg\u2028h\n\ti 안녕 🦙")
+    assert capsys.readouterr().out == "a [2Jb 2Jc d e f g h\n\ti 안녕 🦙"
 
 
 def test_a_batch_takes_no_more_than_its_share_of_memory(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,19 @@
 """Prompts from every kind of file, and answers side by side in which no text becomes markup."""
 
+import dataclasses
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from huarizo.data.prompts import OpenExchange
 from huarizo.errors import DataError, UserError
+from huarizo.recipe import DataRecipe
 from huarizo.results.compare import compare, read_prompts, usual_prompts, write_comparison
-from huarizo.results.generate import open_assistant
-from huarizo.results.report import Sample, samples_as_text
+from huarizo.results.generate import Sampling, open_assistant, stream_answer
+from huarizo.results.report import Sample, fenced, samples_as_text, samples_from_text, show_samples
 from huarizo.runs import Run
 from tests.results.make import make_tuned
 
@@ -20,12 +25,47 @@ HOSTILE = Sample(
 def test_prompts_come_from_lines_or_rows(tmp_path: Path, alpaca_file: Path) -> None:
     text = tmp_path / "prompts.txt"
     text.write_text("\ufeffWho are you?\n\n  안녕?  \r\n", encoding="utf-8")
-    assert [sample.prompt for sample in read_prompts(text)] == ["Who are you?", "안녕?"]
-    rows = read_prompts(alpaca_file)
+    assert [sample.prompt for sample in read_prompts(text, DataRecipe())] == ["Who are you?", "안녕?"]
+    rows = read_prompts(alpaca_file, DataRecipe())
     assert len(rows) == 12 and rows[2].prompt == "Count to 3" and rows[2].expected == "1 2 3"
     (tmp_path / "own.jsonl").write_text('{"question": "Who?", "reply": "Me."}\n')
-    (own,) = read_prompts(tmp_path / "own.jsonl", {"instruction": "question", "output": "reply"})
+    columns = {"instruction": "question", "output": "reply"}
+    (own,) = read_prompts(tmp_path / "own.jsonl", DataRecipe(columns=columns))
     assert (own.prompt, own.expected) == ("Who?", "Me.")
+
+
+def test_rows_need_no_answer_to_be_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.csv").write_text("instruction,system\nWho?,Be rude.\nWhy?,\n")
+    (folder / "more" / "b.csv").write_text("instruction,input,system\nAdd,1 + 1,\n")
+    found = read_prompts(folder, DataRecipe())
+    assert [(sample.prompt, sample.system) for sample in found] == [
+        ("Who?", "Be rude."),
+        ("Why?", ""),
+        ("Add\n\n1 + 1", ""),
+    ]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?", "system": "Be kind."}\n{"prompt": "Why?"}\n')
+    found = read_prompts(tmp_path / "prompts.jsonl", DataRecipe())
+    assert [(sample.prompt, sample.system, sample.expected) for sample in found] == [
+        ("Who?", "Be kind.", ""),
+        ("Why?", "", ""),
+    ]
+
+
+def test_what_compare_wrote_can_be_asked_again(tmp_path: Path) -> None:
+    for expected in ("", "Me."):
+        sample = Sample("Who?", "of you", "a", "b", expected)
+        write_comparison([sample], "run", tmp_path / "out.jsonl", force=True)
+        (found,) = read_prompts(tmp_path / "out.jsonl", DataRecipe())
+        assert found.prompt == "Who?\n\nof you"
+
+
+def test_bad_rows_of_prompts_are_left_out_on_request(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": 7}\n')
+    with pytest.raises(DataError, match="row 2"):
+        read_prompts(tmp_path / "prompts.jsonl", DataRecipe())
+    assert len(read_prompts(tmp_path / "prompts.jsonl", DataRecipe(on_bad_row="skip"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -36,21 +76,45 @@ def test_a_file_that_can_not_be_asked_is_refused(tmp_path: Path, content: bytes 
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_prompts(file)
+        read_prompts(file, DataRecipe())
 
 
 def test_base_and_tuned_answer_the_runs_own_prompts(tmp_path: Path) -> None:
-    import dataclasses
-
     tuned = make_tuned(tmp_path)
     assert len(usual_prompts(tuned)) == 8
     run = dataclasses.replace(tuned, run=Run(tmp_path))
     (tmp_path / "samples.jsonl").write_text(samples_as_text([Sample("Hi", "", "a", "b", "c")]))
     (found,) = compare(open_assistant(run, "fp32"), usual_prompts(run), 12)
     assert found.prompt == "Hi" and found.expected == "c" and found.before != found.after
-    (tmp_path / "samples.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="samples.jsonl"):
-        usual_prompts(run)
+    for wrong in ("{}\n", "7\n", '{"instruction": "Hi", "input": "", "before": "", "after": 3, "expected": ""}\n'):
+        (tmp_path / "samples.jsonl").write_text(wrong)
+        with pytest.raises(UserError, match="samples.jsonl"):
+            usual_prompts(run)
+
+
+def test_a_prompt_is_answered_under_its_system_text(tmp_path: Path) -> None:
+    assistant = open_assistant(make_tuned(tmp_path), "fp32")
+    asked = [Sample("Hi", "", "", None), Sample("Hi", "", "", None, system="Be rude.")]
+    plain, spoken = compare(assistant, asked, 12)
+    alone = stream_answer(assistant, [OpenExchange("Hi")], lambda _: None, "Be rude.", Sampling(12))
+    assert spoken.after == alone.text != plain.after and spoken.before != plain.before
+    (read,) = samples_from_text(samples_as_text([spoken]))
+    assert read == spoken
+
+
+def test_a_long_word_is_shown_whole() -> None:
+    console = Console(width=40, file=(shown := io.StringIO()))
+    show_samples(console, [Sample("0123456789" * 5, "", "가나다라마바사아자차" * 4, "abcdefghij" * 6)])
+    lines = [line.split("│") for line in shown.getvalue().splitlines() if "│" in line]
+    columns = ["".join(cells[place].strip() for cells in lines) for place in (1, 2, 3)]
+    assert columns == ["0123456789" * 5, "가나다라마바사아자차" * 4, "abcdefghij" * 6]
+
+
+def test_no_sample_commands_the_terminal() -> None:
+    console = Console(width=80, file=(shown := io.StringIO()))
+    show_samples(console, [Sample("\x1b[2Ja", "b\x9b2J", "c\x07", "d\x1b]0;e\n\tf")])
+    assert not any(bad in shown.getvalue() for bad in "\x1b\x9b\x07") and "f" in shown.getvalue()
+    assert fenced("a\x1b[2J\n\tb") == "```text\na [2J\n\tb\n```"
 
 
 def test_no_text_becomes_markup(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import builtins
 import dataclasses
 import json
+import logging
+import math
 import sys
 import types
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Exchange, Row
-from huarizo.errors import DataError, UserError
+from huarizo.errors import DataError, RecipeError, UserError
 from huarizo.results import evaluate as evaluating
 from huarizo.results.evaluate import chrf, evaluate, general_examples, heldout_rows, rows_of, save, show
-from huarizo.results.generate import open_assistant
+from huarizo.results.generate import Assistant, Sampling, open_assistant, stream_answer
 from huarizo.results.harness import run_harness
+from huarizo.results.losses import Losses
+from huarizo.results.tuned import read_otherwise
 from tests.results.make import make_tuned
 
 ROWS = [Row("rows.json", n, "", (Exchange(f"Count to {n}", "", "one two three " * n),)) for n in range(1, 9)]
@@ -56,6 +61,62 @@ def test_a_row_whose_prompt_leaves_no_room_is_measured_but_not_answered(tmp_path
     assert len(found.rows) == 2 and [answer["instruction"] for answer in found.answers] == ["Count to 1"]
 
 
+def test_a_row_is_answered_under_its_system_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluating, "LONGEST_ANSWER", 8)
+    assistant = open_assistant(make_tuned(tmp_path), "fp32")
+    rows = [dataclasses.replace(ROWS[0], system=system) for system in ("", "Be rude.")]
+    plain, spoken = evaluate(assistant, rows).answers
+    turns = [OpenExchange("Count to 1")]
+    alone = stream_answer(assistant, turns, lambda _: None, "Be rude.", Sampling(8))
+    assert spoken["after"] == alone.text != plain["after"] and spoken["before"] != plain["before"]
+    assert spoken["system"] == "Be rude." and spoken["expected"] == ROWS[0].exchanges[0].output
+
+
+NOTHING = Losses([20.0, 30.0], [10.0, 20.0], [10, 10])
+
+
+def found_losses(before: list[float], after: list[float]) -> evaluating.Evaluation:
+    return evaluating.Evaluation(ROWS[: len(after)], 0, Losses(before, after, [10] * len(after)), NOTHING, [], {})
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_null_and_the_worst(tmp_path: Path, odd: float) -> None:
+    found = found_losses([20.0, odd, 30.0], [10.0, odd, 20.0])
+    assert found.worst()[0] == 1
+    save(found, tmp_path / "new")
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    rows = [
+        json.loads(line, parse_constant=refuse) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()
+    ]
+    assert [row["loss_after"] for row in rows] == [1.0, None, 2.0] and rows[1]["loss_before"] is None
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["loss"]["after"] == summary["loss"]["change"] == {"value": None, "low": None, "high": None}
+    assert summary["general_loss"]["after"]["value"] == 1.5
+    show(console := Console(record=True, width=200), found)
+    assert "row 2:" in console.export_text().partition("highest losses after training:\n")[2].splitlines()[0]
+
+
+def test_one_row_is_shown_without_an_interval(tmp_path: Path) -> None:
+    found = found_losses([20.0], [10.0])
+    show(console := Console(record=True, width=200), found)
+    shown = console.export_text()
+    assert "nan" not in shown and "1.0000" in shown and "rough" in shown
+    save(found, tmp_path / "new")
+    loss = json.loads((tmp_path / "new" / "summary.json").read_text())["loss"]
+    assert loss["after"] == {"value": 1.0, "low": None, "high": None}
+    assert loss["perplexity"]["after"] == {"value": pytest.approx(math.e), "low": None, "high": None}
+
+
+def test_no_row_commands_the_terminal() -> None:
+    row = Row("a\x9b.json", 1, "", (Exchange("\x1b[2J\x07Say", "", "y"),))
+    found = dataclasses.replace(found_losses([20.0], [10.0]), rows=[row])
+    show(console := Console(record=True, width=200), found)
+    assert not any(bad in console.export_text() for bad in "\x1b\x9b\x07")
+
+
 def test_chrf_is_sacrebleus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chrf(["the same"], ["the same"]) == pytest.approx(100)
     middle = chrf(["the cat sat on a mat"], ["the cat sat on the mat"])
@@ -68,12 +129,21 @@ def test_chrf_is_sacrebleus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_general_text_is_read_as_plain_text(tmp_path: Path) -> None:
-    tuned = make_tuned(tmp_path)
-    examples = general_examples(tuned.encoder)
+    assistant = open_assistant(make_tuned(tmp_path), "fp32")
+    examples = general_examples(assistant)
     assert all(example["labels"] == example["input_ids"] for example in examples)
     entries = json.loads(evaluating.GENERAL.read_text(encoding="utf-8"))
     assert {"encyclopedia", "code", "korean", "dialogue"} <= {entry["kind"] for entry in entries}
     assert len({entry["text"] for entry in entries}) == len(entries) == len(examples)
+
+
+def test_the_general_text_is_the_same_for_every_length_of_rows(tmp_path: Path) -> None:
+    tuned = make_tuned(tmp_path, max_position_embeddings=300)
+    assistant = open_assistant(tuned, "fp32")
+    examples = general_examples(assistant)
+    assert max(len(example["input_ids"]) for example in examples) == 300
+    shorter = read_otherwise(tuned, ["data.max_length=32"]).encoder
+    assert shorter.max_length == 32 and general_examples(Assistant(assistant.model, shorter)) == examples
 
 
 def test_rows_without_a_response_in_reach_are_refused(tmp_path: Path) -> None:
@@ -101,10 +171,39 @@ def test_rows_of_another_file_are_read_by_the_recipe(tmp_path: Path, alpaca_file
     assert row.exchanges[0].output == "2"
 
 
+def test_rows_are_read_otherwise_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps([{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": 4}]))
+    tuned = make_tuned(tmp_path)
+    words = ["data.columns.instruction=question", "data.columns.output=answer"]
+    with pytest.raises(DataError, match="row 2"):
+        rows_of(read_otherwise(tuned, words), str(file))
+    other = read_otherwise(
+        tuned, ["data.columns={instruction: question, output: answer}", "data.max_length=64", "data.on_bad_row=skip"]
+    )
+    assert other.encoder.max_length == other.recipe.data.max_length == 64 and tuned.encoder.max_length == 512
+    with caplog.at_level(logging.WARNING, "huarizo"):
+        (row,) = rows_of(other, str(file))
+    assert row.exchanges[0].output == "2" and "1 bad rows are left out" in caplog.text
+    assert other.encoder.encode_prompt("", [OpenExchange("Hi")]) == tuned.encoder.encode_prompt(
+        "", [OpenExchange("Hi")]
+    )
+
+
+@pytest.mark.parametrize(
+    "word", ["data.prompt=alpaca", "lora.r=3", "data.max_lengthy=3", "data.max_length=0", "data.on_bad_row=x"]
+)
+def test_nothing_else_of_a_run_can_be_other(tmp_path: Path, word: str) -> None:
+    with pytest.raises(RecipeError, match=word.partition("=")[0]):
+        read_otherwise(make_tuned(tmp_path), [word])
+
+
 def test_the_harness_is_given_the_base_and_the_tuned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assistant = open_assistant(make_tuned(tmp_path), "fp32")
+    with pytest.raises(UserError, match="names of tasks"):
+        run_harness(lambda: assistant, [])
     with pytest.raises(UserError, match="pip install lm-eval"):
-        run_harness(assistant, ["hellaswag"])
+        run_harness(lambda: assistant, ["hellaswag"])
     seen: list[Any] = []
 
     def simple_evaluate(model: Any, tasks: list[str], limit: int | None, **_: Any) -> dict[str, Any]:
@@ -120,7 +219,7 @@ def test_the_harness_is_given_the_base_and_the_tuned_model(tmp_path: Path, monke
     modules = {"lm_eval": package, "lm_eval.evaluator": evaluator, "lm_eval.models": types.ModuleType("lm_eval.models")}
     for name, module in (modules | {"lm_eval.models.huggingface": wrapper}).items():
         monkeypatch.setitem(sys.modules, name, module)
-    assert run_harness(assistant, ["hellaswag"], 5) == {"hellaswag": {"acc": {"before": 0.25, "after": 0.5}}}
+    assert run_harness(lambda: assistant, ["hellaswag"], 5) == {"hellaswag": {"acc": {"before": 0.25, "after": 0.5}}}
     assert seen == [(True, "sdpa", 5), (False, "sdpa", 5)]
     with pytest.raises(UserError, match="lm-eval stopped at unknown"):
-        run_harness(assistant, ["unknown"])
+        run_harness(lambda: assistant, ["unknown"])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import yaml
@@ -20,7 +21,7 @@ from huarizo.recipe import make_recipe, to_yaml
 from huarizo.results.publish import CARD, Publication, publication, publish
 from huarizo.results.report import Sample, samples_as_text
 from huarizo.runs import Run
-from tests.hub.server import HubServer, User
+from tests.hub.server import HubServer, Repo, User
 from tests.tiny import make_model, make_tokenizer
 
 TOKEN = "hf_annsSecretTokenAnnsSecretToken"
@@ -66,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = samples_as_text([s for s in SAMPLES if s.after != BROKEN_ANSWER])
     surrogate = json.dumps({"prompt": "", "instruction": "Break out", "input": "of it", "before": "```", "after": BROKEN_ANSWER, "expected": ""})  # fmt: skip
     run.samples.write_text(surrogate + "\n" + lines)
-    (run.path / "hello-f16.gguf").write_bytes(b"GGUF" + bytes(100))
+    write_gguf(run.path / "hello-f16.gguf")
     shutil.copytree(base, run.path / "merged")
     change_json(run.path / "merged" / "config.json", _name_or_path=str(base))
     for name in ("LICENSE.txt", "USE_POLICY.md", "NOTICE"):
@@ -74,6 +75,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("notes.txt", "pytorch_model.bin", ".env"):
         (run.path / "merged" / name).write_text(SECRET)
     return root
+
+
+def write_gguf(file: Path, kind: str = "model") -> None:
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_type(kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
 
 
 @pytest.fixture
@@ -217,7 +226,94 @@ def test_merged_and_gguf(run: Run) -> None:
     (run.path / "Modelfile").write_text("FROM ./hello-f16.gguf\n")
     gguf = publication(run, "ann/hello", "gguf")
     assert set(gguf.files) == {"hello-f16.gguf", "Modelfile", CARD}
-    assert "--hf-file 'hello-f16.gguf'" in content(gguf, CARD).decode()
+    assert "--hf-file hello-f16.gguf\n" in content(gguf, CARD).decode()
+
+
+def test_weights_that_the_model_does_not_name_are_not_sent(run: Run) -> None:
+    merged = run.path / "merged"
+    shutil.copy(merged / "model.safetensors", merged / "old-00001-of-00002.safetensors")
+    (merged / "model.safetensors").rename(merged / "part.safetensors")
+    shutil.copy(merged / "part.safetensors", merged / "other.safetensors")
+    (merged / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "part.safetensors"}}')
+    sent = set(publication(run, "ann/hello", "merged").files)
+    assert {name for name in sent if "safetensors" in name} == {"part.safetensors", "model.safetensors.index.json"}
+    (merged / "part.safetensors").rename(merged / "model.safetensors")
+    assert {name for name in publication(run, "ann/hello", "merged").files if name.endswith(".safetensors")} == {
+        "model.safetensors"
+    }
+
+
+def test_an_adapter_is_known_by_what_it_is_and_not_by_its_name(run: Run) -> None:
+    (run.path / "hello-f16.gguf").unlink()
+    write_gguf(run.path / "it's mine; rm.gguf", "adapter")
+    card = content(publication(run, "ann/hello", "gguf"), CARD).decode()
+    assert "--lora 'it'\"'\"'s mine; rm.gguf'" in card and "--hf-file" not in card
+    write_gguf(run.path / "the $(whole)-adapter.gguf")
+    card = content(publication(run, "ann/hello", "gguf"), CARD).decode()
+    assert "--hf-file 'the $(whole)-adapter.gguf'\n" in card and "--lora" not in card
+
+
+@pytest.mark.parametrize("damage", [b"", b"GGUF", b"GGUF" + bytes(100), b"PK\x03\x04" * 20])
+def test_a_file_that_is_no_whole_gguf_is_not_sent(run: Run, damage: bytes) -> None:
+    (run.path / "hello-f16.gguf").write_bytes(damage)
+    with pytest.raises(ModelError, match="hello-f16.gguf"):
+        publication(run, "ann/hello", "gguf")
+
+
+def test_secrets_in_a_configuration_are_left_out(run: Run) -> None:
+    secrets = dict.fromkeys(("token", "use_auth_token", "auth_token"), SECRET)
+    change_json(run.adapter / "tokenizer_config.json", **secrets, deep=[{"init": secrets | {"eos_token": "kept"}}])
+    found = json.loads(content(publication(run, "ann/hello"), "tokenizer_config.json"))
+    assert SECRET not in str(found) and found["deep"] == [{"init": {"eos_token": "kept"}}] and "eos_token" in found
+
+
+def test_a_path_anywhere_in_a_text_is_left_out(run: Run, tmp_path: Path) -> None:
+    texts = {
+        "home": f"made in {Path.home()} by me",
+        "runs": f"file={tmp_path}/runs/x",
+        "up": "../x",
+        "here": "./x",
+        "list": ["a", f"<{tmp_path / 'runs'}>"],
+    }
+    change_json(run.adapter / "tokenizer_config.json", **texts, word="and/or")
+    found = json.loads(content(publication(run, "ann/hello"), "tokenizer_config.json"))
+    assert found["list"] == ["a"] and found["word"] == "and/or" and not {"home", "runs", "up", "here"} & found.keys()
+
+
+@pytest.mark.parametrize("what", ["adapter", "merged", "gguf"])
+def test_a_token_in_a_sample_is_never_sent(run: Run, what: Any) -> None:
+    run.samples.write_text(samples_as_text([Sample(f"My token is {TOKEN}.", "", "Oh.", "Thanks.")]))
+    with pytest.raises(UserError, match="token of the hub") as error:
+        publication(run, "ann/hello", what)
+    assert TOKEN not in str(error.value) and CARD in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "LICENSE", "NOTICE.md", "vocab.json", "merges.txt"])
+def test_a_token_in_a_text_file_is_never_sent(run: Run, name: str) -> None:
+    (run.path / "merged" / name).write_text(json.dumps({"x": f"y {TOKEN}"}))
+    with pytest.raises(UserError, match=f"{name}: there is a token") as error:
+        publication(run, "ann/hello", "merged")
+    assert TOKEN not in str(error.value)
+
+
+def test_a_token_in_a_modelfile_is_never_sent(run: Run) -> None:
+    (run.path / "Modelfile").write_text(f"FROM ./hello-f16.gguf\nSYSTEM {TOKEN}\n")
+    with pytest.raises(UserError, match="Modelfile: there is a token"):
+        publication(run, "ann/hello", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics", "7"), ("metrics", "[]"),
+        ("metrics", '{"step": 1, "eval_loss": "low"}'), ("metrics", "{"),
+        ("samples", "7"), ("samples", "[]"), ("samples", "{}"), ("samples", '{"instruction": 3, "input": "", "before": "", "after": ""}'),
+    ],
+)  # fmt: skip
+def test_a_damaged_record_of_the_run_is_told(run: Run, name: str, line: str) -> None:
+    getattr(run, name).write_text(f"{getattr(run, name).read_text()}{line}\n")
+    with pytest.raises(UserError, match=f"{name}.jsonl"):
+        publication(run, "ann/hello")
 
 
 def test_tokens_that_look_like_paths_stay(run: Run) -> None:
@@ -259,23 +355,40 @@ def test_what_is_broken(run: Run) -> None:
         publication(run, "ann/hello", "gguf")
 
 
-@pytest.mark.parametrize("line", ["FROM /home/ann/x.gguf", "from ~/x.gguf", 'FROM "C:\\x.gguf"', "ADAPTER /x.gguf"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "FROM /home/ann/x.gguf", "from ~/x.gguf", 'FROM "C:\\x.gguf"', "ADAPTER /x.gguf", "FROM\t/home/x.gguf", "ADAPTER ../x.gguf",
+        "  FROM   more/x.gguf", "FROM .", "FROM", "FROM '/x.gguf'", "FROM\u00a0/x.gguf",
+    ],
+)  # fmt: skip
 def test_a_modelfile_with_a_path_is_refused(run: Run, line: str) -> None:
     (run.path / "Modelfile").write_text(f"{line}\nSYSTEM hello\n")
     with pytest.raises(UserError, match=r"\./FILE\.gguf"):
         publication(run, "ann/hello", "gguf")
 
 
-def test_links_out_of_the_run_are_refused(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", ["FROM hello-f16.gguf", "FROM ./hello-f16.gguf", 'from "./hello-f16.gguf"', "FROM\t./hello-f16.gguf"]
+)
+def test_a_modelfile_that_names_the_file_beside_it_is_sent(run: Run, line: str) -> None:
+    (run.path / "Modelfile").write_text(f"# FROM /nowhere\n\n{line}\nSYSTEM from /here to there\n")
+    assert "Modelfile" in publication(run, "ann/hello", "gguf").files
+
+
+def test_links_out_of_what_is_sent_are_refused(run: Run, tmp_path: Path) -> None:
     secret = tmp_path / "secret.json"
     secret.write_text("{}")
-    (run.adapter / "vocab.json").symlink_to(secret)
     (run.path / "secret.gguf").symlink_to(secret)
-    for what in ("adapter", "gguf"):
-        with pytest.raises(UserError, match="leads out of the run"):
-            publication(run, "ann/hello", what)
-    (run.adapter / "vocab.json").unlink()
-    (run.adapter / "vocab.json").symlink_to(run.adapter / "tokenizer_config.json")
+    with pytest.raises(UserError, match="leads out of"):
+        publication(run, "ann/hello", "gguf")
+    link = run.adapter / "vocab.json"
+    for place in (secret, "../recipe.yaml", "../../hello/metrics.jsonl"):
+        link.symlink_to(place)
+        with pytest.raises(UserError, match="leads out of"):
+            publication(run, "ann/hello")
+        link.unlink()
+    link.symlink_to("tokenizer_config.json")
     assert "vocab.json" in publication(run, "ann/hello").files
 
 
@@ -290,16 +403,46 @@ print(publish(publication(run, "ann/hello-merged", "merged", public=True)))
 """
 
 
+def with_hub(server: HubServer, code: str, *arguments: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Python code in a child process that knows no other hub."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HOME": str(home), "PYTHONPATH": str(Path.cwd())}
+    settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
+    command = [sys.executable, "-c", code, *arguments]
+    child = subprocess.run(
+        command, env=kept | settings | env, cwd=home, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    return child
+
+
+LICENCE_CHILD = """
+import sys
+from pathlib import Path
+from huarizo.hub.names import resolve_model
+from huarizo.recipe import to_yaml
+from huarizo.results.publish import publication
+from huarizo.runs import Run
+run = Run(Path(sys.argv[1]))
+source = resolve_model("llamas/small")
+for name in ("llamas/small", source.pinned):
+    run.recipe_file.write_text(to_yaml(run.recipe().model_copy(update={"model": name})))
+    print(publication(run, "ann/hello").files["README.md"].decode())
+"""
+
+
+def test_the_licence_of_a_base_on_the_hub(made: Path, run: Run, tmp_path: Path) -> None:
+    base = {file.name: file.read_bytes() for file in (made / "my-llama").iterdir()}
+    base |= {"README.md": b"---\nlicense: apache-2.0\n---\n# Small\n", "LICENSE": b"Apache License\nVersion 2.0"}
+    with HubServer({"llamas/small": Repo(base)}, {}) as server:
+        cards = with_hub(server, LICENCE_CHILD, str(run.path), home=tmp_path).stdout
+    assert cards.count("license: apache-2.0") == 2 and cards.count("base_model: llamas/small\n") == 2
+
+
 def test_a_run_as_it_lies_on_the_hub(made: Path, tmp_path: Path) -> None:
     run = Run(made / "runs" / "hello")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     with HubServer({}, {TOKEN: User("ann", "write")}) as server:
-        settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HOME": str(tmp_path), "HF_TOKEN": TOKEN}
-        settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
-        command = [sys.executable, "-c", CHILD, str(run.path)]
-        env = kept | settings | {"PYTHONPATH": str(Path.cwd())}
-        child = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert child.returncode == 0, child.stderr
+        child = with_hub(server, CHILD, str(run.path), home=tmp_path, HF_TOKEN=TOKEN)
     assert TOKEN not in child.stdout + child.stderr
     hello, merged = server.repos["ann/hello"], server.repos["ann/hello-merged"]
     assert hello.private and not merged.private and len(hello.commits) == len(merged.commits) == 1

@@ -1,10 +1,12 @@
 """What a command may write over, and what it never may."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from huarizo.errors import UserError
+from huarizo.results.gguf import export_adapter, export_gguf
 from huarizo.results.merge import merge
 from huarizo.results.target import check_file, check_folder
 from tests.results.make import make_tuned
@@ -49,3 +51,26 @@ def test_merging_never_takes_the_base_or_the_adapter_away(tmp_path: Path) -> Non
         with pytest.raises(UserError, match="would be lost"):
             merge(tuned, target, force=True)
     assert (tuned.base / "model.safetensors").is_file() and (tuned.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_pipe_a_device_and_the_model_itself_are_no_place_for_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match="device or a pipe"):
+            check_file(place, force=True)
+    tuned = make_tuned(tmp_path)
+    for file in (tuned.base / "model.safetensors", tuned.adapter / "adapter_model.safetensors"):
+        before = file.read_bytes()
+        with pytest.raises(UserError, match="a part of the model that is read"):
+            export_gguf(tuned, file, "f32", force=True)
+        with pytest.raises(UserError, match="a part of the model that is read"):
+            export_adapter(tuned, file, force=True)
+        assert file.read_bytes() == before
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the folder that you are in"):
+        check_folder(Path(), True, "config.json")
+    with pytest.raises(UserError, match="needs a name"):
+        check_folder(Path("new/.."), True, "config.json")

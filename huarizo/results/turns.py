@@ -1,0 +1,145 @@
+"""What a prompt format writes around questions and answers, read off the format itself.
+
+Runtimes other than Transformers are told a prompt format as a template of their own. Nothing is translated: marked
+texts are sent through the format, and what stands around them is what the other template has to write.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huarizo.data.prompts import OpenExchange, Turn
+from huarizo.data.rows import Exchange
+from huarizo.data.tokens import Encoder
+from huarizo.errors import DataError, ModelError, RecipeError
+
+SYSTEM, FIRST, SECOND, THIRD, ANSWER, LAST_ANSWER = (
+    f"{name}q \"'<&>\\\n  é {{{{x}}}} aA{name}" for name in ("System", "First", "Second", "Third", "Answer", "Last")
+)
+"""Texts with everything that a format might escape, fold or rewrite, and no white space at their ends."""
+TURNS = [Exchange(FIRST, "", ANSWER), Exchange(SECOND, "", LAST_ANSWER), OpenExchange(THIRD)]
+SENTINELS = [FIRST, ANSWER, SECOND, LAST_ANSWER, THIRD]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The constant texts of a prompt format, without a BOS that the tokenizer puts in front.
+
+    head: before the first question where there is no system text. system: before and behind one; None where the
+    format has no place for it. asked: behind a question. answered: behind an answer, up to the next question.
+    """
+
+    head: str
+    system: tuple[str, str] | None
+    asked: str
+    answered: str
+
+
+def turns_of(encoder: Encoder) -> Turns:
+    """The texts around the turns of an encoder's prompt format.
+
+    Raises:
+        ModelError: a format that changes the texts, or writes one turn otherwise than the next.
+    """
+    plain = _between(encoder, "", SENTINELS)
+    with_system = _with_system(encoder)
+    head, asked, answered, *_ = plain
+    if any(parts and parts[-5:] != [asked, answered, asked, answered, asked] for parts in (plain, with_system)):
+        raise ModelError("it writes later turns otherwise than the first")
+    return Turns(head, (with_system[0], with_system[1]) if with_system else None, asked, answered)
+
+
+def rendered(encoder: Encoder, system: str, turns: Sequence[Turn]) -> str:
+    """A conversation's prompt without the BOS that the tokenizer puts in front.
+
+    Raises:
+        ModelError: the format can't write it.
+    """
+    try:
+        text = "".join(piece.text for piece in encoder.prompt.pieces(system, turns))
+    except (ModelError, RecipeError) as error:
+        raise ModelError(str(error).partition(". ")[0]) from None
+    return text.removeprefix(str(encoder.tokenizer.bos_token)) if encoder.adds_bos else text
+
+
+def _between(encoder: Encoder, system: str, sentinels: Sequence[str]) -> list[str]:
+    """What stands before, between and behind the sentinels in a conversation of three turns."""
+    parts, rest = [], rendered(encoder, system, TURNS)
+    for sentinel in sentinels:
+        if rest.count(sentinel) != 1:
+            raise ModelError("it changes what is said")
+        before, _, rest = rest.partition(sentinel)
+        parts.append(before)
+    return [*parts, rest]
+
+
+def _with_system(encoder: Encoder) -> list[str]:
+    """What stands around a system text and all that follows; [] where the format refuses one or leaves it out."""
+    try:
+        if rendered(encoder, SYSTEM, TURNS) == rendered(encoder, "", TURNS):
+            return []
+    except DataError:
+        return []
+    return _between(encoder, SYSTEM, [SYSTEM, *SENTINELS])
+
+
+def chat_template(encoder: Encoder, lead: str = "") -> str | None:
+    """A Jinja template over `messages` that writes an encoder's prompts: the model's own for the chat format.
+
+    lead: what has to stand in front of every prompt. None where the format can't be written as one.
+    """
+    if encoder.prompt.name == "chat":
+        return (f"{{{{- {json.dumps(lead)} }}}}" if lead else "") + str(encoder.tokenizer.get_chat_template())
+    try:
+        turns = turns_of(encoder)
+    except ModelError:
+        return None
+    stop = encoder.prompt.stop if turns.answered.startswith(encoder.prompt.stop) else ""
+    head, asked = _literal(lead + turns.head), _literal(turns.asked)
+    next_one = _literal(turns.answered.removeprefix(stop))
+    if turns.system is None:
+        opening = f"{{{{- {head} }}}}"
+    else:
+        before, behind = _literal(lead + turns.system[0]), _literal(turns.system[1])
+        opening = (
+            "{%- if messages[0]['role'] == 'system' %}"
+            f"{{{{- {before} + messages[0]['content'] + {behind} }}}}{{%- else %}}{{{{- {head} }}}}{{%- endif %}}"
+        )
+    return (
+        f"{opening}{{%- set ns = namespace(begun=false) %}}{{%- for message in messages %}}"
+        f"{{%- if message['role'] == 'user' %}}{{%- if ns.begun %}}{{{{- {next_one} }}}}{{%- endif %}}"
+        f"{{{{- message['content'] + {asked} }}}}{{%- set ns.begun = true %}}"
+        f"{{%- elif message['role'] == 'assistant' %}}{{{{- message['content'] + {_literal(stop)} }}}}"
+        "{%- endif %}{%- endfor %}"
+    )
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def leading_space(encoder: Encoder) -> str:
+    """What a prompt has to begin with in llama.cpp so that SentencePiece cuts it as Transformers does: " " or "".
+
+    llama.cpp puts a space in front of a text and behind every special token, or nowhere. Most tokenizers put one in
+    front of the whole text alone; for them llama.cpp is told nowhere, and the prompt brings the one space along.
+    """
+    spec = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    if not spec["model"].get("byte_fallback") or space_everywhere(encoder) or "first" not in _schemes(spec):
+        return ""
+    text = encoder.prompt.pieces("", [OpenExchange("Hi")])[0].text
+    return "" if text.startswith(tuple(token["content"] for token in spec["added_tokens"])) else " "
+
+
+def space_everywhere(encoder: Encoder) -> bool:
+    """Whether a SentencePiece tokenizer puts a space in front of the text and behind every special token."""
+    spec = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    normalizer = spec.get("normalizer") or {}
+    prepends = any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
+    return prepends or "always" in _schemes(spec)
+
+
+def _schemes(spec: dict[str, Any]) -> list[str | None]:
+    steps = spec.get("pre_tokenizer") or {}
+    return [step.get("prepend_scheme") for step in steps.get("pretokenizers", [steps])]

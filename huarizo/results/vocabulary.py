@@ -1,0 +1,128 @@
+"""A tokenizer as GGUF has it: tokens, their kinds, scores or merges, and how llama.cpp splits a text.
+
+What llama.cpp would cut otherwise is refused in words: a file whose prompts have other token ids is another model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+
+from huarizo.data.tokens import Encoder
+from huarizo.errors import ModelError, UserError
+from huarizo.results.turns import chat_template, leading_space, space_everywhere
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The pattern of Llama 3's pre-tokenizer."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as GGUF has it. `scores` are SentencePiece's, `merges` byte-level BPE's."""
+
+    kind: Literal["llama", "gpt2"]
+    pre: str
+    tokens: list[bytes]
+    types: list[int]
+    scores: list[float] | None
+    merges: list[str] | None
+
+
+def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
+    """The tokenizer of a model, SentencePiece or byte-level BPE, with as many tokens as the embedding has rows.
+
+    folder: the model's, for messages.
+
+    Raises:
+        ModelError: a tokenizer of another kind, or one whose pre-tokenizer llama.cpp does not have.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, added = spec["model"], {token["id"]: token for token in spec["added_tokens"]}
+    if model["type"] != "BPE":
+        raise ModelError(f"{folder}: a tokenizer of the kind {model['type']} can't be written as GGUF")
+    odd = [token["content"] for token in added.values() if token["lstrip"] or token["rstrip"] or token["single_word"]]
+    if odd:
+        raise ModelError(f"{folder}: llama.cpp would cut {odd[0]!r} out of a text otherwise (lstrip, rstrip)")
+    ids = {number: text for text, number in model["vocab"].items()} | {n: t["content"] for n, t in added.items()}
+    is_sentencepiece = bool(model.get("byte_fallback"))
+    tokens, types = [], []
+    for number in range(size):
+        text = ids.get(number, f"[PAD{number}]")
+        tokens.append(text.encode("utf-8"))
+        types.append(_type(number, text, added, is_sentencepiece, model, number in ids))
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    if is_sentencepiece:
+        ranks = {merge.replace(" ", ""): float(-rank) for rank, merge in reversed(list(enumerate(merges)))}
+        scores = [ranks.get(token.decode("utf-8"), float(-len(merges) - 1)) for token in tokens]
+        return Vocabulary("llama", "default", tokens, types, scores, None)
+    return Vocabulary("gpt2", _pre_tokenizer(folder, spec), tokens, types, None, merges)
+
+
+def _type(number: int, text: str, added: dict[int, Any], is_sentencepiece: bool, model: Any, known: bool) -> int:
+    if not known:
+        return gguf.TokenType.UNUSED
+    if is_sentencepiece and text == model.get("unk_token"):
+        return gguf.TokenType.UNKNOWN
+    if number in added:
+        return gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
+    if is_sentencepiece and len(text) == 6 and text.startswith("<0x"):
+        return gguf.TokenType.BYTE
+    return gguf.TokenType.NORMAL
+
+
+def _pre_tokenizer(folder: Path, spec: dict[str, Any]) -> str:
+    """llama.cpp's name of how a text is split before BPE, from what the tokenizer does."""
+    pre = spec.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    kinds = [step.get("type") for step in steps]
+    if spec.get("normalizer") or any(step.get("add_prefix_space") for step in steps):
+        raise ModelError(f"{folder}: this tokenizer rewrites texts before it cuts them, which llama.cpp does not")
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and steps[0].get("pattern", {}).get("Regex") == LLAMA3_SPLIT:
+        return "llama-bpe"
+    raise ModelError(f"{folder}: llama.cpp's name of this tokenizer's pre-tokenizer is not known ({kinds})")
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, encoder: Encoder) -> None:
+    """Write tokens, special tokens and the chat template.
+
+    An answer ends at `eos_token_id` and at `eot_token_id`, the prompt format's stop token where that is another one.
+
+    Raises:
+        UserError: there is no token that ends an answer.
+    """
+    tokenizer = encoder.tokenizer
+    writer.add_tokenizer_model(vocabulary.kind)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    stop = encoder.stop_id if encoder.stop_id is not None else tokenizer.eos_token_id
+    if stop is None:
+        raise UserError("the tokenizer has no token that ends an answer, so a model in GGUF would never stop")
+    writer.add_eos_token_id(stop if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+    if tokenizer.eos_token_id not in (None, stop):
+        writer.add_eot_token_id(stop)
+    if tokenizer.unk_token_id is not None:
+        writer.add_unk_token_id(tokenizer.unk_token_id)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < len(vocabulary.tokens):
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(encoder.adds_bos)
+    writer.add_add_eos_token(False)
+    if vocabulary.kind == "llama":
+        writer.add_add_space_prefix(space_everywhere(encoder))
+    if template := chat_template(encoder, leading_space(encoder)):
+        writer.add_chat_template(template)
