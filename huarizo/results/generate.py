@@ -3,7 +3,6 @@
 Prompts go through the same code as in training, and an answer ends at the stop token that was learnt.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -267,7 +266,8 @@ class _Streamer(BaseStreamer):
 
     def _show(self, text: str) -> None:
         if not self.shown.startswith(text):
-            self.write(text[len(os.path.commonprefix((text, self.shown))) :])
+            same = next((place for place, (a, b) in enumerate(zip(text, self.shown, strict=False)) if a != b), None)
+            self.write(text[len(self.shown) if same is None else same :])
             self.shown = text
 
 

@@ -65,9 +65,9 @@ def is_adapter(file: Path) -> bool:
     """
     try:
         field = gguf.GGUFReader(file).get_field("general.type")
+        return field is not None and field.contents() == "adapter"
     except Exception as error:  # whatever a file sets off that is none
         raise ModelError(f"{file}: not a whole GGUF file ({error}). Export it again, or remove it") from None
-    return field is not None and field.contents() == "adapter"
 
 
 def size_of(weights: MergedWeights, kind: str) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from huarizo.data.prompts import OpenExchange
 from huarizo.errors import MachineError, ModelError, UserError
 from huarizo.model.merged import MergedWeights
-from huarizo.results.gguf import export_adapter, export_gguf, write_gguf
+from huarizo.results.gguf import export_adapter, export_gguf, is_adapter, write_gguf
 from huarizo.results.tuned import Tuned
 from huarizo.results.verify import PROMPTS, LlamaCpp, compare_adapter, compare_with_transformers
 from tests.limits import limited_files
@@ -189,3 +190,21 @@ def test_the_file_is_the_same_each_time_and_has_the_name_that_was_asked_for(tmp_
     file, before = export_gguf(tuned, tmp_path / "my-model.gguf", "f16"), (tmp_path / "my-model.gguf").read_bytes()
     assert GGUFReader(file).fields["general.name"].contents() == "my-model"
     assert export_gguf(tuned, file, "f16", force=True).read_bytes() == before
+
+
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    tuned, choice = make_tuned(tmp_path), random.Random(0)
+    whole = export_adapter(tuned, tmp_path / "adapter.gguf").read_bytes()
+    assert is_adapter(tmp_path / "adapter.gguf")
+    told = 0
+    for _ in range(300):
+        data = bytearray(whole[: choice.choice((len(whole), choice.randrange(len(whole))))])
+        for _ in range(choice.choice((0, 1, 5, 50))):
+            if data:
+                data[choice.randrange(min(len(data), 400))] = choice.randrange(256)
+        (tmp_path / "damaged.gguf").write_bytes(data)
+        try:
+            is_adapter(tmp_path / "damaged.gguf")
+        except ModelError as error:
+            told += "not a whole GGUF file" in str(error)
+    assert told > 150
