@@ -30,7 +30,7 @@ from huarizo.model.merged import MergedWeights
 from huarizo.results.generate import generating
 from huarizo.results.gguf import export_gguf
 from huarizo.results.tuned import Tuned, find_tuned
-from huarizo.results.verify import LlamaCpp, compare_contexts
+from huarizo.results.verify import LlamaCpp, compare_contexts, expectations
 
 ROWS, PLACES = 20, 10
 
@@ -87,13 +87,15 @@ def main() -> None:
     tuned = find_tuned(chosen.run)
     rows = require_good(read_rows(resolve_data(chosen.data, heldout=True).path), "fail")
     prompts, places = contexts(tuned, [row for row in rows if len(row.exchanges[0].output) > 40][:ROWS])
+    contexts_of = {"prompts": prompts, "places": places}
+    expected = {name: expectations(tuned, ids) for name, ids in contexts_of.items()}
     result: dict[str, Any] = {"merged_logits": merging(tuned, prompts), "types": {}}
     with tempfile.TemporaryDirectory() as folder:
         for kind in chosen.types.split(","):
             file = export_gguf(tuned, Path(folder) / f"{kind}.gguf", kind)
             found = {"bytes": file.stat().st_size}
-            for name, ids in (("prompts", prompts), ("places", places)):
-                compared = compare_contexts(tuned, LlamaCpp(file), ids)
+            for name, ids in contexts_of.items():
+                compared = compare_contexts(LlamaCpp(file), ids, expected[name])
                 found[name] = dataclasses.asdict(compared)
                 del found[name]["other_tokens"]  # `huarizo export --verify` compares those
                 print(

@@ -211,7 +211,14 @@ def show(console: Console, evaluation: Evaluation) -> None:
 
 
 def _interval(mean: Mean) -> str:
-    return f"{mean.value:,.2f}" + ("" if math.isnan(mean.low) else f" ({mean.low:,.2f} to {mean.high:,.2f})")
+    return _short(mean.value) + ("" if math.isnan(mean.low) else f" ({_short(mean.low)}–{_short(mean.high)})")
+
+
+def _short(perplexity: float) -> str:
+    """Three digits, so that a row of the table fits a terminal."""
+    return (
+        f"{perplexity:.{2 if perplexity < 9.995 else 1 if perplexity < 99.95 else 0}f}" if perplexity < 1e5 else "> 1e5"
+    )
 
 
 def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:

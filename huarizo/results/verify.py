@@ -22,7 +22,7 @@ from huarizo.data.prompts import OpenExchange
 from huarizo.errors import ModelError, UserError
 from huarizo.files import require_space
 from huarizo.model.merged import MergedWeights
-from huarizo.results.generate import Assistant, generating, open_assistant
+from huarizo.results.generate import generating, open_assistant
 from huarizo.results.gguf import size_of, write_gguf
 from huarizo.results.tuned import Tuned
 from huarizo.results.turns import chat_template, leading_space, rendered
@@ -40,8 +40,8 @@ PROMPTS = (
 ADAPTERS_BASE = "f16"  # type of the base that an adapter is tried on
 TOP = 5  # likeliest tokens that are compared
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine itself
-ROUNDING = {"f32": 0.02, "f16": 0.05, "bf16": 0.2, "q8_0": 0.3}
-"""Nats: a larger mean difference is no rounding of a type, but another model. Measured: 0.001, 0.002, 0.04, 0.08."""
+ROUNDING = {"f32": 0.01, "f16": 0.03, "bf16": 0.1, "q8_0": 0.3}
+"""Nats: a larger mean difference is no rounding of a type, but another model. Measured: 0.0001, 0.003, 0.02, 0.1."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class LlamaCpp:
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.n_gpu_layers = context, 1, False, -1, 0
         params.cpuparams.n_threads = torch.get_num_threads()
+        # llama.cpp's flash attention and 16-bit cache round by themselves, more than the file does
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if adapter is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         try:
@@ -162,7 +165,7 @@ def compare_with_transformers(tuned: Tuned, file: Path, adapter: Path | None = N
             text = leading_space(encoder) + rendered(encoder, "", [OpenExchange(prompt)])
         if other.tokens(text, add_special=True) != contexts[-1]:
             wrong.append(prompt)
-    return dataclasses.replace(compare_contexts(tuned, other, contexts), other_tokens=wrong)
+    return dataclasses.replace(compare_contexts(other, contexts, expectations(tuned, contexts)), other_tokens=wrong)
 
 
 def compare_adapter(tuned: Tuned, adapter: Path, console: Console | None = None) -> Comparison:
@@ -181,29 +184,38 @@ def compare_adapter(tuned: Tuned, adapter: Path, console: Console | None = None)
         return compare_with_transformers(tuned, base, adapter)
 
 
-def compare_contexts(tuned: Tuned, other: LlamaCpp, contexts: Sequence[list[int]]) -> Comparison:
-    """Compare what llama.cpp and Transformers expect next after each of these lists of token ids."""
+def expectations(tuned: Tuned, contexts: Sequence[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What Transformers expects next after each list of token ids, in fp32: by the tuned model and by its base.
+
+    Log-probabilities, float32 [vocabulary] each.
+    """
     assistant = open_assistant(tuned, "fp32", torch.device("cpu"))
+
+    def expected(ids: list[int]) -> torch.Tensor:
+        with generating(assistant.model):
+            return assistant.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1).float()
+
+    after = [expected(ids) for ids in contexts]
+    with assistant.untuned():
+        before = [expected(ids) for ids in contexts]
+    return list(zip(after, before, strict=True))
+
+
+def compare_contexts(
+    other: LlamaCpp, contexts: Sequence[list[int]], expected: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> Comparison:
+    """Compare what llama.cpp expects next after each of these lists of token ids with `expectations` of the same."""
     differences: list[float] = []
     from_base: list[float] = []
     same = compared = 0
-    for ids in contexts:
+    for ids, (after, before) in zip(contexts, expected, strict=True):
         likeliest, found = other.likeliest(ids)
-        expected = _expected(assistant, ids)
-        with assistant.untuned():
-            before = _expected(assistant, ids)
-        differences += [_difference(value, expected[number]) for number, value in found.items()]
+        differences += [_difference(value, after[number]) for number, value in found.items()]
         from_base += [_difference(value, before[number]) for number, value in found.items()]
-        same += likeliest == int(expected.argmax())
+        same += likeliest == int(after.argmax())
         compared += bool(found)
     largest = max(differences, default=0.0)
     return Comparison(len(contexts), compared, [], largest, _mean(differences), same, _mean(from_base))
-
-
-def _expected(assistant: Assistant, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities of the next token, float64 [vocabulary]."""
-    with generating(assistant.model):
-        return assistant.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
 
 
 def _difference(found: float | None, expected: torch.Tensor) -> float:
