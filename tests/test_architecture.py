@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "huarizo").rglob("*.py"))
-# cli -> finetune, prepare -> results, training -> model, data -> kernels -> machine, hub, runs -> recipe, files, console ->
+# from what stands above all to what everything stands on
 LEVELS = [
     {"__main__"}, {"cli"}, {"cli_results"}, {"finetune", "prepare", "doctor"}, {"results", "training"}, {"model", "data"}, {"kernels"},
     {"hub", "machine", "runs"}, {"recipe", "files", "console"}, {"recipe_file"}, {"errors"}, {""},

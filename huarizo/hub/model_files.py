@@ -27,6 +27,8 @@ FILES = (
     "chat_template.json",
 )
 """Patterns of the files that are fetched and used: no code, no pickle."""
+TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")
+"""Files that may hold a chat template, the first one first."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 CARD = "README.md"
 BESIDE = (CARD, *LICENCES)

@@ -132,6 +132,7 @@ ADAPTER = _Kind(
     error=ModelError,
     lacking=_no_adapter,
     broken=lambda folder: _no_adapter(file.name for file in folder.iterdir()),
+    beside=model_files.TEMPLATES,
 )
 DATA_SET = _Kind(
     repo_type="dataset",

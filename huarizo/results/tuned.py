@@ -4,13 +4,15 @@ A result is named by a run folder or its name, by the folder of any PEFT adapter
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huarizo.data.prompts import prompt_format
 from huarizo.data.tokens import Encoder
-from huarizo.errors import RecipeError, UserError
+from huarizo.errors import ModelError, RecipeError, UserError
+from huarizo.hub.model_files import TEMPLATES, hostile
 from huarizo.hub.names import check_pinned, resolve_adapter, resolve_model
 from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
 from huarizo.model.load import load_tokenizer
@@ -68,7 +70,7 @@ def find_tuned(name: str, prompt: str | None = None) -> Tuned:
 
     name: a run, or the folder or hub id of a PEFT adapter.
     prompt: the prompt format, where it is not the run's; an adapter from elsewhere is taken to use the chat template
-        of its base, or Alpaca's prompt where there is none.
+        beside it, or that of its base, or Alpaca's prompt where there is none.
 
     Raises:
         UserError: nothing of that name, no adapter yet, or its base can't be found or is no longer the one it was.
@@ -112,13 +114,33 @@ def open_adapter(folder: Path, prompt: str | None = None) -> Tuned:
             f"{folder / CONFIG}: base_model_name_or_path is empty. Write the base model's hub id or folder there"
         )
     revision = f"@{config.revision}" if config.revision and not Path(base).exists() else ""
-    return _with_base(make_recipe(model=base + revision, data={"train": "quickstart"}), folder, prompt)
+    recipe = make_recipe(model=base + revision, data={"train": "quickstart"})
+    return _with_base(recipe, folder, prompt, _own_template(folder))
 
 
-def _with_base(recipe: Recipe, adapter: Path, prompt: str | None) -> Tuned:
+def _own_template(adapter: Path) -> str | None:
+    """The chat template that a foreign adapter brings along, in the one file or the other.
+
+    Raises:
+        ModelError: it can't be read.
+    """
+    template, config = (adapter / name for name in TEMPLATES)
+    if problem := hostile(adapter):
+        raise ModelError(f"{adapter}: {problem}")
+    try:
+        if template.is_file():
+            return template.read_text(encoding="utf-8")
+        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{adapter}: the tokenizer's settings can't be read ({error}). Mend or remove them") from None
+    return found if isinstance(found, str) else None
+
+
+def _with_base(recipe: Recipe, adapter: Path, prompt: str | None, template: str | None = None) -> Tuned:
     source = resolve_model(recipe.model)
     check_pinned("model", source, recipe.pinned.get("model", {}))
     tokenizer = load_tokenizer(source.path)
+    tokenizer.chat_template = template or tokenizer.chat_template
     data = recipe.data
     format = prompt_format(prompt or data.prompt, tokenizer, data.eos)
     encoder = Encoder(tokenizer, format, data.labels, data.max_length)

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
+from huarizo.data.prompts import OpenExchange
 from huarizo.errors import HuarizoError, ModelError, UserError
+from huarizo.model.load import load_tokenizer
 from huarizo.recipe import make_recipe, to_yaml
+from huarizo.results.merge import merge
 from huarizo.results.tuned import find_tuned
 from tests.hub.server import HubServer, Repo
 from tests.results.make import make_tuned
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import CHATML, make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +40,18 @@ def test_an_adapter_from_elsewhere_names_its_base(foreign: Path) -> None:
     assert tuned.base == foreign.parent / "base" and tuned.adapter == foreign and tuned.run is None
     assert tuned.encoder.prompt.name == "chat" and tuned.folder == Path()
     assert find_tuned(str(foreign), "alpaca").encoder.prompt.name == "alpaca"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_chat_template_beside_an_adapter_is_the_one_it_speaks_through(foreign: Path, name: str) -> None:
+    template = CHATML.replace("<|im_start|>", "<s>")
+    (foreign / name).write_text(template if name.endswith("jinja") else json.dumps({"chat_template": template}))
+    tuned = find_tuned(str(foreign))
+    assert tuned.encoder.prompt.pieces("", [OpenExchange("Hi")])[0].text == "<s>user\nHi<|im_end|>\n<s>assistant\n"
+    assert load_tokenizer(merge(tuned, foreign.parent / "merged")).chat_template == template
+    (foreign / name).write_bytes(b"\xff")
+    with pytest.raises(ModelError, match="can't be read"):
+        find_tuned(str(foreign))
 
 
 def test_a_run_is_found_by_its_folder_and_by_its_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +87,6 @@ def test_what_is_not_there_is_told(name: str) -> None:
 
 def test_an_adapter_of_another_model_is_refused_with_both_names(tmp_path: Path, foreign: Path) -> None:
     from huarizo.results.generate import open_assistant
-    from huarizo.results.merge import merge
 
     other = tmp_path / "wider"
     make_model(hidden_size=128).save_pretrained(other)
@@ -85,6 +99,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_names(tmp_path: Path, 
 
 
 def test_an_adapter_comes_from_the_hub(tmp_path: Path, foreign: Path) -> None:
+    (foreign / "chat_template.jinja").write_text(CHATML)
     files = {file.name: file.read_bytes() for file in foreign.iterdir() if file.is_file()}
     repos = {"ann/adapter": Repo(files), "ann/empty": Repo({"README.md": b"nothing"})}
     code = (
@@ -100,7 +115,7 @@ def test_an_adapter_comes_from_the_hub(tmp_path: Path, foreign: Path) -> None:
         command = [sys.executable, "-c", code, "ann/adapter", "ann/empty", "ann/missing"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     found, empty, missing = done.stdout.splitlines()
-    assert found == "['adapter_config.json', 'adapter_model.safetensors']", done.stderr
+    assert found == "['adapter_config.json', 'adapter_model.safetensors', 'chat_template.jinja']", done.stderr
     assert "no LoRA adapter of PEFT" in empty and "no such model" in missing
 
 
