@@ -6,6 +6,7 @@ Errors become one message on stderr and an exit code:
 
 import errno
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,10 +115,15 @@ def main() -> None:
     """Entry point of the `huarizo` command."""
     if sys.stdin is None:  # closed by who started it
         sys.stdin = io.StringIO()
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold letters that a terminal does not have
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # so that what can't be written is told here
     except HuarizoError as error:
         Console(stderr=True, soft_wrap=True).print(Text(f"huarizo: {error}"))
         sys.exit(error.exit_code)
@@ -125,8 +131,11 @@ def main() -> None:
         print("huarizo: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in (*FULL, errno.EPIPE):
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+        if error.errno == errno.EPIPE:
+            sys.exit(1)  # who read it has left
         print(f"huarizo: what is printed can't be written: {error.strerror}", file=sys.stderr)
         sys.exit(MachineError.exit_code)
 
