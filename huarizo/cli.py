@@ -116,7 +116,7 @@ def main() -> None:
     if sys.stdin is None:  # closed by who started it
         sys.stdin = io.StringIO()
     if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
+        sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold letters that a terminal does not have
     try:
