@@ -278,3 +278,10 @@ def test_a_run_without_an_adapter_can_not_be_merged_or_exported(recipe_file: Pat
         assert done.returncode == 2 and "no adapter yet" in done.stderr and "huarizo resume" in done.stderr
     done = huarizo("export", str(tmp_path / "run"), "--to", "onnx", cwd=tmp_path)
     assert done.returncode == 2 and "gguf is the only format" in done.stderr
+
+
+@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 3), (">&-", 0), ("| true", 0)])
+def test_a_short_output_that_nobody_takes(tmp_path: Path, redirection: str, code: int) -> None:
+    command = f"'{sys.executable}' -m huarizo recipe {redirection}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == code and len(done.stderr.splitlines()) == (code == 3), done.stderr
