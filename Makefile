@@ -41,9 +41,9 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found. Name it with make PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/train-ready: requirements.txt pyproject.toml | $(BIN)/python
+$(VENV)/train-ready: requirements.txt requirements-extras.txt pyproject.toml | $(BIN)/python
 	@echo "setting up: the first time takes a minute or two"
-	$(PIP) -r requirements.txt
+	$(PIP) -r requirements.txt -r requirements-extras.txt
 	$(PIP) --no-deps --editable .
 	@touch $@
 
