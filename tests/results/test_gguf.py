@@ -13,7 +13,8 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from huarizo.data.prompts import OpenExchange
+from huarizo.data.prompts import OpenExchange, prompt_format
+from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, ModelError, UserError
 from huarizo.model.merged import MergedWeights
 from huarizo.results.gguf import export_adapter, export_gguf, is_adapter, write_gguf
@@ -113,6 +114,14 @@ def test_a_file_that_is_another_model_does_not_agree(tmp_path: Path) -> None:
     assert same.agrees("f32")
     for wrong in ({"other_tokens": ["Hi"]}, {"compared": 0}, {"mean_difference": 0.1}, {"mean_difference": math.inf}):
         assert not dataclasses.replace(same, **wrong).agrees("f32")
+
+
+def test_a_file_with_the_prompts_of_another_format_does_not_agree(tmp_path: Path) -> None:
+    tuned = make_tuned(tmp_path)
+    tokenizer = tuned.encoder.tokenizer
+    alpaca = dataclasses.replace(tuned, encoder=Encoder(tokenizer, prompt_format("alpaca", tokenizer)))
+    found = compare_with_transformers(tuned, export_gguf(alpaca, tmp_path / "model.gguf", "f32"))
+    assert found.other_tokens == list(PROMPTS) and found.mean_difference < 0.01 and not found.agrees("f32")
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])

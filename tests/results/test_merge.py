@@ -14,6 +14,7 @@ from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Exchange
 from huarizo.errors import MachineError, ModelError, UserError
 from huarizo.model.load import load_tokenizer
+from huarizo.model.merged import MergedWeights
 from huarizo.results import merge as merging
 from huarizo.results.generate import generating, open_assistant
 from huarizo.results.merge import merge
@@ -61,16 +62,21 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
 def test_one_file_of_weights_at_a_time_stands_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = make_tuned(tmp_path)
     in_parts(tuned.base)
-    seen: list[Any] = []
+    saved: list[Any] = []
+    read = MergedWeights.__getitem__
 
     def save(tensors: dict[str, torch.Tensor], file: Path, metadata: Any) -> None:
-        assert not [name for name, tensor in seen if tensor() is not None]
-        seen.extend((name, weakref.ref(tensor)) for name, tensor in tensors.items())
+        saved.extend((name, weakref.ref(tensor)) for name, tensor in tensors.items())
         save_file(tensors, file, metadata)
 
+    def read_next(weights: MergedWeights, name: str) -> torch.Tensor:
+        assert not [name for name, tensor in saved if tensor() is not None]
+        return read(weights, name)
+
     monkeypatch.setattr(merging, "save_file", save)
+    monkeypatch.setattr(MergedWeights, "__getitem__", read_next)
     merge(tuned, tmp_path / "merged")
-    assert len(seen) > 10
+    assert len(saved) > 10
 
 
 @pytest.mark.parametrize("prompt", ["alpaca", "stanford", "Q: {{ instruction }}\nA:"])
