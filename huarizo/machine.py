@@ -20,6 +20,7 @@ from huarizo.errors import RecipeError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FixedPrecision = Literal["int8", "bf16", "fp16", "fp32"]
+MEASURING = 1.0  # seconds that measuring one format may take
 INT8_GAIN = 1.5  # how much faster int8 products must be than float ones to pay for quantising what goes in
 
 
@@ -62,12 +63,13 @@ def has_fast_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
-def cpu_flags() -> set[str]:
+@functools.cache
+def cpu_flags() -> frozenset[str]:
     """What the kernel says that this CPU can do; empty where it says nothing."""
     try:
-        return set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+        return frozenset(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
     except OSError:
-        return set()
+        return frozenset()
 
 
 def cpu_name() -> str:
@@ -81,6 +83,11 @@ def cpu_name() -> str:
     return f"{name} ({', '.join(flags)})" if flags else name
 
 
+def int8_instructions() -> list[str]:
+    """The instructions of this CPU that multiply int8; without one of them such products are slower than fp32's."""
+    return sorted({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
+
+
 def float_precision(on: torch.device) -> FixedPrecision:
     """The fastest float format that computes right on this device."""
     if on.type == "cuda":
@@ -92,21 +99,32 @@ def float_precision(on: torch.device) -> FixedPrecision:
 def gemm_rates(on: torch.device) -> dict[str, float]:
     """Measured 10^9 operations a second of matrix products by format, two a multiply-add; formats that fail are absent.
 
-    [512, 2048] times [2048, 2048] on a CPU and 8 times the rows on a card; the best of 16.
+    [rows, 2048] times [2048, 2048], the rows growing to 512 on a CPU and 4,096 on a card. A format takes about
+    MEASURING seconds at most: a slow call is the last one of its format, whatever its size.
     """
-    rows, size = (4096 if on.type == "cuda" else 512), 2048
-    ints = torch.ones(rows, size, dtype=torch.int8, device=on), torch.ones(size, size, dtype=torch.int8, device=on)
     rates: dict[str, float] = {}
     for name in ("int8", "bf16", "fp16", "fp32"):
         if name == "fp16" and on.type == "cpu":
             continue
         try:
-            a, b = ints if name == "int8" else (x.to(DTYPES[name]) for x in ints)
-            product = torch.ops.aten._int_mm if name == "int8" else torch.mm
-            rates[name] = 2e-9 * rows * size**2 / min(_seconds(lambda: product(a, b), on) for _ in range(16))  # noqa: B023
+            rates[name] = _gemm_rate(torch.int8 if name == "int8" else DTYPES[name], on)
         except (RuntimeError, NotImplementedError):
             continue
     return rates
+
+
+def _gemm_rate(dtype: torch.dtype, on: torch.device, size: int = 2048) -> float:
+    product = torch.ops.aten._int_mm if dtype == torch.int8 else torch.mm
+    right = torch.ones(size, size, dtype=dtype, device=on)
+    ends = time.perf_counter() + MEASURING
+    for rows in (32, 128, 512) if on.type == "cpu" else (512, 4096):
+        left = torch.ones(rows, size, dtype=dtype, device=on)
+        taken = _seconds(lambda: product(left, right), on)  # noqa: B023
+        if taken > MEASURING / 20:
+            break
+    while time.perf_counter() + taken < ends:
+        taken = min(taken, _seconds(lambda: product(left, right), on))
+    return 2e-9 * len(left) * size**2 / taken
 
 
 def _seconds(function: Callable[[], object], on: torch.device) -> float:
@@ -120,8 +138,8 @@ def _seconds(function: Callable[[], object], on: torch.device) -> float:
 def choose_precision(wanted: str, on: torch.device) -> Choice:
     """The number format of the frozen base.
 
-    `auto` takes int8 on a CPU with instructions for it, and elsewhere where int8 products are measured to be INT8_GAIN
-    times as fast as the best float's; otherwise the fastest float format.
+    `auto` takes int8 on a CPU with instructions for it, and on a card where int8 products are measured to be INT8_GAIN
+    times as fast as the best float's; otherwise the fastest float format. On a CPU nothing is measured.
 
     Raises:
         RecipeError: a format that this device does not have.
@@ -131,7 +149,7 @@ def choose_precision(wanted: str, on: torch.device) -> Choice:
         int8 = not spread(on) and _reason_for_int8(on, best)
         if int8:
             return Choice("int8", int8, DTYPES[best])
-        return Choice(best, f"the fastest float format of {on.type}, and int8 gains nothing here", DTYPES[best])
+        return Choice(best, _reason_for_float(on), DTYPES[best])
     if wanted == "fp16" and on.type != "cuda":
         raise RecipeError("precision: fp16 needs an NVIDIA card. Use precision=auto, int8, bf16 or fp32")
     if wanted == "bf16" and on.type == "cuda" and best != "bf16":
@@ -145,14 +163,20 @@ def choose_precision(wanted: str, on: torch.device) -> Choice:
 
 def _reason_for_int8(on: torch.device, best: str) -> str | None:
     """Why int8 is the fastest here, in words; None if it isn't."""
-    instructions = sorted({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
-    if on.type == "cpu" and instructions:  # known, not measured: a busy machine must not change what is trained
-        return f"this CPU has int8 instructions ({', '.join(instructions)})"
-    if on.type not in ("cpu", "cuda"):
+    if on.type == "cpu":  # known, not measured: a busy machine must not change what is trained
+        instructions = int8_instructions()
+        return f"this CPU has int8 instructions ({', '.join(instructions)})" if instructions else None
+    if on.type != "cuda":
         return None
     rates = gemm_rates(on)
     gain = rates.get("int8", 0) / rates.get(best, math.inf)
     return f"its products are measured to be {gain:.1f} times as fast as {best}" if gain >= INT8_GAIN else None
+
+
+def _reason_for_float(on: torch.device) -> str:
+    if on.type != "cpu":
+        return f"the fastest float format of {on.type}, and int8 gains nothing here"
+    return "the fastest float format of this CPU, which has no int8 instructions"
 
 
 def spread(on: torch.device) -> bool:

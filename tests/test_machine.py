@@ -32,15 +32,13 @@ def test_a_cpu_with_int8_instructions_takes_int8(
     assert any(flag in choice.reason for flag in flags)
 
 
-@pytest.mark.parametrize(
-    ("int8", "precision"), [(100.0, "fp32"), (149.0, "fp32"), (150.0, "int8"), (400.0, "int8")]
-)  # fmt: skip
-def test_an_unknown_cpu_is_measured(int8: float, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cpu_flags", lambda: set())
-    monkeypatch.setattr(machine, "gemm_rates", lambda on: {"int8": int8, "fp32": 100.0})
-    choice = choose_precision("auto", CPU)
-    assert choice.precision == precision and choice.dtype == torch.float32
-    assert (f"{int8 / 100:.1f} times" in choice.reason) == (precision == "int8")
+@pytest.mark.parametrize("wanted", ["auto", "fp32", "bf16", "int8"])
+def test_nothing_is_measured_on_a_cpu(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx2", "fma"})
+    monkeypatch.setattr(machine, "_seconds", lambda *_: pytest.fail("measured"))
+    choice = choose_precision(wanted, CPU)
+    assert choice.precision == ("fp32" if wanted == "auto" else wanted)
+    assert wanted != "auto" or "no int8 instructions" in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -77,5 +75,23 @@ def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rates_are_measured_on_this_machine() -> None:
+    machine.gemm_rates.cache_clear()
     rates = machine.gemm_rates(CPU)
     assert {"int8", "bf16", "fp32"} <= rates.keys() and min(rates.values()) > 0
+
+
+def test_a_slow_format_is_measured_by_one_small_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], []
+
+    def slow(function: object, on: torch.device) -> float:
+        calls.append(function)
+        now[0] += 10.0
+        return 10.0
+
+    monkeypatch.setattr(machine, "_seconds", slow)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    machine.gemm_rates.cache_clear()
+    rates = machine.gemm_rates(CPU)
+    machine.gemm_rates.cache_clear()
+    assert len(calls) == len(rates) == 3
+    assert rates["int8"] == pytest.approx(2e-9 * 32 * 2048**2 / 10)
