@@ -22,7 +22,6 @@ from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, MachineError, UserError
 from huarizo.files import remove_leftovers, require_space, told, whole_folder, write_manifest, write_whole
 from huarizo.machine import Choice, cache_folder, device, rank, world_size
-from huarizo.model.dropout import hash_dropouts
 from huarizo.model.fast import compile_layers
 from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import load_base
@@ -68,8 +67,6 @@ def load_model(prepared: Prepared) -> Any:
     """The frozen base with a new LoRA, as a PeftModel."""
     model = load_frozen(prepared.model_source.path, prepared.choice, prepared.data.train.dataset)
     model = add_lora(model, prepared.recipe.lora, prepared.recipe.training.seed)
-    if device().type == "cpu":
-        hash_dropouts(model, model.get_base_model().model)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = prepared.model_source.reference, prepared.model_source.revision
     return model
