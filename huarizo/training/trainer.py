@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
 from huarizo.errors import MachineError
-from huarizo.machine import Choice, is_out_of_memory, rank, world_size
+from huarizo.host import rank, world_size
+from huarizo.machine import Choice, is_out_of_memory
 from huarizo.model.dropout import DropoutMasks
 from huarizo.model.fast import uncompiled
 from huarizo.model.lora import count_weights
