@@ -177,6 +177,8 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     }
     for key, value in lines.items():
         console.print(Text(f"{key:<10} {value}"), soft_wrap=True)
+        for note in data.notes if key == "data" else ():
+            console.print(Text(f"{'note':<10} {note}"), soft_wrap=True)
 
 
 @dataclass(frozen=True)
