@@ -5,7 +5,7 @@ error: a column may be left unused on purpose, and "None" may be an answer.
 """
 
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from huarizo.data.files import excerpt, printable
@@ -72,8 +72,11 @@ class Notes:
 
     def row(self, file: str, number: int, record: Mapping[str, object], names: Collection[str]) -> None:
         """A row of which the fields `names` are read."""
-        if any(text.strip() in NO_TEXTS for name in names for text in _texts(record.get(name))):
-            self.no_text.add(file, number)
+        for name in names:
+            value = record.get(name)
+            if value and any(len(text) <= 8 and text.strip() in NO_TEXTS for text in _texts(value)):
+                self.no_text.add(file, number)
+                return
 
     def told(self) -> list[str]:
         notes = []
@@ -101,11 +104,9 @@ def mapped(columns: Mapping[str, str]) -> str:
     return " ".join(shlex.quote(f"data.columns.{ours}={printable(name)}") for ours, name in columns.items())
 
 
-def _texts(value: object) -> Iterator[str]:
+def _texts(value: object) -> Sequence[str]:
     """The texts of a field: itself, or those of its turns."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for turn in value:
-            if isinstance(turn, dict):
-                yield from (text for key in ("content", "value") if isinstance(text := turn.get(key), str))
+        return (value,)
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    return [text for turn in turns for key in ("content", "value") if isinstance(text := turn.get(key), str)]

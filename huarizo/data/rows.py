@@ -28,6 +28,7 @@ from huarizo.data.notes import NO_INPUT, Notes, mapped, usual
 from huarizo.data.records import Flaw, Record, read_records
 from huarizo.errors import DataError, listed
 from huarizo.files import write_whole
+from huarizo.hub.data_files import suffix_of
 
 MAX_PROBLEMS = 10_000  # kept; further ones are only counted
 MAX_LISTED = 20  # problems told in an error
@@ -116,7 +117,7 @@ def _no_format(path: Path, fields: Collection[str], columns: Mapping[str, str]) 
             what = f"has no column {excerpt(name)} (data.columns.{ours}).{_near(name, fields)}"
             return DataError(f"{shown(path)}: {what} The columns are: {enumerated(fields)}.")
     mapping = _mapping(fields)
-    header = "Name them in the first line" if path.suffix.lower() in (".csv", ".tsv") else "Rename the fields"
+    header = "Name them in the first line" if suffix_of(path.name).startswith((".csv", ".tsv")) else "Rename the fields"
     known = "; ".join(f"{name}: {' and '.join(each.required)}" for name, each in FORMATS.items())
     return refusal(
         path,
