@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huarizo.data.files import SUFFIXES, enumerated, excerpt, refusal, shown, told, unknown_kind
-from huarizo.data.limits import bounded_memory
 from huarizo.errors import DataError
+from huarizo.sandbox.child import OPAQUE
+from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
 PARQUET_MEMORY = 16 * 2**30  # bytes at most, with what is read of its rows
-BATCH = 1000  # Parquet rows converted at a time
+PARQUET_TIME = 60.0  # seconds, of a batch of rows
 
 DISGUISES = (  # how the file begins, what it is, what to do
     (b"\x1f\x8b", "is packed with gzip", "Unpack it first: gunzip < FILE > NEW_FILE"),
@@ -59,6 +60,12 @@ class Flaw(NamedTuple):
     field: str
     what: str
     remedy: str
+
+
+class Opaque(NamedTuple):
+    """A value of a kind that no row has, such as a date; `type` is the name of its Python type."""
+
+    type: str
 
 
 class Doubled(dict[str, Any]):
@@ -343,33 +350,44 @@ def _cells(header: list[str], cells: list[str], delimiter: str) -> object:
 
 
 def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Rows that a child process unfolds; what is no text, number, list or object there becomes `Opaque`."""
     import torch
 
     from huarizo.machine import available_memory
 
-    free = available_memory(torch.device("cpu"))
-    remedy = "It may be cut off or damaged: download or write it again"
+    most = min(PARQUET_MEMORY, available_memory(torch.device("cpu")))
+    worker, file = Worker("parquet", most), str(path.absolute())
     try:
-        with bounded_memory(min(PARQUET_MEMORY, free)), pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _check_columns_differ(path, names)
-            chosen = [name for name in names if name in wanted]
-            empty = dict.fromkeys(names)
-            if not chosen and file.metadata.num_rows:
-                yield 1, empty
-                return
-            number = 0
-            for batch in file.iter_batches(batch_size=BATCH, columns=chosen):
-                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    number += 1
-                    yield number, empty | dict(zip(batch.schema.names, values, strict=True))
-    except MemoryError:
-        what = "takes more memory to unpack than there is"
+        names, count = worker.call("columns", PARQUET_TIME, path=file)
+        _check_columns_differ(path, names)
+        chosen = [name for name in names if name in wanted]
+        empty = dict.fromkeys(names)
+        if not chosen and count:
+            yield 1, empty
+            return
+        number = 0
+        for batch in worker.stream("rows", PARQUET_TIME, most, path=file, wanted=chosen):
+            for values in batch:
+                number += 1
+                yield number, empty | dict(zip(chosen, map(_opaque, values), strict=True))
+    except TooCostlyError as error:
+        what = f"takes {error} to unpack"
         raise refusal(path, what, "Write it with smaller row groups, or check that this is a file of rows") from None
-    except UnicodeDecodeError:
-        raise refusal(path, "has a text column with bytes that are not UTF-8", "Decode it before writing it") from None
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        what = f"can't be read as Parquet: {excerpt(str(error), 120)}"
+    except FailedError as error:
+        if str(error).startswith("UnicodeDecodeError"):
+            what, remedy = "has a text column with bytes that are not UTF-8", "Decode it before writing it"
+        else:
+            what = f"can't be read as Parquet: {excerpt(str(error).partition(': ')[2] or str(error), 120)}"
+            remedy = "It may be cut off or damaged: download or write it again"
         raise refusal(path, what, remedy) from None
+    finally:
+        worker.close()
+
+
+def _opaque(value: Any) -> Any:
+    """A value from a child, in which what JSON doesn't have stands as `{OPAQUE: its type}`."""
+    if isinstance(value, list):
+        return [_opaque(inner) for inner in value]
+    if isinstance(value, dict):
+        return Opaque(value[OPAQUE]) if OPAQUE in value else {name: _opaque(inner) for name, inner in value.items()}
+    return value

@@ -106,33 +106,35 @@ def test_names_in_an_index_can_not_leave_the_folder(tiny_model_folder: Path) -> 
     ("template", "message"),
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
-        ("{{ 'a' * 10**10 }}", "computes powers"),
+        ("{{ 'a' * 10**10 }}", "takes more memory"),
         ("{{ 'a' * 10000000000 }}", "takes more memory"),
         ("{{ '%9999999999d' % 1 }}", "takes more memory"),
         ("{{ 'a'|center(9999999999) }}", "takes more memory"),
-        ("{{ 9**(9**9) }}", "computes powers"),
+        ("{{ 9**(9**9) }}", "takes more than"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this conversation"),
         ("{{ cycler.__init__.__globals__.os.system('id') }}", "refuses this conversation"),
         ("{{ self._TemplateReference__context }}", "refuses|rewrites"),
         ("{% include '/etc/passwd' %}", "refuses|fails"),
-        ("{{ 1/0 }}", "fails: division"),
+        ("{{ 1/0 }}", "fails: ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),
+        ("{{ " + "(" * 5000, "nested too deeply"),
         ("x" * 300_000, "300,000 characters"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,
 )
 def test_chat_templates_run_in_bounds(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huarizo.data.prompts.LONGEST_RENDERING", 0.3)
+    monkeypatch.setattr("huarizo.data.templates.LONGEST_RENDERING", 0.3)
     with pytest.raises(UserError, match=message):
         ChatFormat(make_tokenizer(chat_template=template))
 
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ instruction }}{{ ''.__class__.__base__ }}", "{{ instruction }}{{ 9**9**9 }}", "{{ instruction * 9999999999 }}",
+    ["{{ instruction }}{{ ''.__class__.__base__ }}", "{{ instruction }}{{ 9**(9**9) }}", "{{ instruction * 9999999999 }}",
      "{{ instruction }}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"],
 )  # fmt: skip
 def test_a_recipes_template_runs_in_bounds(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huarizo.data.prompts.LONGEST_RENDERING", 0.3)
+    monkeypatch.setattr("huarizo.data.templates.LONGEST_RENDERING", 0.3)
     with pytest.raises(RecipeError, match=r"data\.prompt"):
         prompt_format(template, make_tokenizer())
 
