@@ -23,6 +23,7 @@ from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
 PARQUET_MEMORY = 16 * 2**30  # bytes at most, with what is read of its rows
+VALUE, OBJECT = 80, 250  # bytes of a value in a list or object, and of an object in itself, at most
 PARQUET_TIME = 60.0  # seconds, of a batch of rows
 
 DISGUISES = (  # how the file begins, what it is, what to do
@@ -168,11 +169,19 @@ def _is_lines(head: bytes, suffix: str) -> bool:
 
 def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterator[Record]:
     """The rows of a file that is one JSON value."""
+    import torch
+
+    from huarizo.machine import available_memory
+
     with told(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > JSON_LIMIT:
             raise _too_large(path, size)
-        text = _decode(path, file.read()).removeprefix("\ufeff")
+        data = file.read(JSON_LIMIT + 1)
+        if _unfolded(data) > available_memory(torch.device("cpu")):
+            raise _too_large(path, size)
+        text = _decode(path, data).removeprefix("\ufeff")
+        del data
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
@@ -180,6 +189,13 @@ def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterato
     except RecursionError:
         raise refusal(path, "is nested too deeply", "Write rows as flat objects, or lists of turns in them") from None
     return enumerate(_list_of_rows(path, value, is_row), start=1)
+
+
+def _unfolded(data: bytes) -> int:
+    """How many bytes a JSON text takes at most, decoded and as Python's values: nested lists take 23 times its size."""
+    texts = (2 if data.isascii() else 5) * len(data)
+    values = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
+    return texts + VALUE * values + OBJECT * data.count(b"{")
 
 
 def _too_large(path: Path, size: int) -> DataError:

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -31,15 +30,17 @@ class RefusedError(Exception):
     """Foreign text or a file says itself that it refuses this input."""
 
 
-def serve(module: str, memory: int) -> None:
-    """Do the jobs of `huarizo.sandbox.{module}` with `memory` bytes more than the imports take, until the socket ends.
+def serve() -> None:
+    """Do jobs until the socket, which is standard input, ends.
 
-    A job is a function of that module named in its JOBS; one that is a generator sends its items one by one.
+    The first frame names the module of huarizo.sandbox whose JOBS they are, and how many bytes of memory they may take
+    beyond its imports. A job that is a generator sends its items one by one.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    jobs: dict[str, Callable[..., Any]] = import_module(f"huarizo.sandbox.{module}").JOBS
-    _limit_memory(memory)
     with socket.socket(fileno=os.dup(0)) as channel, channel.makefile("rb") as requests:
+        start = json.loads(read_frame(requests) or b"{}")
+        jobs: dict[str, Callable[..., Any]] = import_module(f"huarizo.sandbox.{start['module']}").JOBS
+        _limit_memory(start["memory"])
         _send(channel, {"done": True})
         while (data := read_frame(requests)) is not None:
             request = json.loads(data)
@@ -59,7 +60,7 @@ def read_frame(stream: BinaryIO) -> bytes | None:
 
 
 def frame(value: Any) -> bytes:
-    """A value as a frame; what JSON doesn't have becomes `{OPAQUE: its type}`. Raises MemoryError: too large for one."""
+    """A value as a frame; what JSON doesn't have becomes `{OPAQUE: type}`. Raises MemoryError: it is too large."""
     data = json.dumps(value, separators=(",", ":"), default=_opaque).encode("ascii")
     if len(data) > LARGEST_FRAME:
         raise MemoryError
@@ -117,7 +118,3 @@ def _limit_memory(more: int) -> None:
     limit = int(statm.read_text().split()[0]) * resource.getpagesize() + more
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))

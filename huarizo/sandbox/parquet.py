@@ -1,4 +1,4 @@
-"""The rows of a Parquet file, batch by batch. A file of a few kilobytes can unfold into terabytes: here, and not further."""
+"""The rows of a Parquet file, batch by batch: a few kilobytes can unfold into terabytes, but only here."""
 
 from collections.abc import Collection, Iterator
 from typing import Any

@@ -1,7 +1,7 @@
 """Jinja templates, compiled and rendered: a model's chat template, and a prompt template of a recipe.
 
-A chat template finds what Transformers gives it (`render_jinja_template`): the sandbox that changes nothing, `generation`
-blocks, loop controls, `tojson`, `raise_exception`, `strftime_now`; a test compares the two.
+A chat template finds what Transformers gives it (`render_jinja_template`): the sandbox that changes nothing,
+`generation` blocks, loop controls, `tojson`, `raise_exception`, `strftime_now`; a test compares the two.
 """
 
 import functools

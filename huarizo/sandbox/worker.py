@@ -20,7 +20,7 @@ from huarizo.sandbox.child import RefusedError, frame, read_frame
 
 STARTING = 60.0  # seconds
 MEMORY = "more memory than it may"
-CODE = "import sys; sys.path[:] = sys.argv[3:]; from huarizo.sandbox.child import serve; serve(sys.argv[1], int(sys.argv[2]))"
+CODE = "import sys; sys.path[:] = sys.argv[1:]; from huarizo.sandbox.child import serve; serve()"
 
 
 class TooCostlyError(Exception):
@@ -108,7 +108,7 @@ class Worker:
         atexit.unregister(self.close)
         atexit.register(self.close)
         root = str(Path(__file__).parents[2])
-        command = [sys.executable, "-I", "-S", "-c", CODE, self.module, str(self.memory), root, *sys.path]
+        command = [sys.executable, "-I", "-S", "-c", CODE, root, *sys.path]
         with theirs:
             self._child = subprocess.Popen(
                 command,
@@ -121,6 +121,7 @@ class Worker:
         self._stream = self._channel.makefile("rb")
         self._received = 0  # bytes, of the job's answers
         self._channel.settimeout(STARTING)
+        self._channel.sendall(frame({"module": self.module, "memory": self.memory}))
         self._answer()
 
     def _answer(self) -> tuple[str, Any]:
