@@ -6,6 +6,7 @@ message and no log line holds it.
 """
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -20,12 +21,14 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from huarizo.errors import HuarizoError, HubError, MachineError
+from huarizo.sandbox.reading import read_bytes
 
 try:  # the client that huggingface_hub itself speaks through
     import httpx2 as httpx
 except ImportError:
     import httpx  # pyright: ignore[reportMissingImports]
 
+LARGEST_DOTENV = 100_000  # bytes
 LOG_IN = (
     "make a token with read right at {endpoint}/settings/tokens, then run `hf auth login`, or set the environment "
     "variable HF_TOKEN, or write HF_TOKEN=... into a file .env in this folder"
@@ -63,28 +66,39 @@ class Repository:
 
 
 def log_in() -> Login | None:
-    """The token for the hub, from HF_TOKEN, a file .env in the current folder, or `hf auth login`; None without one.
+    """The token for the hub, from HF_TOKEN, `hf auth login`, or a file .env in the current folder; None without one.
+
+    The user's own login comes first, and a .env counts only where file and folder are the user's own: a folder from
+    elsewhere doesn't decide as whom they act.
 
     Raises:
         HubError: what was found there can't be a token.
     """
     token, origin = (os.environ.get("HF_TOKEN") or "").strip(), "the environment variable HF_TOKEN"
     if not token:
-        token, origin = _token_in_dotenv(), str(Path(".env").absolute())
-    if not token:
         token, origin = get_token() or "", "what `hf auth login` stored"
+    if not token:
+        token, origin = _token_in_dotenv(), str(Path(".env").absolute())
     if token and not re.fullmatch(r"[!-~]+", token):
         raise HubError(f"The token in {origin} holds a blank or a letter that no token has. Copy it again, whole")
     return Login(token, origin) if token else None
 
 
 def _token_in_dotenv() -> str:
+    file = Path(".env")
     try:
-        values = dotenv.dotenv_values(".env", encoding="utf-8-sig") if Path(".env").is_file() else {}
-    except (OSError, UnicodeDecodeError) as error:
-        cause = type(error).__name__
-        raise HubError(f".env can't be read as UTF-8 text ({cause}). Save it anew, or remove it") from None
-    return (values.get("HF_TOKEN") or "").strip()
+        if not file.is_file() or not all(map(_is_own, (file, file.parent))):
+            return ""
+        text = read_bytes(file, LARGEST_DOTENV).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise HubError(
+            f"{file.absolute()} can't be read as UTF-8 text ({type(error).__name__}). Save it anew, or remove it"
+        ) from None
+    return (dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False).get("HF_TOKEN") or "").strip()
+
+
+def _is_own(path: Path) -> bool:
+    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
 
 
 def check_login(login: Login) -> dict[str, Any]:

@@ -75,6 +75,13 @@ def full_name(repo_id: str) -> str:
     return _sender(repo_id)[1]
 
 
+def account(repo_id: str) -> str:
+    """As whom, and by which token, files would be sent to a repository, in words. Raises as `full_name`."""
+    login, full = _sender(repo_id)
+    user = check_login(login).get("name") or "the owner of the token"
+    return f"to {full} as {user}, by the token in {login.origin}"
+
+
 def _sender(repo_id: str) -> tuple[Login, str]:
     """The token that may write to a repository, and the repository's id with its owner."""
     check_id(repo_id)
