@@ -35,7 +35,9 @@ LOG_IN = (
 )
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-FAILURES = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError)
+NO_HUB = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What huggingface_hub raises when what answers is not in the form of a hub's answers."""
+FAILURES = (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, *NO_HUB)
 """What huggingface_hub raises when the hub, the network or the disk fails (RuntimeError: from its Xet client)."""
 
 
@@ -108,7 +110,9 @@ def check_login(login: Login) -> dict[str, Any]:
         HubError: the token is not valid, or the hub could not be asked.
     """
     try:
-        return HfApi(token=login.token).whoami(cache=True)
+        identity = HfApi(token=login.token).whoami(cache=True)
+        _check_identity(identity)
+        return identity
     except HfHubHTTPError as error:
         if error.response.status_code in (404, 429):
             return {}
@@ -121,6 +125,16 @@ def check_login(login: Login) -> dict[str, Any]:
         ) from None
     except FAILURES as error:
         raise HubError(f"The token in {login.origin} could not be checked: {reason(error, login)}") from None
+
+
+def _check_identity(identity: dict[str, Any]) -> None:
+    """Raises one of NO_HUB: it is not of the form that `may_read` and `may_write` look into."""
+    for org in identity.get("orgs") or []:
+        org.get("name")
+    scopes = identity.get("auth", {}).get("accessToken", {}).get("fineGrained", {}).get("scoped", [])
+    for scope in scopes:
+        scope.get("entity", {}).get("name")
+        set(scope["permissions"])
 
 
 def may_read(identity: dict[str, Any], repository: Repository, gated: bool) -> bool:
@@ -203,7 +217,7 @@ def explain(error: Exception, repository: Repository, login: Login | None) -> Hu
             "Try again later, or give a local folder instead of a hub id"
         )
     if unreachable(error):
-        cause = "what answers there is no hub" if isinstance(error, ValueError) else reason(error, login)
+        cause = "what answers there is no hub" if isinstance(error, NO_HUB) else reason(error, login)
         return HubError(
             f"{name}: {constants.ENDPOINT} could not be reached ({cause}), and no whole copy is in the cache. Check "
             "the network, the proxy and HF_ENDPOINT, or give a local folder instead of a hub id"
@@ -265,7 +279,7 @@ def unreachable(error: Exception) -> bool:
     """Whether no hub answered: no network, a time-out, an overloaded server, or a page that is no hub's answer."""
     if isinstance(error, HfHubHTTPError):
         return _status(error) in (408, 429) or _status(error) >= 500
-    return isinstance(error, httpx.TransportError | httpx.InvalidURL | OSError | ValueError)
+    return isinstance(error, (httpx.TransportError, httpx.InvalidURL, OSError, *NO_HUB))
 
 
 def reason(error: BaseException, login: Login | None) -> str:
