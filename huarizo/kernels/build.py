@@ -17,9 +17,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch  # noqa: F401  # and with it the OpenMP runtime to share
+
 from huarizo.errors import MachineError
 from huarizo.files import sha256_of, write_whole
-from huarizo.machine import cache_folder, cpu_flags  # loads torch, and with it the OpenMP runtime to share
+from huarizo.host import cache_folder, cpu_flags
 
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
