@@ -275,6 +275,7 @@ def push(
     if merged and gguf:
         raise UserError("--merged and --gguf are two repositories: push one after the other")
     quiet_libraries()
+    from huarizo.hub.upload import account
     from huarizo.results.publish import publication, publish
 
     what = publication(open_run(run), repository, "merged" if merged else "gguf" if gguf else "adapter", public)
@@ -282,6 +283,7 @@ def push(
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("nothing was sent. Look at the list above, and say --yes to send it")
+        print(f"it would go {account(repository)}")
         if not confirm("Send this?", default=False):
             print("nothing was sent")
             raise typer.Exit(Interrupted.exit_code)

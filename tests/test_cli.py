@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from huarizo.console import confirm
+from tests.hub.server import HubServer, User
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -117,9 +118,14 @@ def nothing_is_sent_unasked(run: Path, tmp_path: Path) -> None:
         person, terminal = pty.openpty()
         command = [sys.executable, "-m", "huarizo", "push", str(run), "ann/adapter"]
         os.write(person, said)
-        done = subprocess.run(
-            command, cwd=tmp_path, env=ENVIRONMENT, stdin=terminal, capture_output=True, text=True, timeout=120
-        )
+        with HubServer({}, {"hf_" + "a" * 34: User("ann", "write")}) as hub:
+            env = ENVIRONMENT | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_" + "a" * 34, "HF_HUB_OFFLINE": "0"}
+            env |= {"HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+            done = subprocess.run(
+                command, cwd=tmp_path, env=env, stdin=terminal, capture_output=True, text=True, timeout=120
+            )
+        assert {method for method, _, _ in hub.asked} == {"GET"}
+        assert "to ann/adapter as ann, by the token in the environment variable HF_TOKEN" in done.stdout
         os.close(person)
         os.close(terminal)
         assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import (
     HfApi,
@@ -343,6 +343,7 @@ def _from_hub(name: str, kind: _Kind, check: Callable[[Iterable[str]], object] =
         info = api.repo_info(
             repo_id, repo_type=kind.repo_type, revision=repository.revision, files_metadata=True, timeout=TIMEOUT
         )
+        _check_listing(info)
     except FAILURES as error:
         source = _from_cache(name, repository, kind) if unreachable(error) else None
         if source is None:
@@ -352,6 +353,15 @@ def _from_hub(name: str, kind: _Kind, check: Callable[[Iterable[str]], object] =
         return source
     assert isinstance(info, ModelInfo | DatasetInfo)
     return _fetch(name, repository, kind, info, login, check)
+
+
+def _check_listing(info: Any) -> None:
+    """Raises ValueError: what the hub says of a repository's files is not in the form of a hub's answer."""
+    files = info.siblings or []
+    texts = [info.sha, *(file.rfilename for file in files), *(file.lfs.sha256 for file in files if file.lfs)]
+    numbers = [file.size for file in files if file.size is not None]
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+        raise ValueError("not in the form of a hub's answer")
 
 
 def _from_cache(name: str, repository: Repository, kind: _Kind) -> Source | None:

@@ -4,7 +4,6 @@ Only the Llama architecture is taken, only safetensors are read, and no code of 
 between Llama checkpoints (a tied head, grouped queries, rope scaling, attention bias) is Transformers' own business.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,16 @@ from typing import Any
 import torch
 
 from huarizo.errors import MachineError, ModelError
+from huarizo.hub.model_files import tensors_in
 from huarizo.machine import is_out_of_memory, spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
+from huarizo.sandbox.reading import read_json, without_panics
+from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 
+TOKENIZER_TIME, TOKENIZER_MEMORY = 60.0, 4 * 2**30  # seconds and bytes, for tokenizer.json
+_TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)
+LIMITS = {"head_dim": 2**16, "max_position_embeddings": 2**31, "num_labels": 10_000}
+"""What else config.json may say of sizes, at most: Transformers makes a table of `num_labels` names."""
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -26,10 +32,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise ModelError(f"{folder}: no config.json here, so this is no model folder") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be read: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
@@ -52,6 +58,38 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
     there = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
     if expected > there:
         raise ModelError(f"{path}: a model of these sizes has more weights than the {there:,} bytes beside it can be")
+    for name, most in LIMITS.items():
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise ModelError(f"{path}: {name} is no size of a model")
+    _check_shapes(path, config)
+
+
+def _check_shapes(path: Path, config: dict[str, Any]) -> None:
+    """The sizes are those of the first layer's tensors, and there are as many layers, before any memory is taken."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(path.parent.glob("*.safetensors")):
+        try:
+            shapes |= tensors_in(file)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file}: {error}") from None
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    expected = {
+        "embed_tokens": [config["vocab_size"], hidden],
+        "layers.0.self_attn.q_proj": [heads * width, hidden],
+        "layers.0.self_attn.k_proj": [(config.get("num_key_value_heads") or heads) * width, hidden],
+        "layers.0.mlp.gate_proj": [config["intermediate_size"], hidden],
+    }
+    for part, shape in expected.items():
+        found = shapes.get(f"model.{part}.weight", shape)
+        if found != shape:
+            raise ModelError(f"{path}: by its sizes {part} has the shape {shape}, but in the weights it has {found}")
+    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
+    if len(layers) < config["num_hidden_layers"]:
+        raise ModelError(
+            f"{path}: it has {config['num_hidden_layers']:,} layers, but in the weights are {len(layers):,}"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -62,8 +100,17 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    file = folder / "tokenizer.json"
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if file.is_file():
+            _TOKENIZERS.call("check", TOKENIZER_TIME, path=str(file.absolute()))
+    except TooCostlyError as error:
+        raise ModelError(f"{file}: it takes {error} to read and try it. Fetch or save the model again") from None
+    except FailedError as error:
+        raise ModelError(f"{file}: the tokenizer can't be loaded: {error}") from None
+    try:
+        with without_panics():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a broken tokenizer file sets off
         raise ModelError(f"{folder}: the tokenizer can't be loaded: {_first_line(error)}") from None
 
@@ -81,14 +128,15 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     read_config(folder)
     try:
-        model = LlamaForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map="auto" if spread(device) else {"": device},
-            attn_implementation=PACKED_ATTENTION,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        with without_panics():
+            model = LlamaForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map="auto" if spread(device) else {"": device},
+                attn_implementation=PACKED_ATTENTION,
+                use_safetensors=True,
+                local_files_only=True,
+            )
     except Exception as error:  # whatever broken weights set off
         if is_out_of_memory(error):
             raise MachineError(

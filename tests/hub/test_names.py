@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from huarizo.errors import HubError, ModelError
+from huarizo.hub import access
 from huarizo.hub.data_files import are_rows
 from huarizo.hub.names import DATA_SET, Source, resolve_data, resolve_model
 from tests.hub.server import HubServer, Repo, User, commit_of
@@ -465,7 +466,9 @@ def test_where_the_token_is_looked_for(online: Outcome, hub_server: HubServer) -
     online.failure(".env is no text", "HubError", ".env can't be read")
 
 
-def test_the_stored_token_comes_last(online: Outcome, hub_server: HubServer, home: Path, tmp_path: Path) -> None:
+def test_the_stored_token_comes_before_a_file_in_the_folder(
+    online: Outcome, hub_server: HubServer, home: Path, tmp_path: Path
+) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text(TOKENS["bob"] + "\n")
     cases = [
@@ -475,7 +478,35 @@ def test_the_stored_token_comes_last(online: Outcome, hub_server: HubServer, hom
     outcome = run_cases(cases, tmp_path, hub_server.url, mark=hub_server.url)
     outcome.ok("stored"), outcome.ok("stored and .env")
     assert {token for _, _, token in hub_server.asked_in("stored")} == {TOKENS["bob"]}
-    assert {token for _, _, token in hub_server.asked_in("stored and .env")} == {TOKENS["ann"]}
+    assert {token for _, _, token in hub_server.asked_in("stored and .env")} == {TOKENS["bob"]}
+
+
+@pytest.mark.parametrize("owned", [".env", "."])
+def test_a_dotenv_that_is_not_the_users_own_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owned: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(access, "get_token", lambda: None)
+    Path(".env").write_text("HF_TOKEN=hf_own\n")
+    assert access.log_in() == access.Login("hf_own", str(tmp_path / ".env"))
+    monkeypatch.setattr(access, "_is_own", lambda path: path != Path(owned))
+    assert access.log_in() is None
+
+
+def test_a_dotenv_that_is_no_file_is_ignored_and_a_huge_one_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(access, "get_token", lambda: None)
+    os.mkfifo(".env")
+    assert access.log_in() is None
+    Path(".env").unlink()
+    with Path(".env").open("wb") as file:
+        file.truncate(10**10)  # sparse
+    with pytest.raises(HubError, match="can't be read"):
+        access.log_in()
 
 
 def test_no_token_is_ever_shown_or_sent_elsewhere(
