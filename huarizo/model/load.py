@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from huarizo.errors import MachineError, ModelError
+from huarizo.hub.model_files import quantised
 from huarizo.machine import is_out_of_memory, spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
+from huarizo.model.weights import check_weights
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -22,7 +24,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder, checked to be a Llama.
 
     Raises:
-        ModelError: no or broken config.json, or another architecture.
+        ModelError: no or broken config.json, another architecture, or weights that are quantised already.
     """
     path = folder / "config.json"
     try:
@@ -38,6 +40,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: the architecture is {found!r} ({', '.join(names or ['no class named'])}). Huarizo trains "
             "the Llama architecture (model_type 'llama'): TinyLlama, Llama 2 and 3, SmolLM2, Vicuna and others"
         )
+    if problem := quantised(folder, folder.name):
+        raise ModelError(f"{folder}: {problem}")
     _check_sizes(path, config)
     return config
 
@@ -75,11 +79,12 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     each process has the whole model on its own card.
 
     Raises:
-        ModelError: another architecture, missing, broken or pickled weights.
+        ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
     from transformers import LlamaForCausalLM
 
     read_config(folder)
+    check_weights(folder)
     try:
         model = LlamaForCausalLM.from_pretrained(
             folder,
@@ -94,12 +99,6 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             raise MachineError(
                 f"{folder}: there is not enough memory for this model. Close other programs, use a smaller model, or "
                 "train with precision=int8"
-            ) from None
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        if pickled and not list(folder.glob("*.safetensors")):
-            raise ModelError(
-                f"{folder}: the weights are pickle files ({pickled[0]}), which are never read. Convert them to "
-                "safetensors: load the model once with Transformers, where you trust it, and call save_pretrained"
             ) from None
         raise ModelError(f"{folder}: the weights can't be loaded: {_first_line(error)}") from None
     model.requires_grad_(False)

@@ -185,7 +185,7 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     base, adapter = make_pair(tmp_path, {}, ["q_proj"])
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ModelError, match="this base is quantised.*Name the original model"):
+    with pytest.raises(ModelError, match=r"quantised already \(fp8\).*Give the original model"):
         MergedWeights(base, adapter)
 
 
