@@ -16,6 +16,7 @@ from huarizo.machine import Choice, available_memory, cache_folder, choose_preci
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
 from huarizo.model.weights import check_weights
 from huarizo.recipe import Recipe
+from huarizo.training.settings import check_trainer_settings
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     on = device()
     choice = choose_precision(recipe.precision, on)
+    check_trainer_settings(recipe, choice, on)
     sources = {"model": resolve_model(recipe.model), "train": resolve_data(recipe.data.train)}
     if isinstance(recipe.data.eval, str):
         sources["eval"] = resolve_data(recipe.data.eval, heldout=True)
