@@ -14,6 +14,7 @@ from huarizo.files import sha256_of
 from huarizo.hub.names import Source, check_pinned, resolve_data, resolve_model
 from huarizo.machine import Choice, available_memory, cache_folder, choose_precision, device, micro_batch_tokens
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
+from huarizo.model.lora import check_lora
 from huarizo.model.weights import check_weights
 from huarizo.recipe import Recipe
 from huarizo.training.settings import check_trainer_settings
@@ -46,6 +47,7 @@ def prepare(recipe: Recipe) -> Prepared:
         check_pinned(name, source, recipe.pinned.get(name, {}))
     config = read_config(sources["model"].path)
     check_weights(sources["model"].path)
+    check_lora(sources["model"].path, recipe.lora, choice.precision)
     eval_file = sources["eval"].path if "eval" in sources else None
     data = prepare_data(
         recipe.data, recipe.training.seed, sources["train"].path, eval_file,

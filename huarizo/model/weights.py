@@ -5,6 +5,7 @@ would train another model than the one that was given, so both are refused by na
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,7 @@ def check_weights(folder: Path) -> None:
     Raises:
         ModelError: naming the tensors and the files.
     """
-    expected = _expected(folder)
+    expected = {name: tuple(weight.shape) for name, weight in skeleton(folder).named_parameters()}
     files = tensors_of(folder)
     present = {name for names in files.values() for name in names}
     absent = [name for name in expected if name not in present]
@@ -63,18 +64,21 @@ def check_weights(folder: Path) -> None:
         raise ModelError(f"{folder}: the weights are not those of its config.json:\n{listed(problems, MOST_NAMED)}")
 
 
-def _expected(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each weight that a model has by its config.json, without a head that is the embedding."""
+def skeleton(folder: Path) -> Any:
+    """The Llama that a folder's config.json describes, on torch's meta device: shapes without numbers.
+
+    Raises:
+        ModelError: no model can be made of it.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     try:
         config = LlamaConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model = LlamaForCausalLM(config)
+            return LlamaForCausalLM(config)
     except Exception as error:  # whatever a broken configuration sets off
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder / 'config.json'}: no model can be made of it: {said}") from None
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _problem(name: str, shape: list[int], dtype: str, expected: dict[str, tuple[int, ...]]) -> str | None:
