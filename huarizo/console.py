@@ -17,9 +17,19 @@ from rich.progress import track
 T = TypeVar("T")
 
 
-def console() -> Console:
+class Shown(Console):
+    """A console that notes it, and is silent, when who read it has left. `closed`: whether that was so."""
+
+    closed = False
+
+    def on_broken_pipe(self) -> None:
+        self.closed = self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+
+
+def console() -> Shown:
     """For text that is shown as it is, without markup."""
-    return Console(markup=False, highlight=False, soft_wrap=True)
+    return Shown(markup=False, highlight=False, soft_wrap=True)
 
 
 def program() -> str:

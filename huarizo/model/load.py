@@ -59,7 +59,7 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer.
+    """The model's tokenizer. Of several chat templates it has the default one alone, so that all use the same.
 
     Raises:
         ModelError: none there, or broken.
@@ -67,9 +67,20 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a broken tokenizer file sets off
         raise ModelError(f"{folder}: the tokenizer can't be loaded: {_first_line(error)}") from None
+    tokenizer.chat_template = default_template(tokenizer.chat_template)
+    return tokenizer
+
+
+def default_template(found: Any) -> str | None:
+    """The chat template to use of those that a tokenizer has: one text, or several by name, as a list or a mapping."""
+    if isinstance(found, list):
+        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+    if isinstance(found, dict):
+        found = found.get("default", next(iter(found.values())) if len(found) == 1 else None)
+    return found if isinstance(found, str) else None
 
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
