@@ -296,3 +296,16 @@ def test_training_that_nobody_reads_ends_with_a_checkpoint(recipe_file: Path, tm
     assert "stopped because standard output was closed after step" in done.stderr and "huarizo resume" in done.stderr
     assert "Traceback" not in done.stderr
     assert any((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_the_first_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from huarizo import cli\n"
+        "cli.load_recipe = cli.open_run = lambda *_: sys.exit('torch' in sys.modules)\n"
+        "sys.argv = ['huarizo', *sys.argv[1:]]; cli.main()"
+    )
+    for command in (["train", "any.yaml"], ["resume", "any"]):
+        started = [sys.executable, "-c", code, *command]
+        done = subprocess.run(started, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("machine ") and "loading PyTorch" in done.stdout

@@ -78,8 +78,7 @@ def _small_model() -> Any:
     """A PeftModel around a Llama of one layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
-    config = LlamaConfig(num_hidden_layers=1, **sizes)
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
     return add_lora(LlamaForCausalLM(config).requires_grad_(False), LoraRecipe(r=1), 0)
 
 
