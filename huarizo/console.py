@@ -25,8 +25,11 @@ BARS = r"\r|\x1b\[A"
 class PlainConsole(Console):
     """Shows texts as they are, without markup; what they hold that would command a terminal is left out.
 
-    Only rich's own commands, its colours and its bars, pass.
+    Only rich's own commands, its colours and its bars, pass. When who read it has left, it notes that in `closed` and is
+    silent.
     """
+
+    closed = False
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, highlight=False, **settings)
@@ -36,8 +39,12 @@ class PlainConsole(Console):
             plain = segment.control or not CONTROLS.search(segment.text)
             yield segment if plain else Segment(without_controls(segment.text), segment.style)
 
+    def on_broken_pipe(self) -> None:
+        self.closed = self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
 
-def console(**settings: Any) -> Console:
+
+def console(**settings: Any) -> PlainConsole:
     """The one console for what foreign texts may be part of; a line is as long as it is."""
     return PlainConsole(soft_wrap=True, **settings)
 

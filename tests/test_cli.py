@@ -295,6 +295,17 @@ def test_a_short_output_that_nobody_takes(tmp_path: Path, redirection: str, code
     assert done.returncode == code and len(done.stderr.splitlines()) == (code == 3), done.stderr
 
 
+def test_training_that_nobody_reads_ends_with_a_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe_file.write_text(yaml.safe_dump(recipe | {"training": recipe["training"] | {"epochs": 300}}))
+    command = f"('{sys.executable}' -m huarizo train '{recipe_file}'; echo $? > code) | head -1"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (tmp_path / "code").read_text().strip() == "130" and len(done.stdout.splitlines()) == 1
+    assert "stopped because standard output was closed after step" in done.stderr and "huarizo resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert any((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+
+
 def test_the_first_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:
     code = (
         "import sys; from huarizo import cli\n"

@@ -46,10 +46,18 @@ FORBIDDEN = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "c
 HARMLESS_PATHS = ("special_tokens_map_file", "name_or_path")
 """Ends of fields that tools wrote with their own paths for years, and that nothing reads."""
 LARGEST_HEADER = MOST_JSON  # bytes, of a safetensors file; TinyLlama's has 23,000
-LARGEST = {"tokenizer.json": 200_000_000, "tokenizer.model": 100_000_000}  # bytes
+LARGEST = {"tokenizer.json": 200_000_000, "tokenizer.model": 100_000_000, INDEX: 50_000_000}  # bytes
 LARGEST_OTHER = MOST_JSON  # bytes; TinyLlama's others have under 2,000
 DTYPE = re.compile(r"(BOOL|(?:BF|C|F|I|U)(\d+)(?:_\w+)?)")
 """A tensor's type in safetensors; the number is its bits."""
+LARGEST_CARD = 100_000  # characters of it that are looked at
+QUANTISED_NAME = re.compile(
+    r"([-_.](unsloth|bnb|nf4|gptq|awq|hqq|eetq|aqlm|exl2|marlin|quantized|dynamic|nv?fp[48]|mxfp4|fp8|int[48]|[2-8]-?bits?|"
+    r"w\d+a\d+|\d+g|v\d+-gptq))+$",
+    re.IGNORECASE,
+)
+"""What tools append to a model's name when they quantise it."""
+BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)  # of a card's front matter
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -115,6 +123,41 @@ def broken(folder: Path) -> str | None:
     if missing:
         return f"weights are missing: {', '.join(missing[:5])} (named in {INDEX}). Fetch or save the model again"
     return next((problem for part in sorted(parts) if (problem := broken_weights(folder / part))), None)
+
+
+def quantised(folder: Path, name: str) -> str | None:
+    """How a model's weights are quantised by its config.json, with the name of the float one where something tells it.
+
+    None where they are in floats. name: what the user calls the model.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        found = config.get("quantization_config") or config.get("compression_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # told where it is read
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if isinstance(found, dict) and method is None:
+        method = "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else None
+    original = _float_name(folder, name, config)
+    return (
+        f"its weights are quantised already ({method or 'quantization_config in config.json'}), and LoRA is trained on "
+        f"and added to float weights. Give the original model{f', {original}' if original else ''}; Huarizo quantises "
+        "it by itself with precision=int8"
+    )
+
+
+def _float_name(folder: Path, name: str, config: dict[str, Any]) -> str | None:
+    """The model that a quantised one was made of, as its card, its config.json or its name says."""
+    card, plain = folder / CARD, name.partition("@")[0]
+    text = card.read_text(encoding="utf-8", errors="replace")[:LARGEST_CARD] if card.is_file() else ""
+    front = text.split("---")[1] if text.startswith("---") else ""
+    told = [match[1] for match in BASE_MODEL.finditer(front)]
+    written = config.get("_name_or_path")
+    told += [written] if isinstance(written, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", written) else []
+    told += [QUANTISED_NAME.sub("", plain)]
+    return next((other for other in told if other != plain and not QUANTISED_NAME.search(other)), None)
 
 
 def hostile(folder: Path) -> str | None:

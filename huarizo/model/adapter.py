@@ -24,6 +24,7 @@ PREFIX = "base_model.model."  # of the names in an adapter's file
 BASE_LAYER = ".base_layer.weight"
 """How names end of embeddings and heads that PEFT writes beside the LoRA on them, as the base had them."""
 PLAIN_NAME = re.compile(r"[\w.]{1,200}")
+OF_TRANSFORMERS = re.compile(r"(transformers|unsloth)\.[\w.]{1,200}$")
 REWRITING = re.compile(r"olora|pissa")
 INITS = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")
 """Initialisations that change the base model, or do nothing, when an adapter is loaded; all without code or data."""
@@ -142,7 +143,7 @@ def _read_config(folder: Path) -> Any:
     taken = {name: value for name, value in values.items() if name in CHECKS and value is not None}
     if isinstance(taken.get("target_modules"), str):
         del taken["target_modules"]  # the matrices in the file say the same, and no pattern has to be compiled
-    for name in ("peft_type", "task_type"):
+    for name in ("peft_type", "task_type", "auto_mapping"):
         taken.pop(name, None)
     taken |= {"task_type": "CAUSAL_LM", "inference_mode": True}
     try:
@@ -186,7 +187,18 @@ def _is_layers(value: Any) -> bool:
     return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
 
 
+def _is_note_of_class(value: Any) -> bool:
+    """PEFT's note of a base's class, which it writes where no task is set; the names are not followed."""
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() <= {"base_model_class", "parent_library", "unsloth_fixed"}
+        and bool(OF_TRANSFORMERS.match(str(value.get("parent_library"))))
+        and all(isinstance(name, str | bool) for name in value.values())
+    )
+
+
 CHECKS = {
+    "auto_mapping": _is_note_of_class,
     "peft_type": lambda value: value == "LORA",
     "task_type": lambda value: value in (None, "CAUSAL_LM"),
     "r": _is_rank,

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from huarizo.errors import MachineError, ModelError
-from huarizo.hub.model_files import tensors_in
+from huarizo.hub.model_files import quantised, tensors_in
 from huarizo.machine import is_out_of_memory, spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
+from huarizo.model.weights import check_weights
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 
@@ -28,7 +29,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder, checked to be a Llama.
 
     Raises:
-        ModelError: no or broken config.json, or another architecture.
+        ModelError: no or broken config.json, another architecture, or weights that are quantised already.
     """
     path = folder / "config.json"
     try:
@@ -44,6 +45,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: the architecture is {found!r} ({', '.join(names or ['no class named'])}). Huarizo trains "
             "the Llama architecture (model_type 'llama'): TinyLlama, Llama 2 and 3, SmolLM2, Vicuna and others"
         )
+    if problem := quantised(folder, folder.name):
+        raise ModelError(f"{folder}: {problem}")
     _check_sizes(path, config)
     return config
 
@@ -62,30 +65,18 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
         value = config.get(name)
         if value is not None and (type(value) is not int or not 0 < value <= most):
             raise ModelError(f"{path}: {name} is no size of a model")
-    _check_shapes(path, config)
+    _check_layers(path, config)
 
 
-def _check_shapes(path: Path, config: dict[str, Any]) -> None:
-    """The sizes are those of the first layer's tensors, and there are as many layers, before any memory is taken."""
-    shapes: dict[str, list[int]] = {}
+def _check_layers(path: Path, config: dict[str, Any]) -> None:
+    """The weights have as many layers as the config says; `check_weights` compares the rest, layer by layer."""
+    names: set[str] = set()
     for file in sorted(path.parent.glob("*.safetensors")):
         try:
-            shapes |= tensors_in(file)
+            names |= tensors_in(file).keys()
         except (OSError, ValueError) as error:
             raise ModelError(f"{file}: {error}") from None
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    expected = {
-        "embed_tokens": [config["vocab_size"], hidden],
-        "layers.0.self_attn.q_proj": [heads * width, hidden],
-        "layers.0.self_attn.k_proj": [(config.get("num_key_value_heads") or heads) * width, hidden],
-        "layers.0.mlp.gate_proj": [config["intermediate_size"], hidden],
-    }
-    for part, shape in expected.items():
-        found = shapes.get(f"model.{part}.weight", shape)
-        if found != shape:
-            raise ModelError(f"{path}: by its sizes {part} has the shape {shape}, but in the weights it has {found}")
-    layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
     if len(layers) < config["num_hidden_layers"]:
         raise ModelError(
             f"{path}: it has {config['num_hidden_layers']:,} layers, but in the weights are {len(layers):,}"
@@ -93,7 +84,7 @@ def _check_shapes(path: Path, config: dict[str, Any]) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer.
+    """The model's tokenizer. Of several chat templates it has the default one alone, so that all use the same.
 
     Raises:
         ModelError: none there, or broken.
@@ -110,9 +101,20 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{file}: the tokenizer can't be loaded: {error}") from None
     try:
         with without_panics():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a broken tokenizer file sets off
         raise ModelError(f"{folder}: the tokenizer can't be loaded: {_first_line(error)}") from None
+    tokenizer.chat_template = default_template(tokenizer.chat_template)
+    return tokenizer
+
+
+def default_template(found: Any) -> str | None:
+    """The chat template to use of those that a tokenizer has: one text, or several by name, as a list or a mapping."""
+    if isinstance(found, list):
+        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+    if isinstance(found, dict):
+        found = found.get("default", next(iter(found.values())) if len(found) == 1 else None)
+    return found if isinstance(found, str) else None
 
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -122,11 +124,12 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     each process has the whole model on its own card.
 
     Raises:
-        ModelError: another architecture, missing, broken or pickled weights.
+        ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
     from transformers import LlamaForCausalLM
 
     read_config(folder)
+    check_weights(folder)
     try:
         with without_panics():
             model = LlamaForCausalLM.from_pretrained(
@@ -142,12 +145,6 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             raise MachineError(
                 f"{folder}: there is not enough memory for this model. Close other programs, use a smaller model, or "
                 "train with precision=int8"
-            ) from None
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        if pickled and not list(folder.glob("*.safetensors")):
-            raise ModelError(
-                f"{folder}: the weights are pickle files ({pickled[0]}), which are never read. Convert them to "
-                "safetensors: load the model once with Transformers, where you trust it, and call save_pretrained"
             ) from None
         raise ModelError(f"{folder}: the weights can't be loaded: {_first_line(error)}") from None
     model.requires_grad_(False)

@@ -23,6 +23,7 @@ from huarizo.hub.names import resolve_model
 from huarizo.model.adapter import check_adapter, load_adapter
 from huarizo.model.load import load_tokenizer, read_config
 from huarizo.model.lora import add_lora
+from huarizo.model.weights import check_weights
 from huarizo.recipe import load_recipe, make_recipe
 from huarizo.results.card import _licence
 from tests.tiny import CHATML, make_model, make_tokenizer
@@ -75,8 +76,9 @@ def test_fields_that_tools_wrote_for_years_are_no_attack(tiny_model_folder: Path
 def test_sizes_that_the_weights_can_not_have_take_no_memory(tiny_model_folder: Path, sizes: dict[str, Any]) -> None:
     path = tiny_model_folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
-    with pytest.raises(ModelError, match="no size of a model|more weights than|in the weights"):
+    with pytest.raises(ModelError, match="no size of a model|more weights than|in the weights|weights are not those"):
         read_config(tiny_model_folder)
+        check_weights(tiny_model_folder)
 
 
 @pytest.mark.parametrize("header", [2**63, 10**12, 200_000_000, 0])
