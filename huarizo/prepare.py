@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huarizo.data.prepare import Data, prepare_data
-from huarizo.errors import DataError
+from huarizo.errors import DataError, ModelError
 from huarizo.files import sha256_of
 from huarizo.hub.names import Source, check_pinned, resolve_data, resolve_model
 from huarizo.machine import Choice, available_memory, cache_folder, choose_precision, device, micro_batch_tokens
@@ -47,6 +47,7 @@ def prepare(recipe: Recipe) -> Prepared:
         recipe.data, recipe.training.seed, sources["train"].path, eval_file,
         load_tokenizer(sources["model"].path), cache_folder() / "tokens",
     )  # fmt: skip
+    _check_vocabulary(data, config)
     data_sources = [source for name, source in sources.items() if name != "model"]
     for file in changed_files(data_sources):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
@@ -56,10 +57,22 @@ def prepare(recipe: Recipe) -> Prepared:
     resolved.data.train = sources["train"].pinned
     if "eval" in sources:
         resolved.data.eval = sources["eval"].pinned
-    resolved.data.prompt = data.encoder.prompt.name
+    resolved.data.prompt, resolved.data.date = data.encoder.prompt.name, data.encoder.prompt.date
     resolved.precision = choice.precision
     resolved.pinned = {name: source.sha256 for name, source in sources.items()}
     return Prepared(resolved, sources["model"], data_sources, data, choice)
+
+
+def _check_vocabulary(data: Data, config: dict[str, Any]) -> None:
+    """Whether the model has an embedding for every token of the data. A tokenizer may have more that are never used."""
+    largest = max(part.largest for part in (data.train, data.heldout) if part is not None)
+    if largest >= config["vocab_size"]:
+        token = data.encoder.tokenizer.convert_ids_to_tokens(largest)
+        raise ModelError(
+            f"the tokenizer has {len(data.encoder.tokenizer):,} tokens, but the model's embedding has only "
+            f"{config['vocab_size']:,}, and the data uses one beyond it ({token!r}). Use the tokenizer that belongs to "
+            "this model, or a model whose embedding was made larger with it"
+        )
 
 
 def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:

@@ -9,23 +9,17 @@ import difflib
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from huarizo.data.fields import Fields, kind_of, report_doubled
 from huarizo.data.files import data_files, enumerated, excerpt, printable, refusal, shown
-from huarizo.data.formats import (
-    FORMATS,
-    OUR_FIELDS,
-    Conversation,
-    Exchange,
-    Fields,
-    Format,
-    kind_of,
-    report_doubled,
-)
+from huarizo.data.formats import FORMATS, OUR_FIELDS, Format, read_row
+from huarizo.data.notes import Notes
 from huarizo.data.records import Flaw, Record, read_records
+from huarizo.data.turns import Exchange
 from huarizo.errors import DataError, listed
 from huarizo.files import write_whole
 
@@ -41,16 +35,19 @@ USUAL_NAMES = {  # of columns in the wild, for a suggested mapping
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation.
+    """One conversation, or one plain text.
 
     file: as shown to the user; number: of the row, from 1, or of its first line in JSON-lines and CSV files;
-    system: "" when absent; exchanges: at least one.
+    system: "" when absent; exchanges: at least one, none where there is a text; tools: as JSON, "" when absent;
+    text: trained on as it is, "" for a conversation.
     """
 
     file: str
     number: int
     system: str
     exchanges: tuple[Exchange, ...]
+    tools: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +67,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was read. format: alpaca | sharegpt | messages | prompt-completion.
+    """What was read. format: alpaca | sharegpt | messages | prompt-completion | text.
 
+    notes: what is worth knowing of the rows that can be used.
     problems: the first 10,000; problem_count and bad_row_count count all of them.
     """
 
@@ -79,6 +77,7 @@ class Rows:
     problems: list[Problem]
     format: str
     files: list[Path]
+    notes: list[str] = field(default_factory=list)
     problem_count: int = 0
     bad_row_count: int = 0
 
@@ -140,6 +139,7 @@ class _Reading:
     columns: Mapping[str, str]
     formats: Mapping[str, Format]
     rows: list[Row] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
     problems: list[Problem] = field(default_factory=list)
     problem_count: int = 0
     bad_row_count: int = 0
@@ -159,21 +159,24 @@ class _Reading:
         if format is None or not fields.keys() >= set(self.columns.values()):
             raise _no_format(path, fields, self.columns)
         for number, value in itertools.chain(first, records):
-            self.record(file, number, value, names, self.formats[format].read)
+            self.record(file, number, value, names, self.formats[format])
         return format
 
     def format_of(self, fields: Collection[str]) -> str | None:
         return _fitting(fields, self.columns, self.formats)
 
-    def record(
-        self, file: str, number: int, value: object, names: Mapping[str, str], read: Callable[[Fields], Conversation]
-    ) -> None:
+    def record(self, file: str, number: int, value: object, names: Mapping[str, str], format: Format) -> None:
         if isinstance(value, dict):
             fields = Fields(value, names)
             report_doubled(fields, value)
-            system, exchanges = read(fields)
+            conversation = read_row(fields, format)
+            if fields.left_out:
+                self.notes.say(fields.left_out, file, number)
+                return
             if not fields.flaws:
-                self.rows.append(Row(file, number, system, exchanges))
+                self.rows.append(Row(file, number, *conversation))
+                for note in fields.notes:
+                    self.notes.say(note, file, number)
                 return
             flaws = fields.flaws
         else:
@@ -224,7 +227,15 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None, formats: Map
         if (other := reading.file(file)) != format:
             what = f"is in {other} format, but {shown(files[0])} in {format}"
             raise refusal(file, what, "Put files of different formats into different folders")
-    return Rows(reading.rows, reading.problems, format, files, reading.problem_count, reading.bad_row_count)
+    return Rows(
+        reading.rows,
+        reading.problems,
+        format,
+        files,
+        reading.notes.told(),
+        reading.problem_count,
+        reading.bad_row_count,
+    )
 
 
 def require_good(rows: Rows, on_bad_row: Literal["fail", "skip"]) -> list[Row]:
@@ -235,6 +246,8 @@ def require_good(rows: Rows, on_bad_row: Literal["fail", "skip"]) -> list[Row]:
     """
     if rows.rows and (on_bad_row == "skip" or not rows.problems):
         return rows.rows
+    if not rows.problems:
+        raise DataError("no row is left to train on: " + "; ".join(rows.notes))
     total = len(rows.rows) + rows.bad_row_count
     problems = [str(problem) for problem in rows.problems[:MAX_LISTED]]
     head = f"{rows.bad_row_count} of {total} rows can't be used:\n{_told(problems, rows.problem_count)}\n"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from huarizo.data.prompts import OpenExchange, Turn
-from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
+from huarizo.data.turns import Exchange
 from huarizo.errors import DataError, ModelError, RecipeError
 
 SYSTEM, FIRST, SECOND, THIRD, ANSWER, LAST_ANSWER = (
@@ -65,7 +65,10 @@ def rendered(encoder: Encoder, system: str, turns: Sequence[Turn]) -> str:
 
 def _between(encoder: Encoder, system: str, sentinels: Sequence[str]) -> list[str]:
     """What stands before, between and behind the sentinels in a conversation of three turns."""
-    parts, rest = [], rendered(encoder, system, TURNS)
+    try:
+        parts, rest = [], rendered(encoder, system, TURNS)
+    except DataError:
+        raise ModelError("it changes what is said") from None
     for sentinel in sentinels:
         if rest.count(sentinel) != 1:
             raise ModelError("it changes what is said")
