@@ -87,6 +87,7 @@ def test_a_row_is_trained_on_as_the_model_is_asked(name: str, turns: tuple[Excha
             each for each in examples if each.input_ids[: len(asked)] == asked and len(each.input_ids) > len(asked)
         )
         answer, labels = whole.input_ids[len(asked) :], whole.labels[len(asked) :]
+        assert encoder.stop_id is not None
         stop = answer.index(encoder.stop_id)
         text = encoder.tokenizer.decode(answer[: stop + 1])
         assert turn.output.split("</think>")[-1].strip() in text
