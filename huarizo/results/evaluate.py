@@ -25,8 +25,8 @@ from huarizo.data.rows import Problem, Row, Rows, read_rows, require_good
 from huarizo.data.tokens import Example
 from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, whole_folder
+from huarizo.host import cache_folder
 from huarizo.hub.names import check_pinned, resolve_data
-from huarizo.machine import cache_folder
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.losses import Losses, Mean, measure
 from huarizo.results.report import Sample, samples_of
