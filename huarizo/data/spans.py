@@ -139,7 +139,7 @@ def shape_of(asked: str, whole: str, specials: Collection[str], eos: str) -> Sha
     at = whole.rfind(ANSWER)
     pairs = enumerate(zip(asked, whole[: max(at, 0)], strict=False))
     common = next((place for place, (a, b) in pairs if a != b), min(len(asked), max(at, 0)))
-    if at < 0 or QUESTION not in asked[:common]:
+    if at < 0 or (QUESTION in asked and QUESTION not in asked[:common]):
         raise ModelError(
             "the model's chat template can't be trained on: it rewrites the answer. Use data.prompt=alpaca"
         )
