@@ -251,7 +251,17 @@ class ChatFormat:
             raise RefusedRow(f"the model's chat template fails: {error}") from None
 
     def pieces(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[Piece]:
-        return self.examples(system, turns, tools)[-1]
+        try:
+            return self.examples(system, turns, tools)[-1]
+        except RefusedRow:
+            if turns[-1].output is not None:
+                raise
+        # Nothing is learnt here, so that the whole may be written in one piece, whatever the answers were.
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        for turn in turns[:-1]:
+            messages += [*_asked(turn), _answered(turn)]
+        known = json.loads(tools) if tools else None
+        return [Piece("prompt", self._rendered([*messages, *_asked(turns[-1])], known, answer_next=True).text)]
 
     def examples(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[list[Piece]]:
         """A new example begins where the template writes what came before otherwise than the model read and wrote it:
@@ -290,7 +300,7 @@ def _require_all(asked: str, system: str, turns: Sequence[Turn], tools: list[dic
         lost = "the system text"
     elif any(not came_back(user_text(turn), asked) for turn in turns):
         lost = "what the user said"
-    elif turns[-1].output is not None and not all(_last_word(turn) in asked for turn in turns[:-1]):
+    elif not all(_last_word(turn) in asked for turn in turns[:-1]):
         lost = "an earlier answer"
     if lost:
         raise RefusedRow(f"the model's chat template leaves out {lost}")

@@ -178,6 +178,13 @@ def test_a_template_that_leaves_out_what_was_said_is_told_by_row(lost: str) -> N
         list(encoder_of(template).encode([Row("rows.json", 7, system, turns)]))
 
 
+def test_a_conversation_that_can_not_be_trained_on_can_be_gone_on_with() -> None:
+    encoder = encoder_of(TEMPLATES["qwq"])
+    turns = [Exchange("one?", "", "no thinking"), OpenExchange("two?")]
+    text = encoder.tokenizer.decode(encoder.encode_prompt("", turns))
+    assert "no thinking<|im_end|>" in text and text.endswith("assistant\n<think>\n")
+
+
 TOOLED = (
     "{% if tools %}{{ '<|im_start|>tools\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif %}" + LOOP
     + "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}{% for call in m['tool_calls'] or [] %}"
