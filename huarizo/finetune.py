@@ -31,7 +31,7 @@ from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import load_base, read_config, weight_bytes
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.prepare import Prepared, changed_files, prepare
-from huarizo.recipe import Recipe, to_yaml
+from huarizo.recipe import Recipe, names_of, to_yaml
 from huarizo.results.card import CARD, adapter_card
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.report import Sample, samples_as_text, samples_from_text, samples_of, save_loss_plot
@@ -176,8 +176,8 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
     lines = {
         "model": recipe.model,
-        "data": f"{recipe.data.train}: {_counted(data.train)} ({data.format}), {tokens:,} tokens"
-        + "".join(f"; {note}" for note in notes if note),
+        "data": f"{', '.join(names_of(recipe.data.train))}: {_counted(data.train)} ({data.format}), "
+        f"{tokens:,} tokens" + "".join(f"; {note}" for note in notes if note),
         "held out": _counted(data.heldout) if data.heldout else "none",
         "prompt": recipe.data.prompt.splitlines()[0],
         "precision": f"{prepared.choice.precision}: {prepared.choice.reason}",
