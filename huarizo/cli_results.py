@@ -187,7 +187,8 @@ def evaluate(
         print(json.dumps(found, indent=2))
     else:
         rows = evaluating.rows_of(tuned, name) if name else evaluating.heldout_rows(tuned)
-        evaluation = evaluating.evaluate(open_assistant(tuned, precision), rows, to_answer, console())
+        bad = tuned.recipe.data.on_bad_row
+        evaluation = evaluating.evaluate(open_assistant(tuned, precision), rows, to_answer, console(), bad)
         evaluating.save(evaluation, target, result=run, data=name or "held out")
         evaluating.show(console(), evaluation)
         if evaluation.answers and evaluation.scores["after"].chrf is None:

@@ -25,8 +25,8 @@ BARS = r"\r|\x1b\[A"
 class PlainConsole(Console):
     """Shows texts as they are, without markup; what they hold that would command a terminal is left out.
 
-    Only rich's own commands, its colours and its bars, pass. When who read it has left, it notes that in `closed` and is
-    silent.
+    Only rich's own commands, its colours and its bars, pass. It notes in `closed` when who read it has left, and is
+    silent then.
     """
 
     closed = False

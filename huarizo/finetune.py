@@ -21,6 +21,7 @@ from rich.text import Text
 from huarizo.console import PlainConsole
 from huarizo.data.packing import cut, pack
 from huarizo.data.rows import write_skipped
+from huarizo.data.tokens import TokenisedRows
 from huarizo.errors import Interrupted, MachineError, UserError
 from huarizo.files import remove_leftovers, require_space, told, whole_folder, write_manifest, write_whole
 from huarizo.host import cache_folder, int8_instructions, rank, world_size
@@ -34,7 +35,7 @@ from huarizo.prepare import Prepared, changed_files, prepare
 from huarizo.recipe import Recipe, names_of, to_yaml
 from huarizo.results.card import CARD, adapter_card
 from huarizo.results.generate import Assistant, answers
-from huarizo.results.report import Sample, sample_of, samples_as_text, samples_from_text, save_loss_plot
+from huarizo.results.report import Sample, samples_as_text, samples_from_text, samples_of, save_loss_plot
 from huarizo.runs import Run, new_run, unfinished_runs
 from huarizo.training.checkpoint import Checkpoint, newest_valid, space_needed
 from huarizo.training.interrupt import Signals
@@ -159,6 +160,13 @@ def _open_folder(run: Run, prepared: Prepared) -> None:
         write_skipped(prepared.data.problems, run.skipped)
 
 
+def _counted(tokenised: TokenisedRows) -> str:
+    """How many rows there are, and how many examples where a chat template makes more of them."""
+    examples = len(tokenised.dataset)
+    rows = len(set(tokenised.dataset["row"]))
+    return f"{rows} rows" + (f" in {examples} examples" if examples > rows else "")
+
+
 def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     """What is about to be trained, in a few lines."""
     recipe, data = prepared.recipe, prepared.data
@@ -169,9 +177,9 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
     lines = {
         "model": recipe.model,
-        "data": f"{', '.join(names_of(recipe.data.train))}: {len(data.train.dataset)} rows ({data.format}), "
+        "data": f"{', '.join(names_of(recipe.data.train))}: {_counted(data.train)} ({data.format}), "
         f"{tokens:,} tokens" + "".join(f"; {note}" for note in notes if note),
-        "held out": f"{len(data.heldout.dataset)} rows" if data.heldout else "none",
+        "held out": _counted(data.heldout) if data.heldout else "none",
         "prompt": recipe.data.prompt.splitlines()[0],
         "precision": f"{prepared.choice.precision}: {prepared.choice.reason}",
         "memory": f"{recipe.training.micro_batch_tokens} tokens at once"
@@ -282,7 +290,7 @@ def _samples_before(assistant: Assistant, session: Session, checkpoint: Checkpoi
     if isinstance(wanted, list):
         asked = [Sample(prompt, "", "", None) for prompt in wanted]
     else:
-        every = (sample_of(row) for row in prepared.data.heldout_rows or prepared.data.rows)
+        every = samples_of(prepared.data.heldout_rows or prepared.data.rows)
         asked = list(itertools.islice((sample for sample in every if assistant.fits(sample.question)), wanted))
     if asked:
         console.print(f"{'samples':<10} {len(asked)} prompts are answered before and after", soft_wrap=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huarizo.data.prepare import Data, prepare_data
-from huarizo.errors import DataError
+from huarizo.errors import DataError, ModelError
 from huarizo.files import sha256_of
 from huarizo.host import cache_folder
 from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
@@ -54,6 +54,7 @@ def prepare(recipe: Recipe) -> Prepared:
         recipe.data, recipe.training.seed, files_of(train), files_of(heldout),
         load_tokenizer(model.path), cache_folder() / "tokens",
     )  # fmt: skip
+    _check_vocabulary(data, config)
     data = replace(data, notes=[*(source.note for source in (*train, *heldout) if source.note), *data.notes])
     for file in changed_files([*train, *heldout]):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
@@ -63,7 +64,7 @@ def prepare(recipe: Recipe) -> Prepared:
     resolved.data.train = _pinned(train)
     if heldout:
         resolved.data.eval = _pinned(heldout)
-    resolved.data.prompt = data.encoder.prompt.name
+    resolved.data.prompt, resolved.data.date = data.encoder.prompt.name, data.encoder.prompt.date
     resolved.precision = choice.precision
     resolved.pinned = {role: pins(sources) for role, sources in used.items()}
     return Prepared(resolved, model, [*train, *heldout], data, choice)
@@ -71,6 +72,18 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def _pinned(sources: list[Source]) -> str | list[str]:
     return sources[0].pinned if len(sources) == 1 else [source.pinned for source in sources]
+
+
+def _check_vocabulary(data: Data, config: dict[str, Any]) -> None:
+    """Whether the model has an embedding for every token of the data. A tokenizer may have more that are never used."""
+    largest = max(part.largest for part in (data.train, data.heldout) if part is not None)
+    if largest >= config["vocab_size"]:
+        token = data.encoder.tokenizer.convert_ids_to_tokens(largest)
+        raise ModelError(
+            f"the tokenizer has {len(data.encoder.tokenizer):,} tokens, but the model's embedding has only "
+            f"{config['vocab_size']:,}, and the data uses one beyond it ({token!r}). Use the tokenizer that belongs to "
+            "this model, or a model whose embedding was made larger with it"
+        )
 
 
 def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:

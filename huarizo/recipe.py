@@ -4,6 +4,7 @@ Every setting of Huarizo stands here with its type, range, default and a line of
 are reported at once, before anything loads. Nothing else in the package defines settings.
 """
 
+import datetime
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -132,11 +133,21 @@ class DataRecipe(Section):
         description="alpaca | stanford | chat (the model's own template) | a Jinja template with {{ instruction }} and "
         "{{ input }}; auto = chat where the model has a template, alpaca otherwise",
     )
-    labels: Literal["response", "all"] = Field(default="response", description="which tokens are learnt")
+    labels: Literal["auto", "response", "all"] = Field(
+        default="auto",
+        description="which tokens are learnt: response, without turns of weight 0; all; auto = response, and all of a "
+        "row that is a plain `text`, which is trained on as it is",
+    )
     eos: bool = Field(
         default=True, description="end every response with the end-of-sequence token, so that the model stops"
     )
     max_length: int = Field(default=512, ge=8, le=1_000_000, description="tokens; a longer row is cut")
+    date: str | None = Field(
+        default=None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="day that a chat template is told which asks for it; null = the day of the first start, which the "
+        "run keeps",
+    )
     on_bad_row: Literal["fail", "skip"] = Field(
         default="fail", description="skip writes the bad rows to a file of the run"
     )
@@ -164,6 +175,13 @@ class DataRecipe(Section):
             raise ValueError(
                 f"not one of {', '.join(PROMPT_NAMES)}, nor a Jinja template with {{{{ instruction }}}}{hint}"
             )
+        return value
+
+    @field_validator("date")
+    @classmethod
+    def _date_is_a_day(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.date.fromisoformat(value)
         return value
 
     @model_validator(mode="after")

@@ -1,13 +1,17 @@
-"""Several data sets in a recipe are found, pinned and read like one."""
+"""What is found, decided and refused before a model loads; several data sets are pinned and read like one."""
 
+import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AddedToken
 
-from huarizo.errors import UserError
+from huarizo.errors import ModelError, UserError
 from huarizo.prepare import prepare
 from huarizo.recipe import Recipe, make_recipe, with_overrides
+from tests.tiny import CHATML, make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -47,3 +51,45 @@ def test_one_changed_file_of_a_list_is_noticed(recipe: Recipe, tmp_path: Path, n
         file.write("\n")
     with pytest.raises(UserError, match=f"{Path(name).name} is not the file that this recipe was made with"):
         prepare(resolved)
+
+
+def model_folder(tmp_path: Path, tokenizer: Any) -> str:
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_longer_than_the_embedding_is_refused_where_the_data_uses_it(
+    tmp_path: Path, alpaca_file: Path
+) -> None:
+    tokenizer = make_tokenizer(chat_template=None)
+    tokenizer.add_tokens([AddedToken("[NEVER]"), AddedToken("Count")])
+    values = {"model": model_folder(tmp_path, tokenizer), "precision": "fp32"}
+    with pytest.raises(ModelError, match=r"has 262 tokens, .* only 260, .*'Count'"):
+        prepare(make_recipe(**values, data={"train": str(alpaca_file)}))
+    other = tmp_path / "other.json"
+    other.write_text('[{"instruction": "Q", "output": "A"}]')
+    assert prepare(make_recipe(**values, data={"train": str(other), "eval": 0})).data.train.largest < 260
+
+
+def test_the_first_day_is_the_day_of_the_whole_run(
+    tmp_path: Path, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Later(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date(2031, 1, 1)
+
+    template = "{{ strftime_now('%d %b %Y') + '\\n' }}" + CHATML
+    model = model_folder(tmp_path, make_tokenizer(template))
+    first = prepare(make_recipe(model=model, data={"train": str(alpaca_file)}, precision="fp32"))
+    assert first.recipe.data.date is not None
+    monkeypatch.setattr("huarizo.data.prompts.datetime.date", Later)
+    again = prepare(first.recipe)
+    assert again.recipe.data.date == first.recipe.data.date
+    assert again.data.train.fingerprint == first.data.train.fingerprint
+    new = prepare(make_recipe(model=model, data={"train": str(alpaca_file)}, precision="fp32"))
+    assert new.recipe.data.date == "2031-01-01"
+    plain = prepare(make_recipe(model=model, data={"train": str(alpaca_file), "prompt": "alpaca"}, precision="fp32"))
+    assert plain.recipe.data.date is None

@@ -57,8 +57,9 @@ class Places:
 
 @dataclass
 class Notes:
-    """What was met while rows were read."""
+    """What was met while rows were read. said: what some rows do -> these rows."""
 
+    said: dict[str, Places] = field(default_factory=dict)
     unused: dict[str, None] = field(default_factory=dict)
     mapping: dict[str, str] = field(default_factory=dict)
     no_input: Places = field(default_factory=Places)
@@ -78,6 +79,9 @@ class Notes:
                 self.no_text.add(file, number)
                 return
 
+    def say(self, what: str, file: str, number: int) -> None:
+        self.said.setdefault(what, Places()).add(file, number)
+
     def told(self) -> list[str]:
         notes = []
         if self.unused:
@@ -92,7 +96,7 @@ class Notes:
                 f'"nan", "None" or "null" is a whole text, learnt as it stands, in {_rows(self.no_text)}. '
                 "Delete these rows if it means that there was no text"
             )
-        return notes
+        return notes + [f"{_rows(places)}: {what}" for what, places in self.said.items()]
 
 
 def _rows(places: Places) -> str:

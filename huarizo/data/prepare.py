@@ -4,11 +4,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from huarizo.data.notes import Places
+from huarizo.data.notes import Notes, Places
 from huarizo.data.prompts import prompt_format
-from huarizo.data.rows import Problem, Row, read_rows, require_good
+from huarizo.data.rows import Problem, Row, Rows, read_rows, require_good
 from huarizo.data.tokens import Encoder, TokenisedRows, tokenise
 from huarizo.errors import DataError
 from huarizo.recipe import DataRecipe
@@ -74,7 +74,8 @@ def prepare_data(
         DataError: the rows can't be used; the message names file, row, field and remedy.
         RecipeError: the prompt format does not fit the model.
     """
-    encoder = Encoder(tokenizer, prompt_format(recipe.prompt, tokenizer, recipe.eos), recipe.labels, recipe.max_length)
+    prompt = prompt_format(recipe.prompt, tokenizer, recipe.eos, recipe.date)
+    encoder = Encoder(tokenizer, prompt, recipe.labels, recipe.max_length)
     read = read_rows(train, recipe.columns)
     rows, heldout_rows, problems = require_good(read, recipe.on_bad_row), [], list(read.problems)
     bad_row_count, notes = read.bad_row_count, read.notes
@@ -86,9 +87,31 @@ def prepare_data(
         notes = notes + read_eval.notes
     elif isinstance(recipe.eval, int | float) and recipe.eval:
         rows, heldout_rows = split(rows, recipe.eval, seed)
-    notes = list(dict.fromkeys([*notes, *_in_both(rows, heldout_rows)]))
+    notes = list(dict.fromkeys([*notes, *_in_both(rows, heldout_rows), *_written_out(rows, prompt.stop)]))
+    trained = tokenise(rows, encoder, cache)
     heldout = tokenise(heldout_rows, encoder, cache) if heldout_rows else None
+    refused = _refused(rows, trained, recipe.on_bad_row)
+    if heldout is not None:
+        refused += _refused(heldout_rows, heldout, recipe.on_bad_row)
+        heldout_rows = [row for index, row in enumerate(heldout_rows) if index not in heldout.refused]
     return Data(
-        encoder, rows, tokenise(rows, encoder, cache), heldout_rows, heldout,
-        problems, bad_row_count, read.format, notes,
+        encoder, rows, trained, heldout_rows, heldout, [*problems, *refused],
+        bad_row_count + len(refused), read.format, notes,
     )  # fmt: skip
+
+
+def _refused(rows: list[Row], tokenised: TokenisedRows, on_bad_row: Literal["fail", "skip"]) -> list[Problem]:
+    """The rows that the prompt format can't write, where they may be left out."""
+    problems = [Problem(rows[index].file, rows[index].number, *flaw) for index, flaw in tokenised.refused.items()]
+    good = [row for index, row in enumerate(rows) if index not in tokenised.refused]
+    require_good(Rows(good, problems, "", [], [], len(problems), len(problems)), on_bad_row)
+    return problems
+
+
+def _written_out(rows: list[Row], stop: str) -> list[str]:
+    """A note of the answers that hold the end token as text, if there are any."""
+    notes = Notes()
+    for row in rows:
+        if stop and any(stop in exchange.output for exchange in row.exchanges):
+            notes.say(f"{stop} is written out in an answer, and learnt as plain text there", row.file, row.number)
+    return notes.told()

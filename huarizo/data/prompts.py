@@ -1,19 +1,25 @@
 """Rows become text: what the model reads, what it has to answer, and where it has to stop.
 
-In goes a conversation (a system text and exchanges), out come pieces of text marked prompt, response or stop. Training,
-evaluation and chat all call `pieces` of one and the same format; for an answer still to be written the last
-exchange's output is None and the pieces end with the prompt.
+In goes a conversation (a system text and exchanges), out come pieces of text: prompt, opening, response or stop.
+Training, evaluation and chat all use one and the same format; for an answer still to be written the last exchange's
+output is None and the pieces end with the prompt. A row is trained on as the model meets it when it is asked: where a
+chat template rewrites earlier turns once later ones come, one row becomes several examples (`examples`).
 """
 
+import datetime
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
-from huarizo.data.rows import Exchange
+from huarizo.data.spans import ANSWER, QUESTION, Piece, RefusedRow, Rendered, came_back, shape_of
 from huarizo.data.templates import render_chat, render_prompt
-from huarizo.errors import DataError, ModelError, RecipeError
+from huarizo.data.turns import Exchange
+from huarizo.errors import ModelError, RecipeError
 from huarizo.sandbox.worker import FailedError, RefusedError, TooCostlyError
 
+NO_TOOLS = "Use a model whose chat template takes tools, or delete the row"
 STANFORD_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -26,20 +32,14 @@ STANFORD_WITHOUT_INPUT = (
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of text that is read (prompt), learnt (response), or ends a response (stop, a special token)."""
-
-    kind: Literal["prompt", "response", "stop"]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class OpenExchange:
     """A user turn whose answer is still to be written."""
 
     instruction: str
     input: str = ""
     output: None = None
+    calls: str = ""
+    results: tuple[str, ...] = ()
 
 
 Turn = Exchange | OpenExchange
@@ -54,12 +54,21 @@ class Question:
 
 
 class PromptFormat(Protocol):
-    """How conversations become text. `stop` is the special token that ends a response."""
+    """How conversations become text. `stop` is the special token that ends a response.
+
+    `date`: the day that prompts tell the model, YYYY-MM-DD; None where they tell none.
+    `pieces` are those of the last answer, or of the prompt for one, with all that the model reads before it.
+    `examples` are the pieces of all answers, in as few conversations as the format lets stand together.
+    Both raise RefusedRow where the format has no place for something that is said.
+    """
 
     name: str
     stop: str
+    date: str | None
 
-    def pieces(self, system: str, turns: Sequence[Turn]) -> list[Piece]: ...
+    def pieces(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[Piece]: ...
+
+    def examples(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[list[Piece]]: ...
 
 
 def user_text(turn: Turn) -> str:
@@ -82,11 +91,16 @@ def stanford(turn: Turn) -> str:
 class TextFormat:
     """A format made of plain text. Later turns of a conversation follow after a blank line."""
 
+    date: str | None = None
+
     def __init__(self, name: str, render: Any, stop: str, with_stop: bool = True) -> None:
         self.name, self.stop = name, stop
         self._render, self._with_stop = render, with_stop
 
-    def pieces(self, system: str, turns: Sequence[Turn]) -> list[Piece]:
+    def pieces(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[Piece]:
+        if tools or any(turn.calls or turn.results for turn in turns):
+            what = "uses tools, and this prompt format has no place for tools"
+            raise RefusedRow(what, "Use data.prompt=chat with a model whose chat template takes them", "tools")
         pieces: list[Piece] = []
         lead = f"{system}\n\n" if system else ""
         for turn in turns:
@@ -94,10 +108,13 @@ class TextFormat:
             lead = "\n\n"
             if turn.output is None:
                 break
-            pieces.append(Piece("response", turn.output))
+            pieces.append(Piece("response", turn.output, turn.learnt))
             if self._with_stop:
-                pieces.append(Piece("stop", self.stop))
+                pieces.append(Piece("stop", self.stop, turn.learnt))
         return pieces
+
+    def examples(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[list[Piece]]:
+        return [self.pieces(system, turns, tools)]
 
 
 class JinjaFormat(TextFormat):
@@ -119,70 +136,130 @@ class JinjaFormat(TextFormat):
         super().__init__(template, render, stop, with_stop)
 
 
-def _messages(system: str, turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """A conversation up to its last question, as chat templates take it."""
-    messages = [{"role": "system", "content": system}] if system else []
-    for turn in turns:
-        messages.append({"role": "user", "content": user_text(turn)})
-        messages.append({"role": "assistant", "content": turn.output or ""})
-    return messages[:-1]
+def _asked(turn: Turn) -> list[dict[str, Any]]:
+    """The messages in front of an answer, as chat templates take them."""
+    messages = [json.loads(result) for result in turn.results]
+    text = user_text(turn)
+    return [*messages, {"role": "user", "content": text}] if text or not messages else messages
+
+
+def _answered(turn: Turn) -> dict[str, Any]:
+    message = {"role": "assistant", "content": turn.output}
+    return message | {"tool_calls": json.loads(turn.calls)} if turn.calls else message
 
 
 class ChatFormat:
     """The model's own chat template, cut at the places where an answer begins and ends.
 
+    date: the day that the template is told, YYYY-MM-DD; today unless given. `date` is None of a template that asks for
+    none.
+
     Raises:
-        ModelError: when the template can't be cut there (it rewrites earlier turns, or the answer itself).
+        ModelError: when the template can't be cut there (it rewrites the answer).
     """
 
     name = "chat"
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, date: str | None = None) -> None:
         self._tokenizer = tokenizer
-        probe = [{"role": "user", "content": "u"}]
-        prompt = self._text(probe, answer_next=True)
-        tail = self._text([*probe, {"role": "assistant", "content": "x"}])
-        if not tail.startswith(prompt + "x"):
-            raise ModelError(
-                "the model's chat template can't be trained on: it rewrites the answer. Use data.prompt=alpaca"
-            )
-        tail = tail.removeprefix(prompt + "x")
+        self.date = (date or f"{datetime.date.today()}") if "strftime_now" in str(tokenizer.chat_template) else None
+        probe: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
         specials = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
-        ends = [token for token in specials if token and tail.startswith(token)]
-        self._writes_stop = bool(ends)
-        self.stop = max(ends, key=len) if ends else str(tokenizer.eos_token)
-
-    def _text(self, messages: list[dict[str, str]], answer_next: bool = False) -> str:
         try:
-            return render_chat(self._tokenizer, messages, answer_next)
+            asked = self._rendered(probe, answer_next=True)
+            whole = self._rendered([*probe, {"role": "assistant", "content": ANSWER}])
+        except RefusedRow as error:
+            raise ModelError(f"{error.flaw.what}. Use data.prompt=alpaca") from None
+        self._shape = shape_of(asked.text, whole.text, specials, str(tokenizer.eos_token))
+        self.stop = self._shape.stop
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: Any = None, answer_next: bool = False) -> Rendered:
+        try:
+            return render_chat(self._tokenizer, messages, tools, answer_next, self.date)
         except RefusedError as error:
-            raise DataError(f"the model's chat template refuses this conversation: {error}") from None
+            raise RefusedRow(f"the model's chat template refuses this conversation: {error}") from None
         except TooCostlyError as error:
             raise ModelError(f"the model's chat template takes {error}. Use data.prompt=alpaca") from None
         except FailedError as error:
-            raise ModelError(f"the model's chat template fails: {error}. Use data.prompt=alpaca") from None
+            raise RefusedRow(f"the model's chat template fails: {error}") from None
 
-    def pieces(self, system: str, turns: Sequence[Turn]) -> list[Piece]:
-        pieces: list[Piece] = []
-        done = ""
+    def pieces(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[Piece]:
+        try:
+            return self.examples(system, turns, tools)[-1]
+        except RefusedRow:
+            if turns[-1].output is not None:
+                raise
+        # Nothing is learnt here, so that the whole may be written in one piece, whatever the answers were.
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        for turn in turns[:-1]:
+            messages += [*_asked(turn), _answered(turn)]
+        known = json.loads(tools) if tools else None
+        return [Piece("prompt", self._rendered([*messages, *_asked(turns[-1])], known, answer_next=True).text)]
+
+    def examples(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[list[Piece]]:
+        """A new example begins where the template writes what came before otherwise than the model read and wrote it:
+        without its thinking, say, or with another token at the end."""
+        examples: list[list[Piece]] = []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        known, done = json.loads(tools) if tools else None, ""
         for number, turn in enumerate(turns, 1):
-            text = self._text(_messages(system, turns[:number]), answer_next=True)
-            if not text.startswith(done):
-                if turns[-1].output is None:  # nothing is learnt here, so the whole may be written in one piece
-                    return [Piece("prompt", self._text(_messages(system, turns), answer_next=True))]
-                raise ModelError(
-                    "the model's chat template rewrites earlier turns. Use data.prompt=alpaca for this data"
-                )
-            pieces.append(Piece("prompt", text[len(done) :]))
+            messages += _asked(turn)
+            asked = self._rendered(messages, known, answer_next=True).text
+            _require_all(asked, system, turns[:number], known)
+            if not examples or not asked.startswith(done):
+                examples.append([])
+                done = ""
+            examples[-1].append(Piece("prompt", asked[len(done) :]))
             if turn.output is None:
                 break
-            pieces += [Piece("response", turn.output), Piece("stop", self.stop)]
-            done = text + turn.output + (self.stop if self._writes_stop else "")
-        return pieces
+            messages.append(_answered(turn))
+            whole = self._rendered(messages, known)
+            answer = self._shape.answer(asked, whole, turn.output, bool(turn.calls))
+            _require_calls(turn.calls, "".join(piece.text for piece in answer))
+            examples[-1] += [replace(piece, learnt=piece.learnt and turn.learnt) for piece in answer]
+            written = (piece.text for piece in answer if piece.kind != "stop" or self._shape.writes_stop)
+            done = asked + "".join(written)
+        return examples
 
 
-def prompt_format(name: str, tokenizer: Any, eos: bool = True) -> PromptFormat:
+def _require_all(asked: str, system: str, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> None:
+    """All that was said and the names of all tools, in a prompt as the template wrote it.
+
+    Raises:
+        RefusedRow: something is not there.
+    """
+    lost = ""
+    if not came_back(system, asked):
+        lost = "the system text"
+    elif any(not came_back(user_text(turn), asked) for turn in turns):
+        lost = "what the user said"
+    elif not all(_last_word(turn) in asked for turn in turns[:-1]):
+        lost = "an earlier answer"
+    if lost:
+        raise RefusedRow(f"the model's chat template leaves out {lost}")
+    names = [tool["function"]["name"] for tool in tools or ()]
+    said = [str(json.loads(result)["content"]) for turn in turns for result in turn.results]
+    if not all(came_back(text, asked) for text in (*names, *said)):
+        raise RefusedRow("the model's chat template leaves out tools, or what they gave back", NO_TOOLS, "tools")
+    for turn in turns[:-1]:
+        _require_calls(turn.calls, asked)
+
+
+def _last_word(turn: Turn) -> str:
+    """The end of an answer, which is left where its thinking is left out."""
+    words = re.findall(r"\w+", turn.output or "")
+    return words[-1] if words else ""
+
+
+def _require_calls(calls: str, written: str) -> None:
+    if calls and not all(came_back(call["function"]["name"], written) for call in json.loads(calls)):
+        raise RefusedRow("the model's chat template leaves out tool calls", NO_TOOLS, "tool_calls")
+
+
+def prompt_format(name: str, tokenizer: Any, eos: bool = True, date: str | None = None) -> PromptFormat:
     """The format that `data.prompt` names; `auto` is chat where the tokenizer has a template and alpaca otherwise.
+
+    date: the day that a chat template is told, YYYY-MM-DD; today unless given.
 
     Raises:
         RecipeError: chat is asked of a model without a template, or a Jinja template is wrong.
@@ -199,7 +276,7 @@ def prompt_format(name: str, tokenizer: Any, eos: bool = True) -> PromptFormat:
             raise RecipeError(
                 "data.prompt: this model has no chat template. Use data.prompt=alpaca or a template of your own"
             )
-        return ChatFormat(tokenizer)
+        return ChatFormat(tokenizer, date)
     stop = str(tokenizer.eos_token or "")
     if name in ("alpaca", "stanford"):
         return TextFormat(name, alpaca if name == "alpaca" else stanford, stop, with_stop=eos)

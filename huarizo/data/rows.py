@@ -8,24 +8,17 @@ file, row, field and remedy; all rows are judged before anything loads, so that 
 import difflib
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from huarizo.data.fields import Fields, kind_of, report_doubled
 from huarizo.data.files import data_files, enumerated, excerpt, refusal, shown
-from huarizo.data.formats import (
-    FORMATS,
-    OUR_FIELDS,
-    Conversation,
-    Exchange,
-    Fields,
-    Format,
-    kind_of,
-    report_doubled,
-)
+from huarizo.data.formats import FORMATS, OUR_FIELDS, Format, read_row
 from huarizo.data.notes import NO_INPUT, Notes, mapped, usual
 from huarizo.data.records import Flaw, Record, read_records
+from huarizo.data.turns import Exchange
 from huarizo.errors import DataError, listed
 from huarizo.files import write_whole
 from huarizo.hub.data_files import suffix_of
@@ -37,16 +30,19 @@ PEEK = 1000  # rows whose fields decide on the format
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation.
+    """One conversation, or one plain text.
 
     file: as shown to the user; number: of the row, from 1, or of its first line in JSON-lines and CSV files;
-    system: "" when absent; exchanges: at least one.
+    system: "" when absent; exchanges: at least one, none where there is a text; tools: as JSON, "" when absent;
+    text: trained on as it is, "" for a conversation.
     """
 
     file: str
     number: int
     system: str
     exchanges: tuple[Exchange, ...]
+    tools: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was read. format: alpaca | sharegpt | messages | prompt-completion, or several, parted by commas.
+    """What was read. format: alpaca | sharegpt | messages | prompt-completion | text, or several, parted by commas.
 
     notes: what is worth knowing of the rows that can be used.
     problems: the first 10,000; problem_count and bad_row_count count all of them.
@@ -170,7 +166,7 @@ class _Reading:
             if isinstance(value, dict):
                 value = self.without_no_input(file, number, value, names.get("input"))
                 self.notes.row(file, number, value, used)
-            self.record(file, number, value, names, chosen.read)
+            self.record(file, number, value, names, chosen)
         return format
 
     def without_no_input(
@@ -187,15 +183,18 @@ class _Reading:
     def format_of(self, fields: Collection[str]) -> str | None:
         return _fitting(fields, self.columns, self.formats)
 
-    def record(
-        self, file: str, number: int, value: object, names: Mapping[str, str], read: Callable[[Fields], Conversation]
-    ) -> None:
+    def record(self, file: str, number: int, value: object, names: Mapping[str, str], format: Format) -> None:
         if isinstance(value, dict):
             fields = Fields(value, names)
             report_doubled(fields, value)
-            system, exchanges = read(fields)
+            conversation = read_row(fields, format)
+            if fields.left_out:
+                self.notes.say(fields.left_out, file, number)
+                return
             if not fields.flaws:
-                self.rows.append(Row(file, number, system, exchanges))
+                self.rows.append(Row(file, number, *conversation))
+                for note in fields.notes:
+                    self.notes.say(note, file, number)
                 return
             flaws = fields.flaws
         else:
@@ -260,6 +259,8 @@ def require_good(rows: Rows, on_bad_row: Literal["fail", "skip"]) -> list[Row]:
     """
     if rows.rows and (on_bad_row == "skip" or not rows.problems):
         return rows.rows
+    if not rows.problems:
+        raise DataError("no row is left to train on: " + "; ".join(rows.notes))
     total = len(rows.rows) + rows.bad_row_count
     problems = [str(problem) for problem in rows.problems[:MAX_LISTED]]
     head = f"{rows.bad_row_count} of {total} rows can't be used:\n{_told(problems, rows.problem_count)}\n"

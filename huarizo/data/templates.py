@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from huarizo.data.spans import Rendered
 from huarizo.sandbox.worker import FailedError, Worker
 
 LONGEST_TEMPLATE = 200_000  # characters
@@ -10,23 +11,33 @@ LONGEST_RENDERING, MOST_MEMORY = 5.0, 512 * 2**20  # seconds and bytes, of one c
 _WORKER = Worker("templates", MOST_MEMORY)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], answer_next: bool = False) -> str:
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    answer_next: bool = False,
+    date: str | None = None,
+) -> Rendered:
     """What the tokenizer's chat template makes of the messages; with `answer_next` up to where an answer begins.
+
+    date: the day that the template is told, YYYY-MM-DD; today unless given.
 
     Raises:
         RefusedError: the template is no Jinja, or refuses the messages.
         TooCostlyError: it takes more time or memory than a text can.
         FailedError: it ends in another error.
     """
-    return _render(
+    text, generated = _render(
         "chat",
-        tokenizer.get_chat_template(),
+        tokenizer.get_chat_template(tools=tools),
+        date=date,
         **tokenizer.special_tokens_map,
         messages=messages,
-        tools=None,
+        tools=tools,
         documents=None,
         add_generation_prompt=answer_next,
     )
+    return Rendered(text, generated)
 
 
 def render_prompt(template: str, instruction: str, input: str) -> str:
@@ -34,7 +45,7 @@ def render_prompt(template: str, instruction: str, input: str) -> str:
     return _render("prompt", template, instruction=instruction, input=input)
 
 
-def _render(job: str, template: str, **variables: Any) -> str:
+def _render(job: str, template: str, **variables: Any) -> Any:
     if len(template) > LONGEST_TEMPLATE:
         raise FailedError(f"it has {len(template):,} characters, too many for one")
     return _WORKER.call(job, LONGEST_RENDERING, template=template, **variables)

@@ -15,20 +15,23 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from huarizo.data.prompts import Piece, PromptFormat, Turn
-from huarizo.data.rows import Exchange, Row
+from huarizo.data.prompts import PromptFormat, Turn
+from huarizo.data.records import Flaw
+from huarizo.data.rows import Problem, Row
+from huarizo.data.spans import Piece, RefusedRow
+from huarizo.data.turns import Exchange
 from huarizo.errors import DataError
 from huarizo.files import remove_leftovers, told, write_whole
 
 IGNORED = -100
 CHUNK = 1000  # rows tokenised in one call
-LAYOUT = 2  # of the cached file; part of its key
+LAYOUT = 3  # of the cached file; part of its key
 DAY = 86400  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as the model sees it: `input_ids` and `labels` of the same length; -100 = not learnt."""
+    """One conversation as the model sees it: `input_ids` and `labels` of the same length; -100 = not learnt."""
 
     input_ids: list[int]
     labels: list[int]
@@ -41,7 +44,8 @@ class Encoder:
     Args:
         tokenizer: a Transformers tokenizer.
         prompt: the prompt format.
-        labels: `response` learns responses and their stop token, `all` learns every token but the first.
+        labels: `response` learns responses and their stop token, `all` learns every token but the first; `auto` is
+            `response` for conversations and `all` for plain texts. An answer that is only to be read never is learnt.
         max_length: tokens; what is beyond is cut.
     """
 
@@ -49,7 +53,7 @@ class Encoder:
         self,
         tokenizer: Any,
         prompt: PromptFormat,
-        labels: Literal["response", "all"] = "response",
+        labels: Literal["auto", "response", "all"] = "auto",
         max_length: int = 512,
     ) -> None:
         self.tokenizer, self.prompt, self.labels, self.max_length = tokenizer, prompt, labels, max_length
@@ -77,41 +81,77 @@ class Encoder:
             return self._ids(texts, literal)
         return [ids[len(self._anchor) :] for ids in self._ids(["\n" + text for text in texts], literal)]
 
+    def _whole(self, texts: list[str]) -> list[list[int]]:
+        """Plain texts with the special tokens that are written in them, and those that the tokenizer puts around a
+        text, which are there once where a text brings them along."""
+        if not texts:
+            return []
+        tokenizer = self.tokenizer
+        found: list[list[int]] = tokenizer(texts)["input_ids"]
+        twice = [tokenizer.bos_token_id] * 2, [tokenizer.eos_token_id] * 2
+        return [ids[ids[:2] == twice[0] : len(ids) - (ids[-2:] == twice[1])] for ids in found]
+
     def _tokenised(self, conversations: Sequence[list[Piece]]) -> Iterator[list[tuple[list[int], bool]]]:
         """Each conversation as (ids, learnt) runs, in few calls of the tokenizer."""
         if self.labels == "all":
-            conversations = [[Piece("prompt", "".join(piece.text for piece in pieces))] for pieces in conversations]
-        firsts = self._ids([pieces[0].text for pieces in conversations])
+            conversations = [_all_learnt(pieces) for pieces in conversations]
+        heads = [pieces[0] for pieces in conversations]
+        firsts = iter(self._ids([piece.text for piece in heads if piece.kind != "text"]))
+        texts = iter(self._whole([piece.text for piece in heads if piece.kind == "text"]))
         later = [piece for pieces in conversations for piece in pieces[1:]]
-        prompts = iter(self._continuations([piece.text for piece in later if piece.kind == "prompt"]))
+        written = iter(self._continuations([piece.text for piece in later if piece.kind in ("prompt", "opening")]))
         responses = iter(self._continuations([piece.text for piece in later if piece.kind == "response"], literal=True))
-        for pieces, first in zip(conversations, firsts, strict=True):
+        for pieces in conversations:
+            first = next(texts if pieces[0].kind == "text" else firsts)
             if self._bos is not None and first[:1] != [self._bos]:
                 first = [self._bos, *first]
-            runs = [(first, self.labels == "all")]
+            runs = [(first, self._learns(pieces[0]))]
             for piece in pieces[1:]:
                 if piece.kind == "stop":
-                    runs.append(([self.stop_id] if self.stop_id is not None else [], True))
+                    ids = [self.stop_id] if self.stop_id is not None else []
                 else:
-                    runs.append((next(responses), True) if piece.kind == "response" else (next(prompts), False))
+                    ids = next(responses if piece.kind == "response" else written)
+                runs.append((ids, self._learns(piece)))
             yield runs
 
-    def encode(self, rows: Sequence[Row]) -> Iterator[Example | None]:
-        """Examples of the rows, in order; None for a row whose whole response lies beyond `max_length`.
+    def _learns(self, piece: Piece) -> bool:
+        return piece.learnt and (piece.kind != "prompt" or self.labels == "all")
 
-        Raises:
-            DataError: the model's chat template refuses a row; the message names it.
-        """
+    def by_row(self, rows: Sequence[Row]) -> Iterator[list[Example] | Flaw]:
+        """For each row, in order, its examples: several where the chat template rewrites earlier turns, none where
+        nothing that is learnt lies within `max_length`. Or what is wrong with a row that the format refuses."""
         iterator = iter(rows)
         while chunk := list(itertools.islice(iterator, CHUNK)):
-            for runs in self._tokenised([self._pieces(row) for row in chunk]):
-                yield self._example(runs)
+            found = [self._conversations(row) for row in chunk]
+            every = self._tokenised([each for one in found if isinstance(one, list) for each in one])
+            for one in found:
+                if isinstance(one, Flaw):
+                    yield one
+                else:
+                    examples = [self._example(runs) for runs in itertools.islice(every, len(one))]
+                    yield [example for example in examples if example is not None]
 
-    def _pieces(self, row: Row) -> list[Piece]:
+    def encode(self, rows: Sequence[Row]) -> Iterator[Example | None]:
+        """Examples of the rows, in order; None for a row of which nothing that is learnt lies within `max_length`.
+
+        Raises:
+            DataError: the prompt format refuses a row; the message names it.
+        """
+        for row, found in zip(rows, self.by_row(rows), strict=True):
+            if isinstance(found, Flaw):
+                raise DataError(str(Problem(row.file, row.number, *found)))
+            yield from found or [None]
+
+    def _conversations(self, row: Row) -> list[list[Piece]] | Flaw:
+        if row.text and self.labels == "response":
+            what = "is a plain text, of which no part is a response"
+            return Flaw("text", what, "Use data.labels=auto or all, which learn all of it")
+        if row.text:
+            return [[Piece("text", row.text)]]
         try:
-            return self.prompt.pieces(row.system, row.exchanges)
-        except DataError as error:
-            raise DataError(f"{row.file}, row {row.number}: {error}") from None
+            return self.prompt.examples(row.system, row.exchanges, row.tools)
+        except RefusedRow as error:
+            return error.flaw
 
     def _example(self, runs: list[tuple[list[int], bool]]) -> Example | None:
         input_ids = [i for ids, _ in runs for i in ids]
@@ -137,17 +177,25 @@ class Encoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         parts = [
             LAYOUT, backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items())),
-            tokenizer.chat_template, self.prompt.name, self.prompt.stop, self.stop_id, self._bos, self.labels,
-            self.max_length, [piece.kind for piece in self.prompt.pieces("", [Exchange("i", "", "o")])],
+            tokenizer.chat_template, self.prompt.name, self.prompt.date, self.prompt.stop, self.stop_id, self._bos,
+            self.labels, self.max_length, [piece.kind for piece in self.prompt.pieces("", [Exchange("i", "", "o")])],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _all_learnt(pieces: list[Piece]) -> list[Piece]:
+    """A conversation all of which is learnt, as the one text that it is; its pieces where an answer is only read."""
+    if all(piece.learnt for piece in pieces) and pieces[0].kind != "text":
+        return [Piece("prompt", "".join(piece.text for piece in pieces))]
+    return pieces
 
 
 @dataclass(frozen=True)
 class TokenisedRows:
     """`dataset` has columns input_ids, labels (lists of int32) and row (int64, an index into the rows).
 
-    `cut` and `left_out` are indices of rows that were shortened, or had no response within `max_length`.
+    A row may have several examples. `cut` and `left_out` are indices of rows that were shortened, or had no response
+    within `max_length`; `refused` those that the prompt format can't write, and why. `largest`: of all token ids.
     `fingerprint` is a hash of the rows and of everything else that decides the ids.
     """
 
@@ -155,6 +203,8 @@ class TokenisedRows:
     cut: list[int]
     left_out: list[int]
     fingerprint: str
+    refused: dict[int, Flaw]
+    largest: int
 
 
 def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRows:
@@ -170,7 +220,8 @@ def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRow
 
     digest = hashlib.sha256(encoder.fingerprint().encode())
     for row in rows:
-        digest.update(repr((row.system, row.exchanges)).encode("utf-8", "surrogatepass"))
+        content = (row.system, row.exchanges, row.tools, row.text)
+        digest.update(repr(content).encode("utf-8", "surrogatepass"))
     path = cache / f"{digest.hexdigest()[:40]}.arrow"
     if not _is_whole(path):
         with told(cache):
@@ -179,8 +230,11 @@ def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRow
         write_whole(path, lambda file: _write_with_digest(file, rows, encoder))
     with pa.memory_map(str(path)) as source:
         facts = json.loads((pa.ipc.open_stream(source).schema.metadata or {})[b"huarizo"])
-    result = TokenisedRows(Dataset.from_file(str(path)), facts["cut"], facts["left_out"], digest.hexdigest())
-    if not len(result.dataset):
+    refused = {number: Flaw(*flaw) for number, *flaw in facts["refused"]}
+    result = TokenisedRows(
+        Dataset.from_file(str(path)), facts["cut"], facts["left_out"], digest.hexdigest(), refused, facts["largest"]
+    )
+    if not len(result.dataset) and not refused:
         raise DataError(
             f"none of the {len(rows)} rows has any of its response within data.max_length={encoder.max_length} tokens. "
             "Raise data.max_length, or shorten the prompts"
@@ -228,16 +282,20 @@ def _write_arrow(file: Any, rows: Sequence[Row], encoder: Encoder) -> None:
     ids: list[Any] = []
     labels: list[Any] = []
     index: list[int] = []
-    facts: dict[str, list[int]] = {"cut": [], "left_out": []}
-    for number, example in enumerate(encoder.encode(rows)):
-        if example is None:
-            facts["left_out"].append(number)
+    facts: dict[str, Any] = {"cut": [], "left_out": [], "refused": [], "largest": encoder.stop_id or 0}
+    for number, found in enumerate(encoder.by_row(rows)):
+        if isinstance(found, Flaw):
+            facts["refused"].append([number, *found])
             continue
-        if example.was_cut:
+        if not found:
+            facts["left_out"].append(number)
+        if any(example.was_cut for example in found):
             facts["cut"].append(number)
-        ids.append(np.array(example.input_ids, dtype=np.int32))
-        labels.append(np.array(example.labels, dtype=np.int32))
-        index.append(number)
+        for example in found:
+            ids.append(np.array(example.input_ids, dtype=np.int32))
+            labels.append(np.array(example.labels, dtype=np.int32))
+            index.append(number)
+    facts["largest"] = max([facts["largest"], *(int(each.max()) for each in ids)])
     tokens = pa.list_(pa.int32())
     schema = pa.schema(
         {"input_ids": tokens, "labels": tokens, "row": pa.int64()}, metadata={"huarizo": json.dumps(facts)}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 from huarizo.data.prompts import OpenExchange, Turn
-from huarizo.data.rows import Exchange
+from huarizo.data.turns import Exchange
 from huarizo.errors import MachineError, UserError
 from huarizo.results.generate import Assistant, Sampling, stream_answer
 

@@ -17,7 +17,7 @@ from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, write_whole
 from huarizo.recipe import DataRecipe
 from huarizo.results.generate import Assistant, answers
-from huarizo.results.report import Sample, fenced, sample_of, samples_from_text
+from huarizo.results.report import Sample, fenced, samples_from_text, samples_of
 from huarizo.results.target import check_file
 from huarizo.results.tuned import Tuned
 from huarizo.results.verify import PROMPTS
@@ -43,7 +43,7 @@ def read_prompts(file: Path, data: DataRecipe) -> list[Sample]:
     if not file.exists():
         raise DataError(f"{file}: there is no such file. Give a text file with one prompt a line, or a file of rows")
     if file.is_dir() or file.suffix.lower() not in (".txt", ".md", ""):
-        return [sample_of(row) for row in require_good(read_rows(file, data.columns, QUESTIONS), data.on_bad_row)]
+        return list(samples_of(require_good(read_rows(file, data.columns, QUESTIONS), data.on_bad_row)))
     if file.stat().st_size > LARGEST:
         raise DataError(f"{file}: {file.stat().st_size:,} bytes are too many for a list of prompts")
     try:

@@ -12,13 +12,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from huarizo.data.prepare import prepare_data
-from huarizo.data.rows import Row, read_rows, require_good
+from huarizo.data.records import Flaw
+from huarizo.data.rows import Problem, Row, Rows, read_rows, require_good
+from huarizo.data.tokens import Example
 from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, whole_folder
 from huarizo.host import cache_folder
@@ -26,7 +28,7 @@ from huarizo.hub.names import check_pinned, files_of, resolve_data
 from huarizo.recipe import names_of
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.losses import Losses, Mean, measure
-from huarizo.results.report import Sample, sample_of
+from huarizo.results.report import Sample, samples_of
 from huarizo.results.tuned import Tuned
 
 logger = logging.getLogger(__name__)
@@ -108,32 +110,50 @@ def rows_of(tuned: Tuned, name: str) -> list[Row]:
 
 
 def evaluate(
-    assistant: Assistant, rows: Sequence[Row], to_answer: int = 32, console: Console | None = None
+    assistant: Assistant,
+    rows: Sequence[Row],
+    to_answer: int = 32,
+    console: Console | None = None,
+    on_bad_row: Literal["fail", "skip"] = "fail",
 ) -> Evaluation:
     """Measure losses on all rows and on the general text, and answer the first exchange of the first `to_answer` rows.
 
     A row whose prompt leaves no room for an answer in what the model was made for is not answered.
     console: a terminal to show progress on.
+    on_bad_row: what becomes of rows that the prompt format refuses.
 
     Raises:
-        DataError: no row has a response within `data.max_length`.
+        DataError: no row has a response within `data.max_length`, or the prompt format refuses one.
         MachineError: out of memory even for one row.
     """
-    pairs = list(zip(rows, assistant.encoder.encode(rows), strict=True))
-    kept = [(row, example) for row, example in pairs if example is not None]
-    if not kept:
+    found = _examples(assistant, rows, on_bad_row)
+    if not found:
         raise DataError(
             f"none of the {len(rows)} rows has any of its response within data.max_length="
             f"{assistant.encoder.max_length} tokens"
         )
-    measured = [row for row, _ in kept]
-    losses = measure(assistant, [{"input_ids": e.input_ids, "labels": e.labels} for _, e in kept], console)
-    fitting = (sample for row in measured if assistant.fits((sample := sample_of(row)).question))
+    examples = [{"input_ids": e.input_ids, "labels": e.labels} for _, each in found for e in each]
+    losses = measure(assistant, examples, console).together([len(each) for _, each in found])
+    measured = [row for row, _ in found]
+    fitting = (sample for sample in samples_of(measured) if assistant.fits(sample.question))
     told_answers, scores = _answered(assistant, list(itertools.islice(fitting, to_answer)), console)
     return Evaluation(
-        measured, len(pairs) - len(kept), losses, measure(assistant, general_examples(assistant)),
+        measured, len(rows) - len(found), losses, measure(assistant, general_examples(assistant)),
         told_answers, scores,
     )  # fmt: skip
+
+
+def _examples(
+    assistant: Assistant, rows: Sequence[Row], on_bad_row: Literal["fail", "skip"]
+) -> list[tuple[Row, list[Example]]]:
+    """The rows of which something is learnt, with their examples."""
+    pairs = list(zip(rows, assistant.encoder.by_row(rows), strict=True))
+    problems = [Problem(row.file, row.number, *found) for row, found in pairs if isinstance(found, Flaw)]
+    good = [(row, found) for row, found in pairs if not isinstance(found, Flaw)]
+    if problems:
+        require_good(Rows([row for row, _ in good], problems, "", [], [], len(problems), len(problems)), on_bad_row)
+        logger.warning("%d rows are left out that the prompt format refuses, such as %s", len(problems), problems[0])
+    return [(row, found) for row, found in good if found]
 
 
 def general_examples(assistant: Assistant) -> list[dict[str, Any]]:
@@ -207,7 +227,7 @@ def show(console: Console, evaluation: Evaluation) -> None:
     for index in evaluation.worst():
         row, losses = evaluation.rows[index], evaluation.losses
         before, after = (part[index] / losses.tokens[index] for part in (losses.before, losses.after))
-        first = " ".join(row.exchanges[0].instruction.split())[:60]
+        first = " ".join((row.text or row.exchanges[0].instruction).split())[:60]
         place = f"  {after:.3f} (before {before:.3f})  {row.file}, row {row.number}: {first}"
         console.print(place)
 

@@ -4,6 +4,7 @@ The mean over tokens is a ratio of two sums over rows, and rows differ; so its c
 of the rows, not of the tokens, and a change is judged row by row, before against after.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,13 @@ class Losses:
     def change(self) -> Mean:
         """After less before, by the same rows: narrower than either interval where rows move together."""
         return mean_loss([after - before for before, after in zip(self.before, self.after, strict=True)], self.tokens)
+
+    def together(self, counts: Sequence[int]) -> "Losses":
+        """The same with neighbours made one row: so many of them for each, as one row's examples belong together."""
+        ends = list(itertools.accumulate(counts))
+        spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        before, after = ([math.fsum(each[span]) for span in spans] for each in (self.before, self.after))
+        return Losses(before, after, [sum(self.tokens[span]) for span in spans])
 
 
 def measure(assistant: Assistant, examples: Sequence[dict[str, Any]], console: Console | None = None) -> Losses:

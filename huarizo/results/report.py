@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -41,10 +42,12 @@ class Sample:
         return user_text(self.question.turn)
 
 
-def sample_of(row: Row) -> Sample:
-    """A row's first exchange, to be answered."""
-    first = row.exchanges[0]
-    return Sample(first.instruction, first.input, "", None, first.output, row.system)
+def samples_of(rows: Iterable[Row]) -> Iterator[Sample]:
+    """The rows' first exchanges, to be answered; but for plain texts, and for rows with tools, which no one plays."""
+    for row in rows:
+        if row.exchanges and not row.tools and not row.exchanges[0].calls:
+            first = row.exchanges[0]
+            yield Sample(first.instruction, first.input, "", None, first.output, row.system)
 
 
 def samples_as_text(samples: list[Sample]) -> str:

@@ -161,6 +161,6 @@ def _with_base(recipe: Recipe, adapter: Path, prompt: str | None, template: str 
     tokenizer = load_tokenizer(source.path)
     tokenizer.chat_template = template or tokenizer.chat_template
     data = recipe.data
-    format = prompt_format(prompt or data.prompt, tokenizer, data.eos)
+    format = prompt_format(prompt or data.prompt, tokenizer, data.eos, data.date)
     encoder = Encoder(tokenizer, format, data.labels, data.max_length)
     return Tuned(recipe, source.path, adapter, encoder)

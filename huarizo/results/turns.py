@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from huarizo.data.prompts import OpenExchange, Turn
-from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
+from huarizo.data.turns import Exchange
 from huarizo.errors import DataError, ModelError, RecipeError
 
 SYSTEM, FIRST, SECOND, THIRD, ANSWER, LAST_ANSWER = (

@@ -6,11 +6,12 @@ A chat template finds what Transformers gives it (`render_jinja_template`): the 
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, nodes
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -21,14 +22,33 @@ from huarizo.sandbox.child import RefusedError
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what an assistant says, and writes it as it is."""
+    """`{% generation %}`, which marks what an assistant says, and writes it as it is.
+
+    blocks: what was written so far; spans: first and last place, in characters, of what stood in such blocks.
+    """
 
     tags = {"generation"}  # noqa: RUF012
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self.blocks: list[str] = []
+        self.spans: list[tuple[int, int]] = []
+
+    def render(self, template: Template, variables: dict[str, Any]) -> str:
+        self.blocks, self.spans = [], []
+        for block in template.generate(variables):
+            self.blocks.append(block)
+        return "".join(self.blocks)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return [nodes.Scope(body).set_lineno(line)]
+        return [nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)]
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        start, text = sum(map(len, self.blocks)), caller()
+        self.spans.append((start, start + len(text)))
+        return text
 
 
 class _Dict:
@@ -71,23 +91,19 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
 @functools.lru_cache(maxsize=16)
-def _chat_template(template: str) -> Template:
+def _chat_template(template: str) -> tuple[Template, _Generation]:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    return environment.from_string(template)
+    generation: Any = environment.extensions[_Generation.identifier]
+    return environment.from_string(template), generation
 
 
 @functools.lru_cache(maxsize=16)
@@ -96,21 +112,31 @@ def _prompt_template(template: str) -> Template:
     return environment.from_string(template)
 
 
-def _rendered(compiled: Callable[[str], Template], template: str, variables: dict[str, Any]) -> str:
+@contextmanager
+def _refusals() -> Iterator[None]:
     try:
-        return compiled(template).render(variables)
+        yield
     except TemplateError as error:
         raise RefusedError(str(error)) from None
 
 
-def chat(template: str, **variables: Any) -> str:
-    """A chat template's text for `messages` and whatever else it is given."""
-    return _rendered(_chat_template, template, variables)
+def chat(template: str, date: str | None, **variables: Any) -> tuple[str, list[tuple[int, int]] | None]:
+    """A chat template's text for `messages` and whatever else it is given, and the spans of its `generation` blocks.
+
+    date: the day that `strftime_now` tells, YYYY-MM-DD; None for the present moment. No spans of a template that has no
+    such blocks.
+    """
+    told = datetime.fromisoformat(date) if date else datetime.now()
+    with _refusals():
+        compiled, generation = _chat_template(template)
+        text = generation.render(compiled, variables | {"strftime_now": told.strftime})
+    return text, generation.spans if "endgeneration" in template else None
 
 
 def prompt(template: str, **variables: Any) -> str:
     """A recipe's template with `instruction` and `input`."""
-    return _rendered(_prompt_template, template, variables)
+    with _refusals():
+        return _prompt_template(template).render(variables)
 
 
 JOBS = {"chat": chat, "prompt": prompt}

@@ -19,7 +19,7 @@ from huarizo.errors import DataError
 GOOD = '{"instruction": "Q", "output": "A"}'
 SHORT = {
     "<NEEDED>": "Needed are, for sharegpt: conversations; messages: messages; alpaca: instruction and output; "
-    "prompt-completion: prompt and completion.",
+    "prompt-completion: prompt and completion; text: text.",
     "<MAPPING>": "data.columns.instruction=question data.columns.output=answer.",
     "<ROWS>": 'Write a list of rows: [{"instruction": "...", "output": "..."}].',
     "<CUT>": "The download may be incomplete: fetch it again.",
@@ -318,7 +318,7 @@ COMPLAINTS_ABOUT_COLUMNS = [
     (
         {"instructions": "question"},
         "data.columns.instructions: Huarizo has no field of this name. Did you mean 'instruction'? The fields are: "
-        "conversations, system, messages, instruction, output, input, history, prompt, completion.",
+        "conversations, system, tools, label, messages, instruction, output, input, history, prompt, completion, text.",
     ),
     (
         {"instruction": "questions", "output": "answer"},

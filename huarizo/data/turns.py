@@ -1,0 +1,297 @@
+"""Lists of turns become a conversation: user turns, the answers to them, tools' calls and results.
+
+In go turns in the shapes that people have, {role, content}, {from, value} or plain strings; out come a system text and
+exchanges, each of which ends with an answer of the assistant. What can't be one leaves flaws in the record's `Fields`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from huarizo.data.fields import MISSING, Fields, kind_of, list_of, report_doubled
+from huarizo.data.files import excerpt
+from huarizo.data.records import parse_json
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+}
+WEIGHTS = ("weight", "loss_weight", "train", "train_on_turn", "loss")
+TEXT_PARTS = ("text", "input_text", "output_text")
+YES, NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
+OPEN_END = "the last turn has no answer and is left out"
+ANSWER_FIRST = "the assistant speaks first; that turn is left out"
+NOTHING_LEARNT = "left out, no turn is to be learnt"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One user turn and its answer. `input` is "" when absent.
+
+    learnt: whether the answer is learnt, or only read. calls: the tool calls of the answer, as a JSON list in OpenAI's
+    shape with `arguments` as objects; "" for none. results: what tools gave back, each a JSON message, in front of the
+    user's text or in its place.
+    """
+
+    instruction: str
+    input: str
+    output: str
+    learnt: bool = True
+    calls: str = ""
+    results: tuple[str, ...] = ()
+
+
+class Conversation(NamedTuple):
+    """What a row holds: a conversation, or a plain `text` without one. tools: a JSON list in OpenAI's shape, or ""."""
+
+    system: str = ""
+    exchanges: tuple[Exchange, ...] = ()
+    tools: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn under our role names. `calls` are the assistant's, `result` a tool's message as JSON."""
+
+    label: str
+    role: str
+    text: str
+    learnt: bool = True
+    calls: tuple[dict[str, Any], ...] = ()
+    results: tuple[str, ...] = ()
+
+
+def turns_of(fields: Fields, ours: str, role_key: str = "role", text_key: str = "content") -> list[Turn]:
+    """The sound turns of a list of {role, content} or {from, value}; the others leave flaws."""
+    remedy = f'Write a list of {{"{role_key}": ..., "{text_key}": ...}} objects, the user first, the assistant last'
+    before = len(fields.flaws)
+    values = list_of(fields, ours, remedy)
+    name = fields.names[ours]
+    if not values and len(fields.flaws) == before:
+        fields.flaw(name, "is an empty list", remedy)
+    if values and all(isinstance(value, str) for value in values):  # LIMA's: the two speak in turn
+        texts = [fields.checked(f"{name}[{index}]", value) for index, value in enumerate(values)]
+        return [Turn(f"{name}[{i}]", ("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+    turns = []
+    for index, value in enumerate(values):
+        label = f"{name}[{index}]"
+        if isinstance(value, dict):
+            report_doubled(fields, value, f"{label}.")
+            turns.append(_turn(fields, label, value, role_key, text_key))
+        else:
+            shape = f'Write it as {{"{role_key}": ..., "{text_key}": ...}}'
+            fields.flaw(label, f"is {kind_of(value)}, not an object", shape)
+    return turns
+
+
+def _turn(fields: Fields, label: str, value: Mapping[str, object], role_key: str, text_key: str) -> Turn:
+    role_name = role_key if role_key in value else next((key for key in ("role", "from") if key in value), role_key)
+    text_name = text_key if text_key in value else next((k for k in ("content", "value") if k in value), text_key)
+    role = _role(fields, f"{label}.{role_name}", value.get(role_name, MISSING))
+    content, place = value.get(text_name, MISSING), f"{label}.{text_name}"
+    calls = _calls(fields, label, value) if role == "assistant" else ()
+    if role == "assistant" and calls and (content is None or content is MISSING):
+        content = ""
+    text = _content(fields, place, content, may_be_empty=role in ("system", "tool") or bool(calls))
+    learnt = role not in ("assistant", "call") or _is_learnt(fields, label, value)
+    if role == "call":
+        return Turn(label, "assistant", "", learnt, _said_calls(fields, place, text))
+    if role == "tool":
+        message = {"role": "tool", "content": text}
+        message |= {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
+        return Turn(label, role, text, results=(json.dumps(message, ensure_ascii=False),))
+    return Turn(label, role, text, learnt, calls)
+
+
+def _role(fields: Fields, label: str, value: object) -> str:
+    role = ROLES.get(value.strip().lower(), "") if isinstance(value, str) else ""
+    if not role:
+        what = f"is {kind_of(value)}{'' if value is MISSING else ', not a known role'}"
+        fields.flaw(label, what, "Write one of system, user, assistant, tool, or a usual other name of these")
+    return role
+
+
+def _content(fields: Fields, label: str, value: object, may_be_empty: bool) -> str:
+    """A text, or a list of text parts, which are joined by line breaks as servers do for models that read text only."""
+    if not isinstance(value, list) or not value:
+        return fields.checked(label, value, may_be_empty)
+    texts = []
+    for index, part in enumerate(value):
+        place = f"{label}[{index}]"
+        if isinstance(part, dict) and (kind := part.get("type", "text")) not in TEXT_PARTS:
+            what = f"is a part of the type {excerpt(str(kind))}, not text"
+            fields.flaw(place, what, "Only text can be trained on: write it as text, or delete the row")
+        else:
+            text = part.get("text", MISSING) if isinstance(part, dict) else part
+            texts.append(fields.checked(place, text, may_be_empty=True))
+    return fields.checked(label, "\n".join(texts), may_be_empty)
+
+
+def truth(value: object) -> bool | None:
+    """What a value says, written as a truth value, a number or a text; None where it says neither yes nor no."""
+    if isinstance(value, bool | int | float):
+        return bool(value) if value in (0, 1) else None
+    text = value.strip().lower() if isinstance(value, str) else ""
+    return True if text in YES else False if text in NO else None
+
+
+def _is_learnt(fields: Fields, label: str, value: Mapping[str, object]) -> bool:
+    learnt = True
+    for name in WEIGHTS:
+        said = value.get(name)
+        if said is None:
+            continue
+        if (weight := truth(said)) is None:
+            fields.flaw(
+                f"{label}.{name}",
+                f"is {kind_of(said)}",
+                "Write 1 for a turn that is learnt, or 0 for one that is only read",
+            )
+        learnt = learnt and weight is not False
+    return learnt
+
+
+def _calls(fields: Fields, label: str, value: Mapping[str, object]) -> tuple[dict[str, Any], ...]:
+    """The tool calls of an assistant's turn: `tool_calls`, or the one `function_call` of older rows."""
+    several, one = value.get("tool_calls"), value.get("function_call")
+    if several is None and one is None:
+        return ()
+    found = [one] if several is None else several
+    if not isinstance(found, list):
+        fields.flaw(f"{label}.tool_calls", f"is {kind_of(found)}, not a list", 'Write [{"function": {...}}]')
+        return ()
+    name = "function_call" if several is None else "tool_calls"
+    each = [_call(fields, f"{label}.{name}[{index}]", call) for index, call in enumerate(found)]
+    return tuple(call for call in each if call is not None)
+
+
+def _said_calls(fields: Fields, label: str, text: str) -> tuple[dict[str, Any], ...]:
+    """The calls that a turn of its own holds as JSON text: one object, or a list of them."""
+    if not text:
+        return ()
+    value = json_of(text)
+    each = [_call(fields, label, call) for call in (value if isinstance(value, list) else [value])]
+    return tuple(call for call in each if call is not None)
+
+
+def _call(fields: Fields, label: str, value: object) -> dict[str, Any] | None:
+    """One call with its arguments as an object, as chat templates take it."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(value, dict) or not isinstance(function, dict) or not isinstance(name, str) or not name:
+        fields.flaw(label, "is no tool call", 'Write it as {"name": "...", "arguments": {...}}')
+        return None
+    arguments = function.get("arguments", {})
+    arguments = json_of(arguments or "{}") if isinstance(arguments, str) else arguments or {}
+    if not isinstance(arguments, dict):
+        fields.flaw(label, "has arguments that are no JSON object", 'Write them as {"name": value}')
+        return None
+    call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": value["id"], **call} if isinstance(value.get("id"), str) else call
+
+
+def json_of(text: str) -> object:
+    """The value that a JSON text holds, MISSING where it is none."""
+    try:
+        return parse_json(text)
+    except (ValueError, RecursionError):
+        return MISSING
+
+
+def tools_of(fields: Fields) -> str:
+    """The `tools` of a row, a list or a JSON text of one, as JSON in OpenAI's shape; "" for none."""
+    value = fields.get("tools")
+    if value is None or value is MISSING or value in ("", []):
+        return ""
+    tools, name = (
+        list_of(fields, "tools", 'Write a list: [{"type": "function", "function": {...}}]'),
+        fields.names["tools"],
+    )
+    found = []
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            remedy = 'Write it as {"type": "function", "function": {"name": "...", ...}}'
+            fields.flaw(f"{name}[{index}]", "describes no tool", remedy)
+            continue
+        found.append({"type": "function", "function": function})
+    return json.dumps(found, ensure_ascii=False) if found else ""
+
+
+def conversation_of(fields: Fields, turns: Sequence[Turn]) -> Conversation:
+    """An optional system turn, then what is asked and the assistant's answers in turn, the assistant last."""
+    system, tools = fields.optional("system"), tools_of(fields)
+    if fields.flaws:
+        return Conversation()
+    turns = _joined(fields, turns)
+    if turns[0].role == "system":
+        if system and system != turns[0].text:
+            fields.flaw(fields.names["system"], "differs from the system turn", "Keep one of the two")
+        if len(turns) == 1:
+            fields.flaw(turns[0].label, "is a system turn and the only one", "Add a user turn and its answer")
+        system, turns = turns[0].text, turns[1:]
+    if len(turns) > 1 and turns[0].role == "assistant":  # nobody is answered by it, and no chat begins so
+        fields.notes.append(ANSWER_FIRST)
+        turns = turns[1:]
+    exchanges = _exchanges(fields, turns)
+    if not fields.flaws and not any(exchange.learnt for exchange in exchanges):
+        fields.left_out = NOTHING_LEARNT
+    return Conversation(system, tuple(exchanges), tools)
+
+
+def _joined(fields: Fields, turns: Sequence[Turn]) -> list[Turn]:
+    """Turns with those of one role in a row made one. A blank line parts them, as it parts paragraphs of one turn:
+    most chat templates have no place for a second turn of the same role, and the model hears one speaker."""
+    joined: list[Turn] = []
+    for turn in turns:
+        last = joined[-1] if joined else None
+        if last is None or turn.role != last.role:
+            joined.append(turn)
+            continue
+        if turn.learnt != last.learnt:
+            what = f"is a second {turn.role} turn in a row, with another weight than the first"
+            fields.flaw(turn.label, what, "Give both the same weight")
+        if last.calls and turn.text:
+            fields.flaw(turn.label, "follows a tool call without its result", "Put the tool's turn between them")
+        text = "\n\n".join(text for text in (last.text, turn.text) if text)
+        joined[-1] = replace(last, text=text, calls=last.calls + turn.calls, results=last.results + turn.results)
+    return joined
+
+
+def _exchanges(fields: Fields, turns: Sequence[Turn]) -> list[Exchange]:
+    """Each answer with what stands before it: what tools gave back, then what the user said."""
+    exchanges: list[Exchange] = []
+    asked: list[Turn] = []
+    for turn in turns:
+        if turn.role == "assistant" and asked:
+            user = next((each.text for each in asked if each.role == "user"), "")
+            results = next((each.results for each in asked if each.role == "tool"), ())
+            calls = json.dumps(turn.calls, ensure_ascii=False) if turn.calls else ""
+            exchanges.append(Exchange(user, "", turn.text, turn.learnt, calls, results))
+            asked = []
+        elif wrong := _out_of_order(turn.role, asked, exchanges):
+            fields.flaw(turn.label, *wrong)
+            return []
+        else:
+            asked.append(turn)
+    if asked and exchanges:
+        fields.notes.append(OPEN_END)
+    elif asked:
+        remedy = "Add the assistant's answer, or delete this turn"
+        fields.flaw(asked[-1].label, f"is a {asked[-1].role} turn without an answer", remedy)
+    return exchanges
+
+
+def _out_of_order(role: str, asked: Sequence[Turn], exchanges: Sequence[Exchange]) -> tuple[str, str] | None:
+    if role == "system":
+        return "is a system turn that is not the first turn", "Move it to the front, or delete it"
+    if role == "assistant":
+        return "is an assistant turn at the beginning", "Put the user's question before it, or delete it"
+    if role == "tool" and (asked or not exchanges or not exchanges[-1].calls):
+        return "is a tool's turn without a call in front of it", "Put the assistant's tool_calls before it"
+    return None
