@@ -20,7 +20,15 @@ from rich.text import Text
 from huarizo.data.packing import cut, pack
 from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, MachineError, UserError
-from huarizo.files import remove_leftovers, require_space, told, whole_folder, write_manifest, write_whole
+from huarizo.files import (
+    make_folder,
+    make_parent,
+    remove_leftovers,
+    require_space,
+    whole_folder,
+    write_manifest,
+    write_whole,
+)
 from huarizo.machine import Choice, cache_folder, device, rank, world_size
 from huarizo.model.dropout import hash_dropouts
 from huarizo.model.fast import compile_layers
@@ -139,8 +147,9 @@ def _locked(run: Run) -> Iterator[RunLock | None]:
     if rank():
         yield None
         return
-    with told(run.path):
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+    if run.checkpoints.is_symlink():
+        raise UserError(f"{run.checkpoints}: is a link. Checkpoints stand in the run's own folder: put them there")
+    make_folder(run.checkpoints)
     with RunLock(run.path) as lock:
         yield lock
 
@@ -308,7 +317,7 @@ def _rescued(assistant: Assistant, session: Session, result: Result, saving: Sav
     place = cache_folder() / "rescued" / f"{session.run.path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     kept = f"step {saving.saved_step} is safe in {session.run.checkpoints}" if saving.saved_step >= 0 else ""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(place)
         _save_adapter(place, assistant, session, result.metrics)
     except (MachineError, OSError) as error:
         return f"Nor could it be written elsewhere ({error}); {kept or 'no step was saved'}"

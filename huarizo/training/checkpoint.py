@@ -29,7 +29,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
 from huarizo.errors import MachineError, UserError
-from huarizo.files import discard, remove_leftovers, told, write_folder
+from huarizo.files import discard, read_own, remove_leftovers, told, write_folder
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})(-\d+)?")
@@ -275,7 +275,7 @@ def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, byt
     """Each file's name and bytes, which are those of the manifest."""
     for name, file in manifest["files"].items():
         try:
-            content = (folder / name).read_bytes()
+            content = read_own(folder / name)
         except FileNotFoundError:
             raise _DamagedError(f"{name} is missing") from None
         except OSError as error:
@@ -288,12 +288,14 @@ def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, byt
 def _manifest(folder: Path) -> dict[str, Any]:
     """The manifest, judged to be whole and of this folder."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(read_own(folder / MANIFEST))
         digest = manifest.pop("sha256")
         step = manifest["step"]
     except FileNotFoundError:
         raise _DamagedError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        raise _DamagedError(f"{MANIFEST} can't be read: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _DamagedError("its manifest can't be read") from None
     if digest != _digest(manifest):
         raise _DamagedError("its manifest is not as it was written")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from huarizo.errors import MachineError, UserError
-from huarizo.files import told
+from huarizo.files import open_own, told
 
 try:
     import fcntl
@@ -43,7 +43,7 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         with told(self.path):
             while self._descriptor < 0:
-                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+                self._descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
                 try:
                     taken = self._take()
                 except BaseException:
@@ -73,7 +73,7 @@ class RunLock:
     def _is_ours(self) -> bool:
         """Whether the open file is the one that stands at the path."""
         try:
-            return os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+            return os.path.samestat(self.path.lstat(), os.fstat(self._descriptor))
         except FileNotFoundError:
             return False
 

@@ -255,3 +255,12 @@ def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.M
     monkeypatch.setattr(huarizo.finetune, "space_needed", lambda trainable, keep: 10**18)
     with pytest.raises(MachineError, match="checkpoints and adapter take"):
         fine_tune(recipe)
+
+
+def test_checkpoints_that_are_a_link_are_refused(stopped: Run, tmp_path: Path) -> None:
+    stopped.checkpoints.rename(tmp_path / "elsewhere")
+    stopped.checkpoints.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / ".mine.0123abcd.tmp").write_text("precious")
+    with pytest.raises(UserError, match=r"checkpoints: is a link"):
+        resume(stopped, Console(quiet=True))
+    assert (tmp_path / "elsewhere" / ".mine.0123abcd.tmp").read_text() == "precious"
