@@ -1,7 +1,8 @@
 """What a checkpoint depends on beside its files, and what it means when that has changed by the time a run goes on.
 
-Another base model, other data, another LoRA or another order of the rows would make a different run of it: refused.
-Other settings, versions or machines are told, because the result will not be bit-identical to the undisturbed run's.
+Another base model, other data, another LoRA, optimizer or order of the rows would make a different run of it: refused.
+Settings that are used from here on, versions and machines are told, because the result will not be bit-identical to the
+undisturbed run's.
 """
 
 import hashlib
@@ -27,9 +28,18 @@ NO_MATTER = {
 """Settings on which no number of the training depends; of model and data, the pinned digests count, not the place."""
 ONLY_ROUNDING = {"training.micro_batch_tokens", "training.compile", "trainer.gradient_checkpointing", "precision"}
 """Settings that the machine may choose, and that change how it is computed."""
-OTHER_RUN = ("data.", "pinned.", "lora.", "training.batch_size", "training.seed")
-"""Settings, or beginnings of them, without which it is another run; but for those of the next line."""
-STILL_THIS_RUN = ("lora.dropout", "lora.loraplus_lr_ratio", "data.on_bad_row", "data.eval")
+OTHER_RUN = ("data.", "pinned.", "lora.", "training.", "trainer.")
+"""Beginnings of settings without which it is another run, but for those of the next line.
+
+A checkpoint holds the optimizer's own settings and the schedule's, so another learning rate, weight decay, optimizer or
+warm-up would not be used, or only in part.
+"""
+STILL_THIS_RUN = {
+    "data.on_bad_row", "data.eval", "lora.dropout", "training.epochs", "training.max_steps", "trainer.max_grad_norm",
+    "trainer.logging_steps", "trainer.logging_strategy", "trainer.logging_first_step", "trainer.report_to",
+    "trainer.run_name",
+}  # fmt: skip
+"""Settings that are used as they are now, from the checkpoint's step on."""
 
 
 def facts(recipe: Recipe, data_fingerprint: str, precision: str, device: torch.device) -> dict[str, Any]:
@@ -80,7 +90,8 @@ def compare(checkpoint: Checkpoint, recipe: Recipe, now: dict[str, Any]) -> list
     then = checkpoint.manifest
     before, after = _flat(checkpoint.files["recipe.yaml"].decode()), _flat(to_yaml(recipe))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    harmful = [key for key in changed if key.startswith(OTHER_RUN) and key not in STILL_THIS_RUN]
+    harmless = STILL_THIS_RUN | ONLY_ROUNDING
+    harmful = [key for key in changed if key.startswith(OTHER_RUN) and key not in harmless]
     reasons = [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in harmful]
     if not harmful:
         reasons += ["the base model is another one"] if then["base"] != now["base"] else []

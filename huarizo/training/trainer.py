@@ -255,6 +255,7 @@ class LoraTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.checkpoint is not None:
             self.checkpoint.restore_optimizer(self._trained())
+            self.state.compute_steps(self.args, self.state.max_steps)  # when to log and evaluate is the recipe's to say
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: the scaler comes with the optimizer."""

@@ -3,22 +3,26 @@
 import io
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 import huarizo.finetune
 from huarizo.errors import HuarizoError, Interrupted, MachineError, UserError
 from huarizo.finetune import fine_tune, resume
-from huarizo.recipe import Recipe, make_recipe
+from huarizo.recipe import Recipe, fields, make_recipe, to_yaml
 from huarizo.runs import Run
+from huarizo.training.checkpoint import Checkpoint
 from huarizo.training.interrupt import Signals
 from huarizo.training.lock import STALE_AFTER, RunLock
+from huarizo.training.origin import compare, facts
 from huarizo.training.saving import SaveAndStop
 
 
@@ -75,8 +79,8 @@ def edit(run: Run, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("lora.r", 4), ("lora.alpha", 32), ("training.seed", 7), ("training.batch_size", 2), ("data.max_length", 40),
-     ("data.prompt", "alpaca"), ("data.eval", 3)],
+    [("lora.r", 4), ("training.learning_rate", 1e-4), ("data.max_length", 40), ("data.prompt", "alpaca"),
+     ("data.eval", 3)],
 )  # fmt: skip
 def test_what_would_be_another_run_is_refused(stopped: Run, key: str, value: Any) -> None:
     edit(stopped, key, value)
@@ -98,12 +102,70 @@ def test_other_files_are_refused(stopped: Run, change: str, alpaca_file: Path, t
         resume(stopped, Console(quiet=True))
 
 
-def test_what_only_changes_the_numbers_is_told(stopped: Run, console: Console) -> None:
-    edit(stopped, "training.learning_rate", 1e-4)
+REFUSED = {
+    "training.learning_rate": 1e-4, "training.batch_size": 2, "training.seed": 7, "lora.r": 4, "lora.alpha": 32,
+    "lora.target_modules": ["q_proj"], "lora.loraplus_lr_ratio": 4.0, "lora.options": {"use_rslora": True},
+    "trainer.weight_decay": 0.1, "trainer.adam_beta1": 0.5, "trainer.adam_beta2": 0.5, "trainer.adam_epsilon": 1e-3,
+    "trainer.optim": "sgd", "trainer.optim_args": "momentum=0.9", "trainer.lr_scheduler_type": "cosine",
+    "trainer.lr_scheduler_kwargs": {"num_cycles": 2}, "trainer.warmup_steps": 3, "trainer.neftune_noise_alpha": 5,
+}  # fmt: skip
+"""Settings that the state of the checkpoint would override, or that only a run from its first step can have."""
+USED = {
+    "training.epochs": 3, "training.max_steps": 5, "training.eval_every": 3, "training.save_every": 1,
+    "training.save_minutes": None, "training.keep": 1, "training.max_minutes": 30, "training.micro_batch_tokens": 64,
+    "training.compile": True, "lora.dropout": 0.5, "trainer.max_grad_norm": 0.5, "trainer.logging_steps": 3,
+    "trainer.gradient_checkpointing": True,
+}  # fmt: skip
+
+
+def test_every_setting_is_used_or_refused() -> None:
+    """Whoever adds a setting says here what becomes of it when a run goes on."""
+    known = {key for key, _ in fields() if key.startswith(("training.", "lora."))}
+    assert known <= REFUSED.keys() | USED.keys(), known - REFUSED.keys() - USED.keys()
+
+
+@pytest.mark.parametrize("key", [*REFUSED, *USED])
+def test_a_changed_setting_is_refused_unless_it_is_used(key: str) -> None:
+    recipe = make_recipe(model="model", data={"train": "rows.json"}, training={"eval_every": 2}, lora={"dropout": 0.2})
+
+    def with_value(value: Any) -> Recipe:
+        section, name = key.split(".", 1)
+        values = recipe.model_dump()
+        values[section][name] = value
+        return make_recipe(**values)
+
+    now = facts(recipe, "data", "fp32", torch.device("cpu"))
+    checkpoint = Checkpoint(Path("step-000004"), now, {"recipe.yaml": to_yaml(recipe).encode()})
+    if key in REFUSED:
+        with pytest.raises(UserError, match=rf"{re.escape(key)}[.\w]* was .* start a new"):
+            compare(checkpoint, with_value(REFUSED[key]), now)
+    else:
+        compare(checkpoint, with_value(USED[key]), now)
+
+
+def test_a_setting_that_is_not_refused_is_used_and_told(stopped: Run, console: Console) -> None:
+    for key, value in {"lora.dropout": 0.0, "training.epochs": 3, "training.eval_every": 3}.items():
+        edit(stopped, key, value)
+    edit(stopped, "trainer", {"max_grad_norm": 1e-9, "logging_steps": 2})
     manifest = next(stopped.checkpoints.glob("step-*4/manifest.json"))
     assert json.loads(manifest.read_text())["versions"]["torch"]
-    resume(stopped, console)
-    assert "not bit-identical: training.learning_rate was 0.0002 and is 0.0001" in said(console)
+    trainers: list[Any] = []
+    begin = SaveAndStop.on_train_begin
+    with pytest.MonkeyPatch.context() as patch:
+
+        def seen(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainers.append((args, kwargs["model"]))
+            begin(self, args, state, control, **kwargs)
+
+        patch.setattr(SaveAndStop, "on_train_begin", seen)
+        result = resume(stopped, console)
+    assert "not bit-identical: lora.dropout was 0.2 and is 0.0; trainer.logging_steps was None" in said(console)
+    rows = result.metrics
+    assert [row["step"] for row in rows if "eval_loss" in row][-2:] == [6, 9], "evaluated as the recipe says now"
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 6, 8], "and logged"
+    ((args, model),) = trainers
+    assert args.max_grad_norm == 1e-9
+    assert not [m for m in model.modules() if getattr(m, "p", 0) == 0.2], "dropout is that of the recipe"
 
 
 def test_a_moved_model_and_moved_data_are_the_same(
