@@ -15,6 +15,7 @@ compared with the manifest.
 
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -207,7 +208,8 @@ def _prune(checkpoints: Path, keep: int) -> None:
     folders = newest_first(checkpoints)
     kept = set(folders[:keep])
     for key in ("heldout_loss", "running_loss"):
-        losses = {folder: loss for folder in folders if (loss := _fact(folder, key)) is not None}
+        facts = {folder: _fact(folder, key) for folder in folders}
+        losses = {f: loss for f, loss in facts.items() if isinstance(loss, int | float) and math.isfinite(loss)}
         if losses:
             kept.add(min(losses, key=lambda folder: losses[folder]))
     for folder in folders:

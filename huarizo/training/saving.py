@@ -7,6 +7,7 @@ loss, at the end, and before stopping on a signal or at `max_minutes`. None of i
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import TrainerCallback
 from huarizo.errors import MachineError
 from huarizo.machine import world_size
 from huarizo.recipe import Recipe, to_yaml
-from huarizo.training.checkpoint import Trained, contents, save
+from huarizo.training.checkpoint import Trained, contents, generators, save
 from huarizo.training.interrupt import Signals
 from huarizo.training.lock import RunLock
 from huarizo.training.losses import LossWatch
@@ -50,10 +51,12 @@ class SaveAndStop(TrainerCallback):
         self.console, self.signals, self.lock = console, signals, lock
         self.began = time.monotonic() if began is None else began
         self.samples = ""  # samples.jsonl, with the answers before
+        self.rng: torch.Tensor | None = None  # the generators after the last step, though the next has begun
         self.stopped: str | None = None
         self.failure: MachineError | None = None
         self.saved_step = self.tried_step = -1
-        self.lowest = min((row["eval_loss"] for row in metrics.rows if row.get("eval_loss") is not None), default=None)
+        heldout = [row["eval_loss"] for row in metrics.rows if row.get("eval_loss") is not None]
+        self.lowest = min(filter(math.isfinite, heldout), default=math.inf)
         self.seconds, self.saved_at, self.last_cost = 0.0, time.monotonic(), 0.0
         self.step_began = self.longest_step = 0.0
 
@@ -64,7 +67,7 @@ class SaveAndStop(TrainerCallback):
         self.step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.monotonic()
+        now, self.rng = time.monotonic(), generators()
         self.longest_step = max(self.longest_step, now - self.step_began)
         if self.lock is not None:
             self.lock.renew()
@@ -95,9 +98,13 @@ class SaveAndStop(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         loss = (metrics or {}).get("eval_loss")
-        if loss is not None and (self.lowest is None or loss < self.lowest):
+        if loss is not None and math.isfinite(loss) and loss < self.lowest:
             self.lowest = loss
             control.should_save = True
+
+    def has_heldout(self, step: int) -> bool:
+        """Whether the held-out loss was measured at that step."""
+        return any(row["step"] == step and "eval_loss" in row for row in self.metrics.rows)
 
     def write(self, trained: Trained, state: Any, rng: list[torch.Tensor], watch: LossWatch) -> None:
         """Write the checkpoint of this step, once. If that fails, training goes on with what was saved before.
