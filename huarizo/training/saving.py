@@ -22,7 +22,7 @@ from huarizo.machine import world_size
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.training.checkpoint import Trained, contents, generators, save
 from huarizo.training.interrupt import Signals
-from huarizo.training.lock import RunLock
+from huarizo.training.lock import LockLostError, RunLock
 from huarizo.training.losses import LossWatch
 from huarizo.training.progress import Metrics
 
@@ -39,7 +39,7 @@ class SaveAndStop(TrainerCallback):
         metrics: the rows so far.
         console: where "saved step N" is told, which is a promise.
         signals: what was received so far.
-        lock: is renewed; None in tests, and in processes that don't hold it.
+        lock: without it nothing is written; None in tests, and in processes that don't hold it.
         began: `time.monotonic()` when the command began, from which `max_minutes` counts.
     """
 
@@ -70,7 +70,7 @@ class SaveAndStop(TrainerCallback):
         now, self.rng = time.monotonic(), generators()
         self.longest_step = max(self.longest_step, now - self.step_began)
         if self.lock is not None:
-            self.lock.renew()
+            self.lock.require_held()
         stop = self._reason_to_stop(now)
         due = self.recipe.training.save_minutes is not None and now - self.saved_at >= self._interval
         due, stopping = _any_process(args.device, due, stop is not None)
@@ -110,6 +110,9 @@ class SaveAndStop(TrainerCallback):
         """Write the checkpoint of this step, once. If that fails, training goes on with what was saved before.
 
         state: the TrainerState; rng: torch's generators of each process.
+
+        Raises:
+            LockLostError: another process has taken the run over.
         """
         step = state.global_step
         if step == self.tried_step:
@@ -129,6 +132,8 @@ class SaveAndStop(TrainerCallback):
             save(self.checkpoints, step, files, facts, self.recipe.training.keep)
             if self.lock is not None:
                 self.lock.require_folder()
+        except LockLostError:
+            raise
         except MachineError as error:
             self.failure = error
             kept = f"step {self.saved_step} is safe" if self.saved_step >= 0 else "no step is safe yet"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from huarizo.recipe import Recipe, fields, make_recipe, to_yaml
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint
 from huarizo.training.interrupt import Signals
-from huarizo.training.lock import STALE_AFTER, RunLock
+from huarizo.training.lock import STALE_AFTER, LockLostError, RunLock
 from huarizo.training.origin import compare, facts
 from huarizo.training.saving import SaveAndStop
 
@@ -222,7 +223,6 @@ def test_stale_locks_are_recognised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, age: int, flock: Any, kind: str, refused: bool
 ) -> None:
     import platform
-    import time
 
     monkeypatch.setattr("huarizo.training.lock.file_system", lambda path: kind)
     if flock is None:
@@ -235,7 +235,7 @@ def test_stale_locks_are_recognised(
             pass
         return
     with RunLock(tmp_path) as lock:
-        lock.renew()
+        lock.require_held()
         lock.require_folder()
         (tmp_path / ".lock").unlink()
         with pytest.raises(MachineError, match="no longer the folder"):
@@ -327,3 +327,55 @@ def test_checkpoints_that_are_a_link_are_refused(stopped: Run, tmp_path: Path) -
     with pytest.raises(UserError, match=r"checkpoints: is a link"):
         resume(stopped, Console(quiet=True))
     assert (tmp_path / "elsewhere" / ".mine.0123abcd.tmp").read_text() == "precious"
+
+
+OTHER = {"pid": 77, "host": "other-machine", "token": "another"}
+
+
+def wait_until(true: Any) -> None:
+    """Give a thread the time that it needs on a busy machine."""
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_lock_is_renewed_however_long_a_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huarizo.training.lock.RENEW_EVERY", 0.01)
+    with RunLock(tmp_path):
+        os.utime(tmp_path / ".lock", (1, 1))
+        wait_until(lambda: (tmp_path / ".lock").stat().st_mtime > 1)
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("how", ["written over", "replaced"])
+def test_who_has_lost_the_lock_learns_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr("huarizo.training.lock.RENEW_EVERY", 0.01)
+    with RunLock(tmp_path) as lock:
+        if how == "replaced":
+            (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").write_text(json.dumps(OTHER))
+        wait_until(lambda: lock._lost)
+        for check in (lock.require_held, lock.require_folder):
+            with pytest.raises(LockLostError, match="process 77 on other-machine has taken this run over"):
+                check()
+    assert json.loads((tmp_path / ".lock").read_text()) == OTHER, "the other's lock stays"
+
+
+def test_a_run_that_was_taken_over_stops_and_writes_no_more(
+    recipe: Recipe, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recipe.output is not None
+    run, begin = Run(Path(recipe.output)), SaveAndStop.on_step_begin
+
+    def taken_over(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            (run.path / ".lock").write_text(json.dumps(OTHER))
+        begin(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(SaveAndStop, "on_step_begin", taken_over)
+    with pytest.raises(LockLostError, match="writes no more"):
+        fine_tune(recipe, console=console)
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000002"]
+    assert "Going on" not in said(console) and not run.adapter.exists()
+    assert json.loads((run.path / ".lock").read_text()) == OTHER
