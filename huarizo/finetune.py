@@ -44,7 +44,7 @@ from huarizo.runs import Run, new_run, unfinished_runs
 from huarizo.training.checkpoint import Checkpoint, newest_first, newest_valid, space_needed, step_of
 from huarizo.training.interrupt import Signals, Stopped
 from huarizo.training.lock import RunLock
-from huarizo.training.origin import compare, facts, same_training
+from huarizo.training.origin import compare, compared_compilation, facts_of, same_training
 from huarizo.training.progress import Metrics, ShowProgress
 from huarizo.training.saving import SaveAndStop
 from huarizo.training.trainer import LoraTrainer, training_arguments
@@ -237,7 +237,7 @@ class Session:
     def facts(self) -> dict[str, Any]:
         """What the checkpoints' manifests say of this run."""
         data = self.prepared.data.train.fingerprint
-        return facts(self.prepared.recipe, data, self.prepared.choice.precision, device())
+        return facts_of(self.prepared.recipe, data, self.prepared.choice.precision, device())
 
 
 def _train(session: Session, checkpoint: Checkpoint | None) -> Result:
@@ -252,9 +252,12 @@ def _train(session: Session, checkpoint: Checkpoint | None) -> Result:
     console.print(
         f"{'layers':<10} {f'not compiled: {reason}' if reason else 'compiled with the first step'}", soft_wrap=True
     )
+    if checkpoint and (change := compared_compilation(checkpoint, reason)):
+        console.print(Text(f"changed since, so not bit-identical: {change}", style="yellow"), soft_wrap=True)
     metrics = Metrics(run.metrics, checkpoint.metrics if checkpoint else None)
+    facts = session.facts | {"compiled": reason is None}
     saving = SaveAndStop(
-        recipe, run.checkpoints, session.facts, metrics, console, session.signals, session.lock, session.began
+        recipe, run.checkpoints, facts, metrics, console, session.signals, session.lock, session.began
     )  # fmt: skip
     trainer = LoraTrainer(
         model, training_arguments(recipe, run, prepared.choice, device()), prepared.data.train.dataset,

@@ -69,6 +69,11 @@ class Checkpoint:
         """The state of the watch on the losses."""
         return self._state["watched"]
 
+    def micro_batch(self, planned: int | None) -> int | None:
+        """Tokens of a micro-batch to go on with: what was left of as many planned where memory gave out before."""
+        then = self.manifest.get("micro_batch", {})
+        return then.get("used") if then.get("planned") == planned else planned
+
     @property
     def _state(self) -> dict[str, Any]:
         return json.loads(self.files["state.json"])

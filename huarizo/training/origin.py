@@ -15,12 +15,15 @@ from typing import Any
 import torch
 
 from huarizo.errors import UserError
-from huarizo.machine import world_size
+from huarizo.kernels.build import load as load_kernel
+from huarizo.machine import cpu_flags, world_size
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.recipe_file import parse_yaml
 from huarizo.training.checkpoint import Checkpoint
 
 LIBRARIES = ("huarizo", "torch", "transformers", "peft", "accelerate")
+INSTRUCTIONS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
+"""What the CPU has of these decides which products torch and the kernels use, and so how sums are rounded."""
 NO_MATTER = {
     "model", "data.train", "output", "samples", "training.eval_every",
     "training.save_every", "training.save_minutes", "training.keep", "training.max_minutes",
@@ -42,7 +45,7 @@ STILL_THIS_RUN = {
 """Settings that are used as they are now, from the checkpoint's step on."""
 
 
-def facts(recipe: Recipe, data_fingerprint: str, precision: str, device: torch.device) -> dict[str, Any]:
+def facts_of(recipe: Recipe, data_fingerprint: str, precision: str, device: torch.device) -> dict[str, Any]:
     """For the manifest: JSON values that tell this recipe, data, base and machine from others."""
     return {
         "recipe": _digest(_flat(to_yaml(recipe))),
@@ -50,10 +53,18 @@ def facts(recipe: Recipe, data_fingerprint: str, precision: str, device: torch.d
         "data": data_fingerprint,
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "instructions": sorted(cpu_flags() & INSTRUCTIONS) if device.type == "cpu" else [],
+        "kernels": _kernels(precision) if device.type == "cpu" else [],
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
+
+
+def _kernels(precision: str) -> list[str]:
+    """The kernels in C that a training on this CPU can use."""
+    wanted = ("attention", "dropout", *(("int8",) if precision == "int8" else ()))
+    return [name for name in wanted if not isinstance(load_kernel(name), str)]
 
 
 def _digest(value: Any) -> str:
@@ -82,7 +93,7 @@ def same_training(one: Recipe, other: Recipe) -> bool:
 def compare(checkpoint: Checkpoint, recipe: Recipe, now: dict[str, Any]) -> list[str]:
     """What has changed since the checkpoint and is worth telling.
 
-    now: the `facts` of this moment.
+    now: the `facts_of` this moment.
 
     Raises:
         UserError: with what is here now it would be another run.
@@ -102,10 +113,25 @@ def compare(checkpoint: Checkpoint, recipe: Recipe, now: dict[str, Any]) -> list
             "run with huarizo train"
         )
     told = [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in changed]
-    for key in ("precision", "device", "threads", "processes"):
-        if then[key] != now[key]:
-            told.append(f"{key}: {then[key]} then, {now[key]} now")
+    for key in ("precision", "device", "instructions", "kernels", "threads", "processes"):
+        if then.get(key) != now[key]:
+            told.append(f"{key}: {_in_words(then.get(key))} then, {_in_words(now[key])} now")
     for name, number in now["versions"].items():
         if then["versions"].get(name) != number:
             told.append(f"{name} {then['versions'].get(name)} then, {number} now")
     return list(dict.fromkeys(told))
+
+
+def compared_compilation(checkpoint: Checkpoint, reason: str | None) -> str | None:
+    """What to tell where layers were compiled at the checkpoint and are not now, or the other way round.
+
+    reason: why they are not compiled now; None: they are.
+    """
+    then = checkpoint.manifest.get("compiled")
+    if then is None or then == (reason is None):
+        return None
+    return "layers: not compiled then, compiled now" if not then else f"layers: compiled then, not now: {reason}"
+
+
+def _in_words(value: Any) -> str:
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

@@ -106,10 +106,11 @@ class SaveAndStop(TrainerCallback):
         """Whether the held-out loss was measured at that step."""
         return any(row["step"] == step and "eval_loss" in row for row in self.metrics.rows)
 
-    def write(self, trained: Trained, state: Any, rng: list[torch.Tensor], watch: LossWatch) -> None:
+    def write(self, trained: Trained, state: Any, rng: list[torch.Tensor], watch: LossWatch, budget: int) -> None:
         """Write the checkpoint of this step, once. If that fails, training goes on with what was saved before.
 
-        state: the TrainerState; rng: torch's generators of each process.
+        state: the TrainerState; rng: torch's generators of each process; budget: tokens of a micro-batch, of which
+        there are fewer than planned where memory gave out.
 
         Raises:
             LockLostError: another process has taken the run over.
@@ -120,6 +121,7 @@ class SaveAndStop(TrainerCallback):
         began, self.tried_step = time.monotonic(), step
         heldout = [row["eval_loss"] for row in self.metrics.rows if row["step"] == step and "eval_loss" in row]
         facts = self.facts | {"heldout_loss": heldout[-1] if heldout else None, "running_loss": watch.running}
+        facts |= {"micro_batch": {"planned": self.recipe.training.micro_batch_tokens, "used": budget}}
         try:
             if self.lock is not None:
                 self.lock.require_folder()

@@ -229,7 +229,7 @@ class LoraTrainer(Trainer):
         rng = (generators() if self.saving.rng is None else self.saving.rng).to(self.args.device)
         rngs = [rng] if world_size() == 1 else list(self.accelerator.gather(rng[None]))  # pyright: ignore
         if self.is_world_process_zero():
-            self.saving.write(self._trained(), self.state, [rng.cpu() for rng in rngs], self.watch)
+            self.saving.write(self._trained(), self.state, [rng.cpu() for rng in rngs], self.watch, self.budget)
         self.accelerator.wait_for_everyone()
 
     def _trained(self) -> Trained:
@@ -250,6 +250,7 @@ class LoraTrainer(Trainer):
         self.checkpoint = checkpoint
         if checkpoint is not None:
             self.watch = LossWatch.from_state(checkpoint.watched)
+            self.budget = checkpoint.micro_batch(self.recipe.training.micro_batch_tokens) or self.budget
             if checkpoint.step >= self.total_steps:
                 checkpoint.restore_weights(self.model)
                 self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))

@@ -23,8 +23,9 @@ from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint
 from huarizo.training.interrupt import Signals
 from huarizo.training.lock import STALE_AFTER, LockLostError, RunLock
-from huarizo.training.origin import compare, facts
+from huarizo.training.origin import compare, compared_compilation, facts_of
 from huarizo.training.saving import SaveAndStop
+from huarizo.training.trainer import LoraTrainer
 
 
 class Killed(BaseException):
@@ -135,7 +136,7 @@ def test_a_changed_setting_is_refused_unless_it_is_used(key: str) -> None:
         values[section][name] = value
         return make_recipe(**values)
 
-    now = facts(recipe, "data", "fp32", torch.device("cpu"))
+    now = facts_of(recipe, "data", "fp32", torch.device("cpu"))
     checkpoint = Checkpoint(Path("step-000004"), now, {"recipe.yaml": to_yaml(recipe).encode()})
     if key in REFUSED:
         with pytest.raises(UserError, match=rf"{re.escape(key)}[.\w]* was .* start a new"):
@@ -379,3 +380,57 @@ def test_a_run_that_was_taken_over_stops_and_writes_no_more(
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000002"]
     assert "Going on" not in said(console) and not run.adapter.exists()
     assert json.loads((run.path / ".lock").read_text()) == OTHER
+
+
+def test_other_kernels_instructions_and_compilation_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(model="model", data={"train": "rows.json"})
+    states: list[dict[str, Any]] = []
+    for flags, there in ((frozenset({"avx2", "avx512f", "sse"}), ("attention", "dropout")), (frozenset({"avx2"}), ())):
+        monkeypatch.setattr("huarizo.training.origin.cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(
+            "huarizo.training.origin.load_kernel",
+            lambda name, there=there: object() if name in there else "no compiler",
+        )
+        states.append(facts_of(recipe, "data", "fp32", torch.device("cpu")) | {"compiled": not states})
+    then, now = states
+    checkpoint = Checkpoint(Path("step-000004"), then, {"recipe.yaml": to_yaml(recipe).encode()})
+    assert compare(checkpoint, recipe, then) == []
+    assert compare(checkpoint, recipe, now) == [
+        "instructions: avx2 avx512f then, avx2 now", "kernels: attention dropout then, none now",
+    ]  # fmt: skip
+    assert compared_compilation(checkpoint, None) is None
+    told = compared_compilation(checkpoint, "no compiler")
+    assert told == "layers: compiled then, not now: no compiler"
+    checkpoint = Checkpoint(checkpoint.path, now, checkpoint.files)
+    assert compared_compilation(checkpoint, None) == "layers: not compiled then, compiled now"
+
+
+@pytest.mark.parametrize(("planned_now", "used"), [(None, 64), (128, 128)])
+def test_micro_batches_that_memory_made_smaller_stay_so(
+    recipe: Recipe, console: Console, planned_now: int | None, used: int
+) -> None:
+    assert recipe.output is not None
+    run, budgets = Run(Path(recipe.output)), []
+    recipe.training.micro_batch_tokens, recipe.training.max_minutes = 256, 1e-6
+    accumulate = LoraTrainer._accumulate
+
+    def no_memory(self: Any, model: Any, step: Any) -> Any:
+        budgets.append(self.budget)
+        if self.budget > 64:
+            raise MemoryError
+        return accumulate(self, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraTrainer, "_accumulate", no_memory)
+        with pytest.raises(Interrupted):
+            fine_tune(recipe, console=console)
+    assert budgets[0] == 256 and budgets[-1] == 64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            LoraTrainer, "_accumulate", lambda self, *step: budgets.append(self.budget) or accumulate(self, *step)
+        )
+        edit(run, "training.max_minutes", None)
+        if planned_now:
+            edit(run, "training.micro_batch_tokens", planned_now)
+        resume(run, console)
+    assert budgets[-1] == used
