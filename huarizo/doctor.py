@@ -6,7 +6,8 @@ from importlib.metadata import version
 
 import torch
 
-from huarizo.machine import available_memory, choose_precision, cpu_name, device, gemm_rates
+from huarizo.host import cpu_name
+from huarizo.machine import available_memory, choose_precision, device, gemm_rates
 from huarizo.model.fast import why_not
 
 # Frozen linear weights of TinyLlama-1.1B: 22 layers of q, k, v, o, gate, up, down, and the output head.

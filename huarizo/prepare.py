@@ -11,8 +11,9 @@ from typing import Any
 from huarizo.data.prepare import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
+from huarizo.host import cache_folder
 from huarizo.hub.names import Source, check_pinned, resolve_data, resolve_model
-from huarizo.machine import Choice, available_memory, cache_folder, choose_precision, device, micro_batch_tokens
+from huarizo.machine import Choice, available_memory, choose_precision, device, micro_batch_tokens
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
 from huarizo.recipe import Recipe
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from huarizo import machine
+from huarizo import host, machine
 from huarizo.errors import RecipeError
 from huarizo.machine import choose_precision
 
@@ -25,7 +25,7 @@ def with_card(monkeypatch: pytest.MonkeyPatch, bf16: bool, rates: dict[str, floa
 def test_a_cpu_with_int8_instructions_takes_int8(
     flags: set[str], precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags)
     monkeypatch.setattr(machine, "gemm_rates", lambda on: pytest.fail("known, not measured"))
     choice = choose_precision("auto", CPU)
     assert (choice.precision, choice.dtype) == (precision, dtype)
@@ -34,7 +34,7 @@ def test_a_cpu_with_int8_instructions_takes_int8(
 
 @pytest.mark.parametrize("wanted", ["auto", "fp32", "bf16", "int8"])
 def test_nothing_is_measured_on_a_cpu(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx2", "fma"})
+    monkeypatch.setattr(host, "cpu_flags", lambda: {"avx2", "fma"})
     monkeypatch.setattr(machine, "_seconds", lambda *_: pytest.fail("measured"))
     choice = choose_precision(wanted, CPU)
     assert choice.precision == ("fp32" if wanted == "auto" else wanted)
@@ -75,7 +75,7 @@ def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rates_are_measured_on_this_machine() -> None:
-    machine.gemm_rates.cache_clear()
+    machine.gemm_rate.cache_clear()
     rates = machine.gemm_rates(CPU)
     assert {"int8", "bf16", "fp32"} <= rates.keys() and min(rates.values()) > 0
 
@@ -90,8 +90,8 @@ def test_a_slow_format_is_measured_by_one_small_product(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(machine, "_seconds", slow)
     monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
-    machine.gemm_rates.cache_clear()
+    machine.gemm_rate.cache_clear()
     rates = machine.gemm_rates(CPU)
-    machine.gemm_rates.cache_clear()
+    machine.gemm_rate.cache_clear()
     assert len(calls) == len(rates) == 3
     assert rates["int8"] == pytest.approx(2e-9 * 32 * 2048**2 / 10)

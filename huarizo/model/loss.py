@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from huarizo.model.dropout import at_places
 from huarizo.model.int8 import Int8Linear
 
 CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
@@ -47,6 +48,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Any,
         targets: torch.Tensor,
         gradient: Callable[..., Any],
+        places: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -62,7 +64,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss, grad_logits = gradient(head(hidden[part]), targets[part])
                 grad_hidden[part] = head.input_gradient(grad_logits)
             else:
-                with torch.enable_grad():
+                with torch.enable_grad(), at_places(head, places[part]):
                     chunk = hidden[part].detach().requires_grad_()
                     loss = reference(chunk, head, targets[part])
                 taken = torch.autograd.grad(loss, [chunk, *parameters])
@@ -76,7 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
-        return scaled[0], None, None, None, *scaled[1:]
+        return scaled[0], None, None, None, None, *scaled[1:]
 
 
 def _rows(head: Any) -> int:
@@ -88,6 +90,7 @@ def summed_loss(
     head: torch.nn.Module,
     targets: torch.Tensor,
     gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropies of `targets` given `hidden`.
 
@@ -96,6 +99,7 @@ def summed_loss(
         head: the output head, [*, H] -> [*, vocabulary]; may hold trainable parameters (a LoRA).
         targets: [L] int64.
         gradient: `loss_and_gradient`, or that compiled.
+        places: [L] integers, of the labelled tokens in the optimizer step, for a dropout before the head.
 
     Returns:
         A scalar, float32; zero (and still differentiable) for L = 0.
@@ -105,7 +109,8 @@ def summed_loss(
     if not torch.is_grad_enabled():
         return token_losses(hidden, head, targets).sum()
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _ChunkedLoss.apply(hidden, head, targets, gradient, *trainable)  # pyright: ignore[reportReturnType]
+    places = torch.arange(len(targets), device=targets.device) if places is None else places
+    return _ChunkedLoss.apply(hidden, head, targets, gradient, places, *trainable)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -128,7 +133,8 @@ class PackedLoss:
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
-        return summed_loss(self._labelled(model, batch), self.base.lm_head, batch["targets"], self.gradient)
+        hidden, places = self._labelled(model, batch), batch["places"][batch["label_positions"]]
+        return summed_loss(hidden, self.base.lm_head, batch["targets"], self.gradient, places)
 
     def by_token(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each labelled token of a batch: [L] float32, without gradient."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from huarizo.errors import UserError
+from huarizo.host import cpu_flags, world_size
 from huarizo.kernels.build import load as load_kernel
-from huarizo.machine import cpu_flags, world_size
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.recipe_file import parse_yaml
 from huarizo.training.checkpoint import Checkpoint
