@@ -38,7 +38,7 @@ from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import load_base, read_config, weight_bytes
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.prepare import Prepared, changed_files, prepare
-from huarizo.recipe import Recipe, to_yaml
+from huarizo.recipe import Recipe, names_of, to_yaml
 from huarizo.results.card import CARD, adapter_card
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.report import Sample, sample_of, samples_as_text, samples_from_text, save_loss_plot
@@ -211,8 +211,8 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
     lines = {
         "model": recipe.model,
-        "data": f"{recipe.data.train}: {len(data.train.dataset)} rows ({data.format}), {tokens:,} tokens"
-        + "".join(f"; {note}" for note in notes if note),
+        "data": f"{', '.join(names_of(recipe.data.train))}: {len(data.train.dataset)} rows ({data.format}), "
+        f"{tokens:,} tokens" + "".join(f"; {note}" for note in notes if note),
         "held out": f"{len(data.heldout.dataset)} rows" if data.heldout else "none",
         "prompt": recipe.data.prompt.splitlines()[0],
         "precision": f"{prepared.choice.precision}: {prepared.choice.reason}",
@@ -223,6 +223,8 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
         lines |= _told_of_the_cpu(prepared, tokens)
     for key, value in lines.items():
         console.print(Text(f"{key:<10} {value}"), soft_wrap=True)
+        for note in data.notes if key == "data" else ():
+            console.print(Text(f"{'note':<10} {note}"), soft_wrap=True)
 
 
 def _told_of_the_cpu(prepared: Prepared, tokens: int) -> dict[str, str]:

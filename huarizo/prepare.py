@@ -4,7 +4,7 @@ What the user may have got wrong is told here, before a model loads and before a
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from huarizo.data.prepare import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
 from huarizo.host import cache_folder
-from huarizo.hub.names import Source, check_pinned, resolve_data, resolve_model
+from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
 from huarizo.machine import Choice, available_memory, choose_precision, device, micro_batch_tokens
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
-from huarizo.recipe import Recipe
+from huarizo.recipe import Recipe, names_of
 
 
 @dataclass(frozen=True)
@@ -37,30 +37,34 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     on = device()
     choice = choose_precision(recipe.precision, on)
-    sources = {"model": resolve_model(recipe.model), "train": resolve_data(recipe.data.train)}
-    if isinstance(recipe.data.eval, str):
-        sources["eval"] = resolve_data(recipe.data.eval, heldout=True)
-    for name, source in sources.items():
-        check_pinned(name, source, recipe.pinned.get(name, {}))
-    config = read_config(sources["model"].path)
-    eval_file = sources["eval"].path if "eval" in sources else None
+    model = resolve_model(recipe.model)
+    train = [resolve_data(name) for name in names_of(recipe.data.train)]
+    heldout = [resolve_data(name, heldout=True) for name in names_of(recipe.data.eval)]
+    used = {"model": [model], "train": train} | ({"eval": heldout} if heldout else {})
+    for role, sources in used.items():
+        check_pinned(role, sources, recipe.pinned.get(role, {}))
+    config = read_config(model.path)
     data = prepare_data(
-        recipe.data, recipe.training.seed, sources["train"].path, eval_file,
-        load_tokenizer(sources["model"].path), cache_folder() / "tokens",
+        recipe.data, recipe.training.seed, files_of(train), files_of(heldout),
+        load_tokenizer(model.path), cache_folder() / "tokens",
     )  # fmt: skip
-    data_sources = [source for name, source in sources.items() if name != "model"]
-    for file in changed_files(data_sources):
+    data = replace(data, notes=[*(source.note for source in (*train, *heldout) if source.note), *data.notes])
+    for file in changed_files([*train, *heldout]):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
     resolved = recipe.model_copy(deep=True)
     _fit_memory(resolved, config, choice, available_memory(on))
-    resolved.model = sources["model"].pinned
-    resolved.data.train = sources["train"].pinned
-    if "eval" in sources:
-        resolved.data.eval = sources["eval"].pinned
+    resolved.model = model.pinned
+    resolved.data.train = _pinned(train)
+    if heldout:
+        resolved.data.eval = _pinned(heldout)
     resolved.data.prompt = data.encoder.prompt.name
     resolved.precision = choice.precision
-    resolved.pinned = {name: source.sha256 for name, source in sources.items()}
-    return Prepared(resolved, sources["model"], data_sources, data, choice)
+    resolved.pinned = {role: pins(sources) for role, sources in used.items()}
+    return Prepared(resolved, model, [*train, *heldout], data, choice)
+
+
+def _pinned(sources: list[Source]) -> str | list[str]:
+    return sources[0].pinned if len(sources) == 1 else [source.pinned for source in sources]
 
 
 def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:

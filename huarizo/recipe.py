@@ -64,14 +64,25 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1)]
+
+
+def names_of(value: object) -> list[str]:
+    """The data sets that `data.train` or `data.eval` names; none where it is a share or a number of rows."""
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, list) else []
+
+
 class DataRecipe(Section):
     """Which rows are trained on, and how they become tokens."""
 
-    train: str = Field(
-        default="quickstart", min_length=1, description="file, folder, hub data set id[@revision], or quickstart"
+    train: Name | Names = Field(
+        default="quickstart",
+        description="file, folder, hub data set id[@revision][:config][[split]], or quickstart; or a list of these",
     )
-    eval: float | str = Field(
-        default=0.02, description="share held out (0.02), a number of rows (100), another file, or quickstart; 0 = none"
+    eval: float | str | Names = Field(
+        default=0.02,
+        description="share held out (0.02), a number of rows (100), or other rows, named as for data.train; 0 = none",
     )
     prompt: str = Field(
         default="auto",

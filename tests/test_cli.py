@@ -225,10 +225,12 @@ def test_another_architecture_is_refused_in_words(recipe_file: Path, tmp_path: P
     assert done.returncode == 2 and "architecture is 'gpt2'" in done.stderr
 
 
-def test_show_data_prints_rows_as_the_model_sees_them(recipe_file: Path, tmp_path: Path) -> None:
+def test_show_data_prints_rows_as_the_model_sees_them(recipe_file: Path, tmp_path: Path, alpaca_file: Path) -> None:
+    alpaca_file.write_text(json.dumps([row | {"source": "web"} for row in json.loads(alpaca_file.read_text())]))
     done = huarizo("train", str(recipe_file), "--show-data", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("of them learnt") == 2 and "«1" in done.stdout and "<|im_end|>»" in done.stdout
+    assert done.stdout.count("not used: source") == 1
     assert not (tmp_path / "run").exists()
 
 

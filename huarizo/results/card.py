@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from huarizo.errors import UserError
 from huarizo.hub.model_files import CARD, LICENCES
 from huarizo.hub.names import QUICKSTART
-from huarizo.recipe import Recipe
+from huarizo.recipe import Recipe, names_of
 from huarizo.results.gguf import is_adapter
 from huarizo.results.report import Sample, fenced, heldout_change, samples_from_text
 from huarizo.runs import Run
@@ -59,11 +59,15 @@ tags: [lora, huarizo]
 ---
 # LoRA adapter
 
-{card_facts(recipe, base, recipe.data.train.rpartition("/")[2], metrics)}
+{card_facts(recipe, base, _data_names(recipe, lambda name: name.rpartition("/")[2]), metrics)}
 {peft_usage(base, "path/to/this/folder")}
 
 Trained with Huarizo.
 """
+
+
+def _data_names(recipe: Recipe, name_of: Callable[[str], str]) -> str:
+    return ", ".join(name_of(name) for name in names_of(recipe.data.train))
 
 
 def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any]]) -> str:
@@ -98,7 +102,7 @@ def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: Sequence
         front |= {"base_model": hub_id, "base_model_relation": relation}
     front |= {"license": licence} if licence else {}
     front |= {"pipeline_tag": "text-generation", "tags": ["lora", "huarizo"]}
-    data = recipe.data.train if recipe.data.train == QUICKSTART else public_name(recipe.data.train)
+    data = _data_names(recipe, lambda name: name if name == QUICKSTART else public_name(name))
     metrics = _read(run.metrics, _metrics_from_text)
     samples = [sample for sample in _read(run.samples, samples_from_text) if sample.after is not None][:SAMPLES]
     name = repo_id.split("/")[1]

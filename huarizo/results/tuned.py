@@ -138,7 +138,7 @@ def _own_template(adapter: Path) -> str | None:
 
 def _with_base(recipe: Recipe, adapter: Path, prompt: str | None, template: str | None = None) -> Tuned:
     source = resolve_model(recipe.model)
-    check_pinned("model", source, recipe.pinned.get("model", {}))
+    check_pinned("model", [source], recipe.pinned.get("model", {}))
     tokenizer = load_tokenizer(source.path)
     tokenizer.chat_template = template or tokenizer.chat_template
     data = recipe.data

@@ -237,7 +237,7 @@ def test_a_parquet_file_that_unfolds_is_refused(tmp_path: Path, monkeypatch: pyt
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("huarizo.data.records.PARQUET_MEMORY", 300 * 2**20)
+    monkeypatch.setattr("huarizo.data.columnar.MEMORY", 300 * 2**20)
     column = pa.array(["a" * 100_000_000] * 12)
     pq.write_table(pa.table({"instruction": column, "output": column}), tmp_path / "bomb.parquet", compression="zstd")
     assert (tmp_path / "bomb.parquet").stat().st_size < 2_000_000

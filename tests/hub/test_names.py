@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from huarizo.data.files import MANIFESTS, SUFFIXES
 from huarizo.errors import HubError, ModelError
-from huarizo.hub.names import DATA_SET, NO_ROWS, Source, resolve_data, resolve_model
+from huarizo.hub.data_files import are_rows
+from huarizo.hub.names import DATA_SET, Source, resolve_data, resolve_model
 from tests.hub.server import HubServer, Repo, User, commit_of
 from tests.tiny import make_model, make_tokenizer
 
@@ -58,6 +58,7 @@ for case in json.load(open(sys.argv[1])):
     try:
         source = getattr(hub, case["call"])(case["name"])
         out = {"path": str(source.path), "revision": source.revision, "sha256": source.sha256, "pinned": source.pinned}
+        out["note"] = source.note
     except HuarizoError as error:
         out = {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
     print(json.dumps({"case": case["case"]} | out), flush=True)
@@ -171,6 +172,15 @@ def hub_server(model_bytes: dict[str, bytes]) -> Iterator[HubServer]:
             },
             kind="dataset",
         ),
+        "alpaca/sums": Repo(
+            {
+                f"{config}/{split}-00000-of-00001.json": rows
+                for config in ("main", "socratic")
+                for split in ("train", "test")
+            },
+            kind="dataset",
+        ),
+        "alpaca/versions": Repo({"rows.json": rows, "rows_cleaned.json": rows}, kind="dataset"),
         "alpaca/pictures": Repo({"cat.png": b"PNG"}, kind="dataset"),
     }
     users = {
@@ -207,6 +217,13 @@ def online(hub_server: HubServer, home: Path) -> Outcome:
         case("commit again", f"alpaca/pinned@{commit}", token="unknown"),
         case("rows", "alpaca/rows", call="resolve_data"),
         case("pictures", "alpaca/pictures", call="resolve_data"),
+        case("configs", "alpaca/sums", call="resolve_data"),
+        case("config", "alpaca/sums:main", call="resolve_data"),
+        case("config and split", "alpaca/sums@main:socratic[test]", call="resolve_data"),
+        case("no config", "alpaca/sums:mian", call="resolve_data"),
+        case("no split", "alpaca/sums:main[validation]", call="resolve_data"),
+        case("versions", "alpaca/versions", call="resolve_data"),
+        case("version", "alpaca/versions:rows_cleaned.json", call="resolve_data"),
         case("no revision", "alpaca/tiny@nope"),
         case("misspelt", "alpaca/tinny"),
         case("misspelt, logged in", "alpaca/tinny", token="ann"),
@@ -254,6 +271,8 @@ def offline(online: Outcome, hub_server: HubServer, home: Path, tiny_model: Path
         case("offline, public", "alpaca/tiny", token="unknown"),
         case("offline, commit", f"alpaca/pinned@{commit_of('alpaca/pinned main')}", token="blank"),
         case("offline, rows", "alpaca/rows", call="resolve_data"),
+        case("offline, configs", "alpaca/sums", call="resolve_data"),
+        case("offline, split", f"alpaca/sums@{commit_of('alpaca/sums main')}:main[test]", call="resolve_data"),
         case("offline, half", "alpaca/cut"),
         case("offline, half without a list", "alpaca/enospc"),
         case("offline, never seen", "alpaca/never"),
@@ -348,11 +367,29 @@ def test_a_pinned_commit_in_the_cache_asks_nobody(online: Outcome, hub_server: H
 
 def test_a_data_set_is_a_folder_of_rows(online: Outcome) -> None:
     found = online.ok("rows")
-    contents = {"data/train.json": json.dumps([ROW]).encode(), "more.csv": b"instruction,output\n"}
+    contents = {"data/train.json": json.dumps([ROW]).encode()}
     assert found["sha256"] == digests(contents)
     assert {name: (Path(found["path"]) / name).read_bytes() for name in found["sha256"]} == contents
     assert not (Path(found["path"]) / "run.py").exists()
     online.failure("pictures", "DataError", "alpaca/pictures", ".jsonl")
+
+
+def test_a_data_set_with_several_configs_or_splits_is_not_mixed(online: Outcome, offline: Outcome) -> None:
+    for outcome, configs in ((online, "configs"), (offline, "offline, configs")):
+        outcome.failure(configs, "DataError", "several configs (main, socratic)", "Write alpaca/sums:main, or a list")
+    chosen = {"config": ("main", "train"), "config and split": ("socratic", "test")}
+    for case, (config, split) in chosen.items():
+        found = online.ok(case)
+        assert list(found["sha256"]) == [f"{config}/{split}-00000-of-00001.json"]
+        assert found["pinned"] == f"alpaca/sums@{found['revision']}:{config}[{split}]"
+    assert online.ok("config")["note"] == "alpaca/sums: config main, split train, not read: split test"
+    assert list(offline.ok("offline, split")["sha256"]) == ["main/test-00000-of-00001.json"]
+    online.failure("no config", "DataError", "no config 'mian'", "There are: main, socratic")
+    online.failure("no split", "DataError", "no split 'validation'", "There are: test, train")
+    online.failure(
+        "versions", "DataError", "rows.json, rows_cleaned.json", "Write alpaca/versions:rows.json, or a list"
+    )
+    assert list(online.ok("version")["sha256"]) == ["rows_cleaned.json"]
 
 
 # Names that lead nowhere
@@ -680,8 +717,11 @@ def test_pipes_are_not_opened(tmp_path: Path, no_network: None) -> None:
 
 
 def test_files_are_fetched_that_the_reader_of_rows_takes() -> None:
-    assert set(DATA_SET.files) == {f"*{suffix}" for suffix in SUFFIXES}
-    assert set(NO_ROWS) == set(MANIFESTS)
+    names = ["a.json", "B.json", "b/c.jsonl.gz", "b/c.csv.zst", "d.parquet", "e.arrow"]
+    none = ["a.py", "a.pkl", "x.parquet.gz", "b/state.json", "dataset_info.json", "cache-1.arrow", ".a.json"]
+    assert (
+        DATA_SET.used([*names, *none]) == [name for name in sorted([*names, *none]) if are_rows(name)] == sorted(names)
+    )
 
 
 def test_the_quickstart_data(no_network: None) -> None:
