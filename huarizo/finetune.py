@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from huarizo.console import PlainConsole
 from huarizo.data.packing import cut, pack
 from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, MachineError, UserError
@@ -191,8 +192,8 @@ def _locked(run: Run, signals: Signals) -> Iterator[RunLock | None]:
 
 def _console(console: Console | None) -> Console:
     if rank():
-        return Console(quiet=True)
-    return console or Console(markup=False, highlight=False)
+        return PlainConsole(quiet=True)
+    return console or PlainConsole()
 
 
 def _open_folder(run: Run, prepared: Prepared) -> None:

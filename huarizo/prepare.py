@@ -15,7 +15,10 @@ from huarizo.host import cache_folder
 from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
 from huarizo.machine import Choice, available_memory, choose_precision, device, micro_batch_tokens
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
+from huarizo.model.lora import check_lora
+from huarizo.model.weights import check_weights
 from huarizo.recipe import Recipe, names_of
+from huarizo.training.settings import check_trainer_settings
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     on = device()
     choice = choose_precision(recipe.precision, on)
+    check_trainer_settings(recipe, choice, on)
     model = resolve_model(recipe.model)
     train = [resolve_data(name) for name in names_of(recipe.data.train)]
     heldout = [resolve_data(name, heldout=True) for name in names_of(recipe.data.eval)]
@@ -44,6 +48,8 @@ def prepare(recipe: Recipe) -> Prepared:
     for role, sources in used.items():
         check_pinned(role, sources, recipe.pinned.get(role, {}))
     config = read_config(model.path)
+    check_weights(model.path)
+    check_lora(model.path, recipe.lora, choice.precision)
     data = prepare_data(
         recipe.data, recipe.training.seed, files_of(train), files_of(heldout),
         load_tokenizer(model.path), cache_folder() / "tokens",

@@ -23,6 +23,7 @@ from huarizo.hub.data_files import SUFFIXES, suffix_of
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
+VALUE, OBJECT = 80, 250  # bytes of a value in a list or object, and of an object in itself, at most
 
 DISGUISES = (  # how the file begins, what it is, what to do
     (b"\x1f\x8b", "is packed with gzip", "Unpack it first: gunzip < FILE > NEW_FILE"),
@@ -161,12 +162,18 @@ def _is_lines(head: bytes, suffix: str) -> bool:
 
 def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterator[Record]:
     """The rows of a file that is one JSON value."""
+    import torch
+
+    from huarizo.machine import available_memory
+
     with told(path), opened(path) as file:
         if not is_packed(path) and (size := path.stat().st_size) > JSON_LIMIT:
             raise _too_large(path, f"{size / 2**30:.1f} GiB")
         data = file.read(JSON_LIMIT + 1)
-        if len(data) > JSON_LIMIT:
-            raise _too_large(path, f"more than {JSON_LIMIT / 2**30:.1f} GiB")
+    if len(data) > JSON_LIMIT:
+        raise _too_large(path, f"more than {JSON_LIMIT / 2**30:.1f} GiB")
+    if _unfolded(data) > available_memory(torch.device("cpu")):
+        raise _too_large(path, f"{len(data) / 2**30:.1f} GiB")
     size, text = len(data), _decode(path, data).removeprefix("\ufeff")
     del data
     try:
@@ -176,6 +183,13 @@ def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterato
     except RecursionError:
         raise refusal(path, "is nested too deeply", "Write rows as flat objects, or lists of turns in them") from None
     return enumerate(_list_of_rows(path, value, is_row), start=1)
+
+
+def _unfolded(data: bytes) -> int:
+    """How many bytes a JSON text takes at most, decoded and as Python's values: nested lists take 23 times its size."""
+    texts = (2 if data.isascii() else 5) * len(data)
+    values = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
+    return texts + VALUE * values + OBJECT * data.count(b"{")
 
 
 def _too_large(path: Path, size: str) -> DataError:

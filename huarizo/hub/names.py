@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import (
     HfApi,
     constants,
+    hf_hub_download,
     is_offline_mode,
     snapshot_download,
     try_to_load_from_cache,
@@ -104,6 +105,9 @@ class _Kind:
     broken: Callable[[Path], str | None]
     beside: tuple[str, ...] = ()
     """Patterns of files that are fetched too, and not used."""
+    unfit: Callable[[Path, str], str | None] = lambda folder, name: None
+    """What rules a folder out, with the remedy, by the files in `first` alone; `name` is the user's."""
+    first: tuple[str, ...] = ()
 
     def used(self, names: Iterable[str]) -> list[str]:
         """Those of `names` (relative, with /) that are used."""
@@ -132,6 +136,8 @@ MODEL = _Kind(
     lacking=model_files.lacking,
     broken=model_files.broken,
     beside=model_files.BESIDE,
+    unfit=model_files.quantised,
+    first=("config.json", model_files.CARD),
 )
 ADAPTER = _Kind(
     repo_type="model",
@@ -159,14 +165,16 @@ def resolve_model(name: str) -> Source:
 
     Raises:
         HubError: no such name, no access, no network, or damaged on the way.
-        ModelError: not a model in safetensors with its tokenizer.
+        ModelError: not a model in safetensors with its tokenizer, or one that is quantised already.
         MachineError: no space on the disk.
     """
     if name == QUICKSTART:
         folder = quickstart_model()
         return Source(name, folder, None, quickstart_digests(folder))
     local = _local(name, MODEL)
-    return _local_model(name, local) if local else _from_hub(name, MODEL)
+    source = _local_model(name, local) if local else _from_hub(name, MODEL)
+    _require_fit(name, source.path, MODEL)
+    return source
 
 
 def resolve_adapter(name: str) -> Source:
@@ -343,6 +351,7 @@ def _from_hub(name: str, kind: _Kind, check: Callable[[Iterable[str]], object] =
         info = api.repo_info(
             repo_id, repo_type=kind.repo_type, revision=repository.revision, files_metadata=True, timeout=TIMEOUT
         )
+        _check_listing(info)
     except FAILURES as error:
         source = _from_cache(name, repository, kind) if unreachable(error) else None
         if source is None:
@@ -352,6 +361,15 @@ def _from_hub(name: str, kind: _Kind, check: Callable[[Iterable[str]], object] =
         return source
     assert isinstance(info, ModelInfo | DatasetInfo)
     return _fetch(name, repository, kind, info, login, check)
+
+
+def _check_listing(info: Any) -> None:
+    """Raises ValueError: what the hub says of a repository's files is not in the form of a hub's answer."""
+    files = info.siblings or []
+    texts = [info.sha, *(file.rfilename for file in files), *(file.lfs.sha256 for file in files if file.lfs)]
+    numbers = [file.size for file in files if file.size is not None]
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+        raise ValueError("not in the form of a hub's answer")
 
 
 def _from_cache(name: str, repository: Repository, kind: _Kind) -> Source | None:
@@ -399,6 +417,7 @@ def _fetch(
         if missing:
             check_access(repository, info, missing[0], login)
             check_space(repository, sum(wanted[file].size or 0 for file in missing))
+            _look_first(name, repository, kind, info, login)
         folder = _snapshot(repository, kind, token=login.token if login else False)
     except FAILURES as error:
         raise explain_download(error, repository, login) from error
@@ -409,6 +428,22 @@ def _fetch(
     if problem := kind.broken(folder):
         raise kind.error(f"{name}: {problem}")
     return source
+
+
+def _look_first(
+    name: str, repository: Repository, kind: _Kind, info: ModelInfo | DatasetInfo, login: Login | None
+) -> None:
+    """Fetch the few small files that can rule out the rest, and judge by them."""
+    there = {sibling.rfilename for sibling in info.siblings or []}
+    token = login.token if login else False
+    for file in (file for file in reversed(kind.first) if file in there):
+        found = hf_hub_download(repository.repo_id, file, repo_type=kind.repo_type, revision=info.sha, token=token)
+        _require_fit(name, Path(found).parent, kind)
+
+
+def _require_fit(name: str, folder: Path, kind: _Kind) -> None:
+    if problem := kind.unfit(folder, name):
+        raise kind.error(f"{name}: {problem}")
 
 
 def _in_cache(repository: Repository, commit: str | None, file: str) -> bool:

@@ -18,9 +18,11 @@ from huarizo.errors import UserError
 from huarizo.hub.model_files import CARD, LICENCES
 from huarizo.hub.names import QUICKSTART
 from huarizo.recipe import Recipe, names_of
+from huarizo.recipe_file import parse_yaml
 from huarizo.results.gguf import is_adapter
 from huarizo.results.report import Sample, fenced, heldout_change, samples_from_text
 from huarizo.runs import Run
+from huarizo.sandbox.reading import read_bytes
 
 What = Literal["adapter", "merged", "gguf"]
 KIND = {"adapter": ("peft", "adapter"), "merged": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}
@@ -175,14 +177,14 @@ def _licence(model: str) -> str | None:
     texts = [file for pattern in LICENCES[:2] for file in sorted(Path(model).glob(pattern)) if file.is_file()]
     if not texts:
         return None
-    start = texts[0].read_bytes()[:5000].decode("utf-8", "replace")
+    start = texts[0].open("rb").read(5000).decode("utf-8", "replace")
     return next((name for name, words in LICENCE_TEXTS.items() if re.search(words, start, re.IGNORECASE)), "other")
 
 
 def _licence_of_card(card: Path) -> str | None:
     try:
-        front = re.match(r"---\r?\n(.*?)\n---", card.read_bytes()[:100_000].decode("utf-8"), re.DOTALL)
-        said = yaml.safe_load(front[1])["license"] if front else None
+        front = re.match(r"---\r?\n(.*?)\n---", read_bytes(card)[:100_000].decode("utf-8"), re.DOTALL)
+        said = parse_yaml(front[1])["license"] if front else None
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
         return None
     return said if isinstance(said, str) and re.fullmatch(r"[a-z0-9.+-]{1,40}", said) else None

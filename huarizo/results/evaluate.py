@@ -16,9 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from huarizo.console import without_controls
 from huarizo.data.prepare import prepare_data
 from huarizo.data.rows import Row, read_rows, require_good
 from huarizo.errors import DataError, UserError
@@ -211,7 +209,7 @@ def show(console: Console, evaluation: Evaluation) -> None:
         before, after = (part[index] / losses.tokens[index] for part in (losses.before, losses.after))
         first = " ".join(row.exchanges[0].instruction.split())[:60]
         place = f"  {after:.3f} (before {before:.3f})  {row.file}, row {row.number}: {first}"
-        console.print(Text(without_controls(place)))
+        console.print(place)
 
 
 def _interval(mean: Mean) -> str:
