@@ -230,7 +230,7 @@ def test_stale_locks_are_recognised(
         monkeypatch.setattr("huarizo.training.lock.fcntl", None)
     note = {"pid": os.getpid(), "host": platform.node() if host == "here" else "other-machine"}
     (tmp_path / ".lock").write_text(json.dumps(note))
-    os.utime(tmp_path / ".lock", (time.time() - age,) * 2)
+    os.utime(tmp_path / ".lock", (time.time() - age, time.time() - age))
     if refused:
         with pytest.raises(UserError, match="another process trains here"), RunLock(tmp_path):
             pass
