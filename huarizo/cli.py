@@ -1,7 +1,7 @@
 """The commands to train with. Each one calls a function of the library.
 
 Errors become one message on stderr and an exit code:
-0 done; 2 the user's mistake; 3 the machine's fault; 130 interrupted, after a checkpoint.
+0 done; 2 the user's mistake; 3 the machine's fault; 130 interrupted, with what was trained in a checkpoint.
 """
 
 import errno

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +34,8 @@ REMEDIES = {
     errno.ENOENT: "The folder has vanished: if it is on a drive that was unmounted, mount it again",
     errno.ENOTCONN: "The drive is no longer connected: mount it again",
     errno.EIO: "The disk or drive reports an error: copy what is there to another one",
+    errno.ELOOP: "A link stands in its place, and nothing is read or written through one: remove it",
+    errno.ENXIO: "Remove what stands in its place",
 }
 RUST = re.compile(r"\(os error (\d+)\)")
 NO_FOLDER_RENAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
@@ -78,6 +81,28 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of a run folder by its one and only name, and make it where `flags` say so: a descriptor.
+
+    Whoever made the folder could else have a link stand in a file's place and have another file emptied, or a pipe, at
+    which one waits for ever. Raises OSError.
+    """
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags | more, 0o644)
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and (found.st_nlink <= 1 or not flags & (os.O_WRONLY | os.O_RDWR)):
+        return descriptor
+    os.close(descriptor)
+    kind = "the file has other names" if stat.S_ISREG(found.st_mode) else "it is no ordinary file"
+    raise OSError(errno.ENXIO, kind, str(path))
+
+
+def read_own(path: Path) -> bytes:
+    """The bytes of a file of a run folder, opened as `open_own` does. Raises OSError."""
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
 def _beside(path: Path, ending: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
 
@@ -90,9 +115,7 @@ def _write_file(path: Path, content: Content) -> None:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
                 content(file)
         else:
-            rest = memoryview(content.encode("utf-8") if isinstance(content, str) else content)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            _write_all(descriptor, content.encode("utf-8") if isinstance(content, str) else content)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -116,23 +139,76 @@ def write_whole(path: Path, content: Content) -> None:
         sync_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, such that they survive a power cut: each is flushed into its parent.
+
+    Also where they are there already, because who made them may have been killed before it flushed them.
+
+    Raises:
+        MachineError: it can't be made.
+    """
+    with told(path):
+        path = path.absolute()
+        above = [path, *path.parents]
+        for folder in reversed(above):
+            if not folder.is_dir():
+                try:
+                    os.mkdir(folder)
+                except FileExistsError:
+                    if not folder.is_dir():  # else another process has made it meanwhile
+                        raise
+        for parent in above[1:]:
+            if not os.access(parent, os.R_OK | os.W_OK):
+                break  # nobody of ours made anything in there
+            sync_folder(parent)
+
+
 def make_parent(path: Path) -> None:
     """Make the folder that `path` is to stand in, where there is none.
 
     Raises:
         MachineError: it can't be made.
     """
-    with told(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line in one write, unflushed: for records of which a copy is kept elsewhere. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Add a whole line, unflushed: for records of which a copy is kept elsewhere. Raises OSError.
+
+    Half a line, of a write that failed here or of a process that was killed, is cut off first.
+    """
+    descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
-        os.write(descriptor, line.encode("utf-8") + b"\n")
+        end = _end_of_lines(descriptor)
+        if end < os.fstat(descriptor).st_size:
+            os.ftruncate(descriptor, end)
+        try:
+            _write_all(descriptor, line.encode("utf-8") + b"\n")
+        except OSError:
+            with suppress(OSError):  # the next line tries it again
+                os.ftruncate(descriptor, end)
+            raise
     finally:
         os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    """However little the system takes at once."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _end_of_lines(descriptor: int) -> int:
+    """The offset behind the last line that is ended."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        begin = max(0, end - 4096)
+        block = os.pread(descriptor, end - begin, begin)
+        if (newline := block.rfind(b"\n")) >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0
 
 
 def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
@@ -279,7 +355,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of each file, as manifest.json says; {} where there is none. Raises ValueError: it is broken."""
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        files = json.loads(read_own(folder / MANIFEST))["files"]
         return {str(name): {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()}
     except FileNotFoundError:
         return {}

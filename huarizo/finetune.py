@@ -23,7 +23,15 @@ from huarizo.data.packing import cut, pack
 from huarizo.data.rows import write_skipped
 from huarizo.data.tokens import TokenisedRows
 from huarizo.errors import Interrupted, MachineError, UserError
-from huarizo.files import remove_leftovers, require_space, told, whole_folder, write_manifest, write_whole
+from huarizo.files import (
+    make_folder,
+    make_parent,
+    remove_leftovers,
+    require_space,
+    whole_folder,
+    write_manifest,
+    write_whole,
+)
 from huarizo.host import cache_folder, int8_instructions, rank, world_size
 from huarizo.kernels.dropout import reason_against
 from huarizo.machine import Choice, device, minutes_in_float
@@ -37,10 +45,10 @@ from huarizo.results.card import CARD, adapter_card
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.report import Sample, samples_as_text, samples_from_text, samples_of, save_loss_plot
 from huarizo.runs import Run, new_run, unfinished_runs
-from huarizo.training.checkpoint import Checkpoint, newest_valid, space_needed
-from huarizo.training.interrupt import Signals
+from huarizo.training.checkpoint import Checkpoint, newest_first, newest_valid, space_needed, step_of
+from huarizo.training.interrupt import Signals, Stopped
 from huarizo.training.lock import RunLock
-from huarizo.training.origin import compare, facts, same_training
+from huarizo.training.origin import compare, compared_compilation, facts_of, same_training
 from huarizo.training.progress import Metrics, ShowProgress
 from huarizo.training.saving import SaveAndStop
 from huarizo.training.trainer import LoraTrainer, training_arguments
@@ -89,24 +97,31 @@ def fine_tune(
     Raises:
         UserError: before anything was changed.
         MachineError: no disk space or memory left; the message says what was saved.
-        Interrupted: after Ctrl-C or SIGTERM, or at `training.max_minutes`; a checkpoint was written.
+        Interrupted: after Ctrl-C or SIGTERM, or at `training.max_minutes`; what was trained is in a checkpoint.
     """
-    began, console = time.monotonic(), _console(console)
+    with _stoppable() as signals:
+        return _fine_tune(recipe, name, _console(console), go_on, signals)
+
+
+def _fine_tune(
+    recipe: Recipe, name: str, console: Console, go_on: Callable[[Run], bool] | None, signals: Signals
+) -> Result:
+    began = time.monotonic()
     unfinished = unfinished_runs(recipe.output, name) if go_on and world_size() == 1 else []
     if rank() == 0 and not unfinished:
         new_run(recipe.output, name)  # says at once if it can't be
     prepared = prepare(recipe)
     for old in unfinished:
         if go_on and same_training(old.recipe(), prepared.recipe) and go_on(old):
-            return resume(old, console)
+            return _resume(old, console, signals)
     run = new_run(recipe.output, name) if rank() == 0 else Run(Path(recipe.output or "runs"))
     prepared.recipe.output = str(run.path)
-    with _locked(run) as lock:
+    with _locked(run, signals) as lock:
         if lock is not None:
             remove_leftovers(run.path)
             _open_folder(run, prepared)
         _tell(console, prepared, run)
-        return _train(Session(prepared, run, console, lock, began), None)
+        return _train(Session(prepared, run, console, signals, lock, began), None)
 
 
 def resume(run: Run, console: Console | None = None) -> Result:
@@ -114,11 +129,17 @@ def resume(run: Run, console: Console | None = None) -> Result:
 
     Raises:
         UserError: the run is complete, or model, data or LoRA are not those it was started with.
+        MachineError, Interrupted: as `fine_tune`.
     """
-    began, console = time.monotonic(), _console(console)
+    with _stoppable() as signals:
+        return _resume(run, _console(console), signals)
+
+
+def _resume(run: Run, console: Console, signals: Signals) -> Result:
+    began = time.monotonic()
     if run.is_complete():
         raise UserError(f"{run.path}: this run is complete. Talk to it with `huarizo chat {run.path}`")
-    with _locked(run) as lock:
+    with _locked(run, signals) as lock:
         if lock is not None:
             remove_leftovers(run.path)
             remove_leftovers(run.checkpoints)
@@ -126,7 +147,7 @@ def resume(run: Run, console: Console | None = None) -> Result:
         for fault in damaged:
             console.print(Text(f"damaged checkpoint set aside: {fault}", style="yellow"))
         prepared = prepare(run.recipe())
-        session = Session(prepared, run, console, lock, began)
+        session = Session(prepared, run, console, signals, lock, began)
         changes = compare(checkpoint, prepared.recipe, session.facts) if checkpoint else []
         _tell(console, prepared, run)
         if changes:
@@ -137,15 +158,37 @@ def resume(run: Run, console: Console | None = None) -> Result:
 
 
 @contextmanager
-def _locked(run: Run) -> Iterator[RunLock | None]:
-    """The run folder's lock, for the first process of a run; None for the others."""
+def _stoppable() -> Iterator[Signals]:
+    """The signals of a command. Raises Interrupted where one came before there was a run."""
+    with Signals() as signals:
+        try:
+            yield signals
+        except Stopped:
+            raise Interrupted(f"stopped by {signals.received}; nothing was trained") from None
+
+
+@contextmanager
+def _locked(run: Run, signals: Signals) -> Iterator[RunLock | None]:
+    """The run folder's lock, for the first process of a run; None for the others.
+
+    Raises:
+        Interrupted: a signal came where there was nothing to save; the message says what is there.
+        MachineError, UserError: as RunLock.
+    """
     if rank():
         yield None
         return
-    with told(run.path):
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+    if run.checkpoints.is_symlink():
+        raise UserError(f"{run.checkpoints}: is a link. Checkpoints stand in the run's own folder: put them there")
+    make_folder(run.checkpoints)
     with RunLock(run.path) as lock:
-        yield lock
+        try:
+            yield lock
+        except Stopped:
+            there = newest_first(run.checkpoints)
+            kept = f"step {step_of(there[0])} is saved" if there else "no step was trained"
+            go_on = f". Go on with: huarizo resume {run.path}" if run.recipe_file.is_file() else ""
+            raise Interrupted(f"stopped by {signals.received}; {kept}{go_on}") from None
 
 
 def _console(console: Console | None) -> Console:
@@ -220,6 +263,7 @@ class Session:
     prepared: Prepared
     run: Run
     console: Console
+    signals: Signals
     lock: RunLock | None
     began: float
 
@@ -227,7 +271,7 @@ class Session:
     def facts(self) -> dict[str, Any]:
         """What the checkpoints' manifests say of this run."""
         data = self.prepared.data.train.fingerprint
-        return facts(self.prepared.recipe, data, self.prepared.choice.precision, device())
+        return facts_of(self.prepared.recipe, data, self.prepared.choice.precision, device())
 
 
 def _train(session: Session, checkpoint: Checkpoint | None) -> Result:
@@ -242,30 +286,33 @@ def _train(session: Session, checkpoint: Checkpoint | None) -> Result:
     console.print(
         f"{'layers':<10} {f'not compiled: {reason}' if reason else 'compiled with the first step'}", soft_wrap=True
     )
+    if checkpoint and (change := compared_compilation(checkpoint, reason)):
+        console.print(Text(f"changed since, so not bit-identical: {change}", style="yellow"), soft_wrap=True)
     metrics = Metrics(run.metrics, checkpoint.metrics if checkpoint else None)
-    with Signals() as signals:
-        saving = SaveAndStop(
-            recipe, run.checkpoints, session.facts, metrics, console, signals, session.lock, session.began
-        )  # fmt: skip
-        trainer = LoraTrainer(
-            model, training_arguments(recipe, run, prepared.choice, device()), prepared.data.train.dataset,
-            prepared.data.heldout.dataset if prepared.data.heldout else [], recipe, run,
-            recipe.training.micro_batch_tokens or 4096, compiled=reason is None, saving=saving,
-        )  # fmt: skip
-        progress = ShowProgress(metrics, console, device(), trainer)
-        trainer.add_callback(progress)
-        assistant = Assistant(model, prepared.data.encoder)
-        samples = _samples_before(assistant, session, checkpoint)
-        saving.samples = samples_as_text(samples)
-        if prepared.data.heldout and checkpoint is None:
-            trainer.evaluate()
+    facts = session.facts | {"compiled": reason is None}
+    saving = SaveAndStop(
+        recipe, run.checkpoints, facts, metrics, console, session.signals, session.lock, session.began
+    )  # fmt: skip
+    trainer = LoraTrainer(
+        model, training_arguments(recipe, run, prepared.choice, device()), prepared.data.train.dataset,
+        prepared.data.heldout.dataset if prepared.data.heldout else [], recipe, run,
+        recipe.training.micro_batch_tokens or 4096, compiled=reason is None, saving=saving,
+    )  # fmt: skip
+    progress = ShowProgress(metrics, console, device(), trainer)
+    trainer.add_callback(progress)
+    assistant = Assistant(model, prepared.data.encoder)
+    samples = _samples_before(assistant, session, checkpoint)
+    saving.samples = samples_as_text(samples)
+    if prepared.data.heldout and checkpoint is None:
+        trainer.evaluate()
+    with session.signals.patience(None):
         try:
             trainer.go_on(checkpoint)
         finally:
             progress.close()
-    if saving.stopped:
-        _say_stopped(saving, trainer.state, run)
-    if prepared.data.heldout and metrics.rows[-1].get("eval_loss") is None:
+        if saving.stopped:
+            _say_stopped(saving, trainer.state, run)
+    if prepared.data.heldout and "eval_loss" not in metrics.rows[-1]:
         trainer.evaluate()
     return _finish(assistant, session, Result(run, metrics.rows, samples), saving)
 
@@ -342,7 +389,7 @@ def _rescued(assistant: Assistant, session: Session, result: Result, saving: Sav
     place = cache_folder() / "rescued" / f"{session.run.path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     kept = f"step {saving.saved_step} is safe in {session.run.checkpoints}" if saving.saved_step >= 0 else ""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(place)
         _save_adapter(place, assistant, session, result.metrics)
     except (MachineError, OSError) as error:
         return f"Nor could it be written elsewhere ({error}); {kept or 'no step was saved'}"

@@ -84,9 +84,11 @@ def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
 
 
 def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
-    """Held-out loss before the first and after the last step, where it was measured."""
-    losses = [row["eval_loss"] for row in metrics if row.get("eval_loss") is not None]
-    return (losses[0], losses[-1]) if len(losses) > 1 else None
+    """Held-out loss before the first and after the last step, where it was measured and is a number."""
+    losses = [row["eval_loss"] for row in metrics if "eval_loss" in row]
+    if len(losses) < 2 or losses[0] is None or losses[-1] is None:
+        return None
+    return losses[0], losses[-1]
 
 
 def fenced(text: str) -> str:

@@ -15,6 +15,7 @@ compared with the manifest.
 
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
 from huarizo.errors import MachineError, UserError
-from huarizo.files import discard, remove_leftovers, told, write_folder
+from huarizo.files import discard, read_own, remove_leftovers, told, write_folder
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})(-\d+)?")
@@ -67,6 +68,11 @@ class Checkpoint:
     def watched(self) -> dict[str, Any]:
         """The state of the watch on the losses."""
         return self._state["watched"]
+
+    def micro_batch(self, planned: int | None) -> int | None:
+        """Tokens of a micro-batch to go on with: what was left of as many planned where memory gave out before."""
+        then = self.manifest.get("micro_batch", {})
+        return then.get("used") if then.get("planned") == planned else planned
 
     @property
     def _state(self) -> dict[str, Any]:
@@ -207,7 +213,8 @@ def _prune(checkpoints: Path, keep: int) -> None:
     folders = newest_first(checkpoints)
     kept = set(folders[:keep])
     for key in ("heldout_loss", "running_loss"):
-        losses = {folder: loss for folder in folders if (loss := _fact(folder, key)) is not None}
+        facts = {folder: _fact(folder, key) for folder in folders}
+        losses = {f: loss for f, loss in facts.items() if isinstance(loss, int | float) and math.isfinite(loss)}
         if losses:
             kept.add(min(losses, key=lambda folder: losses[folder]))
     for folder in folders:
@@ -275,7 +282,7 @@ def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, byt
     """Each file's name and bytes, which are those of the manifest."""
     for name, file in manifest["files"].items():
         try:
-            content = (folder / name).read_bytes()
+            content = read_own(folder / name)
         except FileNotFoundError:
             raise _DamagedError(f"{name} is missing") from None
         except OSError as error:
@@ -288,12 +295,14 @@ def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, byt
 def _manifest(folder: Path) -> dict[str, Any]:
     """The manifest, judged to be whole and of this folder."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(read_own(folder / MANIFEST))
         digest = manifest.pop("sha256")
         step = manifest["step"]
     except FileNotFoundError:
         raise _DamagedError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        raise _DamagedError(f"{MANIFEST} can't be read: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _DamagedError("its manifest can't be read") from None
     if digest != _digest(manifest):
         raise _DamagedError("its manifest is not as it was written")

@@ -1,21 +1,24 @@
 """One process at a time trains in a run folder.
 
 The lock is the kernel's (flock), which ends with its holder, however that ends. The file also says who holds it, for
-messages, and for folders that several machines share (Drive, NFS), where flock may hold on one machine only: there the
-holder renews the file's time while it trains, and a lock that was not renewed for some minutes is taken for stale.
+messages, and for folders that several machines share (Drive, NFS), where flock may hold on one machine only: there a
+thread renews the file's time, however long a step takes, and a lock that was not renewed for some minutes is taken for
+stale. Whoever finds another's name in it, after a night in standby for instance, has lost it and writes no more.
 """
 
 import errno
 import json
 import os
 import platform
+import secrets
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from huarizo.errors import MachineError, UserError
-from huarizo.files import told
+from huarizo.files import open_own, read_own, told
 
 try:
     import fcntl
@@ -25,6 +28,10 @@ except ImportError:  # Windows
 STALE_AFTER = 600  # seconds without a sign of life, on a folder that several machines share
 RENEW_EVERY = 30  # seconds
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "apfs", "bcachefs"}
+
+
+class LockLostError(MachineError):
+    """Another process has taken the run over; this one may write to its folder no more."""
 
 
 class RunLock:
@@ -38,12 +45,15 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
         self._descriptor = -1
-        self._renewed = 0.0
+        self._token = secrets.token_hex(8)
+        self._lost: str | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
 
     def __enter__(self) -> "RunLock":
         with told(self.path):
             while self._descriptor < 0:
-                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+                self._descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
                 try:
                     taken = self._take()
                 except BaseException:
@@ -52,6 +62,7 @@ class RunLock:
                 if not taken:
                     os.close(self._descriptor)
                     self._descriptor = -1
+        self._thread.start()
         return self
 
     def _take(self) -> bool:
@@ -59,21 +70,22 @@ class RunLock:
         exclusive = self._flock()
         if not self._is_ours():
             return False
-        holder = self._holder()
+        holder = _note_in(os.pread(self._descriptor, 4096, 0))
         if exclusive is False or (holder and self._lives(holder, flock_says_free=exclusive is True)):
             raise UserError(
                 f"{self.path.parent}: another process trains here (process {holder.get('pid', '?')} on "
                 f"{holder.get('host', '?')}). Wait for it or end it; if you know that it is gone, delete {self.path}"
             )
-        note = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(note).encode(), 0)
+        who = {"pid": os.getpid(), "host": platform.node(), "token": self._token}
+        note = json.dumps(who | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
+        os.pwrite(self._descriptor, note, 0)
+        os.ftruncate(self._descriptor, len(note))
         return True
 
     def _is_ours(self) -> bool:
         """Whether the open file is the one that stands at the path."""
         try:
-            return os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+            return os.path.samestat(self.path.lstat(), os.fstat(self._descriptor))
         except FileNotFoundError:
             return False
 
@@ -91,14 +103,6 @@ class RunLock:
             return None
         return True
 
-    def _holder(self) -> dict[str, Any]:
-        """Who wrote the note that stands in the file; {} after an orderly end."""
-        try:
-            note = json.loads(os.pread(self._descriptor, 4096, 0))
-            return note if isinstance(note, dict) and isinstance(note.get("pid"), int) else {}
-        except ValueError:
-            return {}
-
     def _lives(self, holder: dict[str, Any], flock_says_free: bool) -> bool:
         """Whether the process of the note may still train, although the kernel of this machine sees no lock."""
         if holder.get("host") == platform.node():
@@ -108,31 +112,69 @@ class RunLock:
         return time.time() - os.fstat(self._descriptor).st_mtime < STALE_AFTER
 
     def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=1)
         with suppress(OSError):  # where the drive is gone, the note grows stale
-            if self._is_ours():
+            if self._is_ours() and self._other_holder() is None:
                 self.path.unlink()
-        os.close(self._descriptor)
-        self._descriptor = -1
+        if not self._thread.is_alive():  # else a drive that is gone keeps it waiting
+            os.close(self._descriptor)
 
-    def renew(self) -> None:
-        """A sign of life, at most every RENEW_EVERY seconds."""
-        if time.monotonic() - self._renewed >= RENEW_EVERY:
-            self._renewed = time.monotonic()
+    def _keep(self) -> None:
+        """A sign of life every RENEW_EVERY seconds, until the lock is given back or lost."""
+        while self._lost is None and not self._ended.wait(RENEW_EVERY):
             with suppress(OSError):  # told where something is saved
-                os.utime(self._descriptor)
+                self._lost = self._other_holder()
+                if self._lost is None:
+                    os.utime(self._descriptor)
 
-    def require_folder(self) -> None:
-        """Is the run folder still the one that was locked? A drive that was unmounted leaves another, or none.
+    def _other_holder(self) -> str | None:
+        """Who else has a name in the lock file, in words. It is opened anew, because network drives keep old bytes."""
+        try:
+            note = _note_in(read_own(self.path))
+        except FileNotFoundError:
+            return None
+        if not note or note.get("token") == self._token:
+            return None
+        return f"process {note['pid']} on {note.get('host', '?')}"
+
+    def require_held(self) -> None:
+        """Has the thread seen that another process took over?
 
         Raises:
-            MachineError: it is not.
+            LockLostError: it has.
+        """
+        if self._lost is not None:
+            raise LockLostError(
+                f"{self.path.parent}: {self._lost} has taken this run over, because there was no sign of life from "
+                "here. This process stops and writes no more into it; leave the run to the other, or end that one and "
+                "resume the run"
+            )
+
+    def require_folder(self) -> None:
+        """Is the run folder still the one that was locked, and by us? An unmounted drive leaves another, or none.
+
+        Raises:
+            LockLostError: another process has taken over.
+            MachineError: the folder is another one.
         """
         with told(self.path.parent):
+            self._lost = self._lost or self._other_holder()
+            self.require_held()
             if not self._is_ours():
                 raise MachineError(
                     f"{self.path.parent} is no longer the folder that it was at the start: its drive was unmounted, or "
                     "it was moved or replaced. Mount it or put it back"
                 )
+
+
+def _note_in(content: bytes) -> dict[str, Any]:
+    """Who wrote the note that stands in the file; {} after an orderly end."""
+    try:
+        note = json.loads(content)
+    except ValueError:
+        return {}
+    return note if isinstance(note, dict) and isinstance(note.get("pid"), int) else {}
 
 
 def _runs(pid: int) -> bool:

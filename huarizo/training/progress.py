@@ -108,7 +108,7 @@ class ShowProgress(TrainerCallback):
             return
         row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         if "eval_loss" in logs:
-            row["eval_loss"] = logs["eval_loss"]
+            row["eval_loss"] = _finite(logs["eval_loss"])
         else:
             row |= {
                 "loss": _finite(logs["loss"]),
@@ -136,7 +136,8 @@ class ShowProgress(TrainerCallback):
 
     def _show(self, row: dict[str, Any], max_steps: int) -> None:
         if "eval_loss" in row:
-            self.console.print(f"step {row['step']}: held-out loss {row['eval_loss']:.4f}")
+            loss = "not finite" if row["eval_loss"] is None else f"{row['eval_loss']:.4f}"
+            self.console.print(f"step {row['step']}: held-out loss {loss}")
             return
         loss = "not finite, step left out" if row["loss"] is None else f"{row['loss']:.4f}"
         left = f", {duration(row['eta_s'])} left" if row["eta_s"] is not None else ""

@@ -7,6 +7,7 @@ loss, at the end, and before stopping on a signal or at `max_minutes`. None of i
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from huarizo.console import PlainConsole
 from huarizo.errors import MachineError
 from huarizo.host import world_size
 from huarizo.recipe import Recipe, to_yaml
-from huarizo.training.checkpoint import Trained, contents, save
+from huarizo.training.checkpoint import Trained, contents, generators, save
 from huarizo.training.interrupt import Signals
-from huarizo.training.lock import RunLock
+from huarizo.training.lock import LockLostError, RunLock
 from huarizo.training.losses import LossWatch
 from huarizo.training.progress import Metrics
 
@@ -39,7 +40,7 @@ class SaveAndStop(TrainerCallback):
         metrics: the rows so far.
         console: where "saved step N" is told, which is a promise.
         signals: what was received so far.
-        lock: is renewed; None in tests, and in processes that don't hold it.
+        lock: without it nothing is written; None in tests, and in processes that don't hold it.
         began: `time.monotonic()` when the command began, from which `max_minutes` counts.
     """
 
@@ -51,10 +52,12 @@ class SaveAndStop(TrainerCallback):
         self.console, self.signals, self.lock = console, signals, lock
         self.began = time.monotonic() if began is None else began
         self.samples = ""  # samples.jsonl, with the answers before
+        self.rng: torch.Tensor | None = None  # the generators after the last step, though the next has begun
         self.stopped: str | None = None
         self.failure: MachineError | None = None
         self.saved_step = self.tried_step = -1
-        self.lowest = min((row["eval_loss"] for row in metrics.rows if row.get("eval_loss") is not None), default=None)
+        heldout = [row["eval_loss"] for row in metrics.rows if row.get("eval_loss") is not None]
+        self.lowest = min(filter(math.isfinite, heldout), default=math.inf)
         self.seconds, self.saved_at, self.last_cost = 0.0, time.monotonic(), 0.0
         self.step_began = self.longest_step = 0.0
 
@@ -65,10 +68,10 @@ class SaveAndStop(TrainerCallback):
         self.step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.monotonic()
+        now, self.rng = time.monotonic(), generators()
         self.longest_step = max(self.longest_step, now - self.step_began)
         if self.lock is not None:
-            self.lock.renew()
+            self.lock.require_held()
         stop = self._reason_to_stop(now)
         due = self.recipe.training.save_minutes is not None and now - self.saved_at >= self._interval
         due, stopping = _any_process(args.device, due, stop is not None)
@@ -98,14 +101,22 @@ class SaveAndStop(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         loss = (metrics or {}).get("eval_loss")
-        if loss is not None and (self.lowest is None or loss < self.lowest):
+        if loss is not None and math.isfinite(loss) and loss < self.lowest:
             self.lowest = loss
             control.should_save = True
 
-    def write(self, trained: Trained, state: Any, rng: list[torch.Tensor], watch: LossWatch) -> None:
+    def has_heldout(self, step: int) -> bool:
+        """Whether the held-out loss was measured at that step."""
+        return any(row["step"] == step and "eval_loss" in row for row in self.metrics.rows)
+
+    def write(self, trained: Trained, state: Any, rng: list[torch.Tensor], watch: LossWatch, budget: int) -> None:
         """Write the checkpoint of this step, once. If that fails, training goes on with what was saved before.
 
-        state: the TrainerState; rng: torch's generators of each process.
+        state: the TrainerState; rng: torch's generators of each process; budget: tokens of a micro-batch, of which
+        there are fewer than planned where memory gave out.
+
+        Raises:
+            LockLostError: another process has taken the run over.
         """
         step = state.global_step
         if step == self.tried_step:
@@ -113,6 +124,7 @@ class SaveAndStop(TrainerCallback):
         began, self.tried_step = time.monotonic(), step
         heldout = [row["eval_loss"] for row in self.metrics.rows if row["step"] == step and "eval_loss" in row]
         facts = self.facts | {"heldout_loss": heldout[-1] if heldout else None, "running_loss": watch.running}
+        facts |= {"micro_batch": {"planned": self.recipe.training.micro_batch_tokens, "used": budget}}
         try:
             if self.lock is not None:
                 self.lock.require_folder()
@@ -125,6 +137,8 @@ class SaveAndStop(TrainerCallback):
             save(self.checkpoints, step, files, facts, self.recipe.training.keep)
             if self.lock is not None:
                 self.lock.require_folder()
+        except LockLostError:
+            raise
         except MachineError as error:
             self.failure = error
             kept = f"step {self.saved_step} is safe" if self.saved_step >= 0 else "no step is safe yet"

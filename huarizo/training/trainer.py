@@ -26,6 +26,7 @@ from huarizo.model.loss import PackedLoss
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, generators
+from huarizo.training.interrupt import GRACE, Stopped
 from huarizo.training.losses import LossWatch, WatchLosses
 from huarizo.training.saving import SaveAndStop
 
@@ -123,10 +124,23 @@ class LoraTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of one optimizer step; returns its loss. Out of memory halves the micro-batches and tries again."""
         model.train()
+        with self._patience(GRACE):
+            loss = self._accumulate_in_memory(model, inputs)
+        self.state.num_input_tokens_seen += inputs.num_tokens
+        self._leave_out_unless_finite(model, loss)
+        return loss
+
+    def _patience(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """How long a signal waits within a block. Several processes decide together, behind a step."""
+        if self.saving is None or world_size() > 1:
+            return contextlib.nullcontext()
+        return self.saving.signals.patience(seconds)
+
+    def _accumulate_in_memory(self, model: Any, inputs: Any) -> torch.Tensor:
+        """As `_accumulate`, with smaller micro-batches where memory gives out."""
         while True:
             try:
-                loss = self._accumulate(model, inputs)
-                break
+                return self._accumulate(model, inputs)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -140,9 +154,6 @@ class LoraTrainer(Trainer):
             model.zero_grad()
             torch.cuda.empty_cache()
             logging.getLogger(__name__).warning("out of memory: going on with micro-batches of %d tokens", self.budget)
-        self.state.num_input_tokens_seen += inputs.num_tokens
-        self._leave_out_unless_finite(model, loss)
-        return loss
 
     def _leave_out_unless_finite(self, model: Any, loss: torch.Tensor) -> None:
         """Without gradients the optimizer changes neither weights nor moments. A loss scaler sees to it by itself."""
@@ -191,8 +202,18 @@ class LoraTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over the labelled tokens of the held-out rows, in evaluation mode."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        """Mean loss over the labelled tokens of the held-out rows, in evaluation mode. A signal cuts it off."""
+        with self._patience(0):
+            total = self._heldout_sums(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if world_size() > 1:
+            total = self.accelerator.reduce(total.to(self.args.device).float(), "sum").double()  # pyright: ignore
+        metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _heldout_sums(self, rows: Any) -> torch.Tensor:
+        """Sum of the losses of this process's share of rows, and the number of their labels. float64 [2]"""
         model: Any = self.model
         was_training = model.training
         model.eval()
@@ -202,22 +223,17 @@ class LoraTrainer(Trainer):
                 loss = self.packed_loss(model, self._prepare_inputs(batch))
             total += torch.tensor([float(loss), len(batch["targets"])], dtype=torch.float64)
         model.train(was_training)
-        if world_size() > 1:
-            total = self.accelerator.reduce(total.to(self.args.device).float(), "sum").double()  # pyright: ignore
-        metrics = {f"{metric_key_prefix}_loss": float(total[0] / total[1])}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return total
 
     # The Trainer's hooks for saving and loading (seen with transformers 5.17 to 5.23).
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.saving is None:
             return
-        rng = generators().to(self.args.device)
+        rng = (generators() if self.saving.rng is None else self.saving.rng).to(self.args.device)
         rngs = [rng] if world_size() == 1 else list(self.accelerator.gather(rng[None]))  # pyright: ignore
         if self.is_world_process_zero():
-            self.saving.write(self._trained(), self.state, [rng.cpu() for rng in rngs], self.watch)
+            self.saving.write(self._trained(), self.state, [rng.cpu() for rng in rngs], self.watch, self.budget)
         self.accelerator.wait_for_everyone()
 
     def _trained(self) -> Trained:
@@ -233,17 +249,23 @@ class LoraTrainer(Trainer):
             DivergedError: the losses went wrong.
             MachineError: out of memory.
             UserError: the checkpoint has another LoRA.
+            Stopped: a signal came before this process had trained a step.
         """
         self.checkpoint = checkpoint
-        if checkpoint is None:
-            self.train()
-            return
-        self.watch = LossWatch.from_state(checkpoint.watched)
-        if checkpoint.step < self.total_steps:
-            self.train(resume_from_checkpoint=str(checkpoint.path))
-        else:
-            checkpoint.restore_weights(self.model)
-            self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+        if checkpoint is not None:
+            self.watch = LossWatch.from_state(checkpoint.watched)
+            self.budget = checkpoint.micro_batch(self.recipe.training.micro_batch_tokens) or self.budget
+            if checkpoint.step >= self.total_steps:
+                checkpoint.restore_weights(self.model)
+                self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
+                return
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        except Stopped:
+            if self.saving is None or self.state.global_step == (checkpoint.step if checkpoint else 0):
+                raise
+            self.saving.stopped = f"by {self.saving.signals.received}"
+            self._save_checkpoint(self.model, None)
 
     @property
     def total_steps(self) -> int:
@@ -259,6 +281,7 @@ class LoraTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.checkpoint is not None:
             self.checkpoint.restore_optimizer(self._trained())
+            self.state.compute_steps(self.args, self.state.max_steps)  # when to log and evaluate is the recipe's to say
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: the scaler comes with the optimizer."""
@@ -266,3 +289,14 @@ class LoraTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.checkpoint is not None:
             self.checkpoint.restore_generators(rank())
+            self._evaluate_what_was_cut_off()
+
+    def _evaluate_what_was_cut_off(self) -> None:
+        """The held-out loss of the checkpoint's step, where a signal came before it was known."""
+        step, every = self.state.global_step, self.state.eval_steps
+        due = self.args.eval_strategy == "steps" and step >= (self.args.eval_delay or 0) and step % every == 0
+        known = self.saving is None or self.saving.has_heldout(step)
+        if due and not known and self.eval_dataset:
+            self.evaluate()
+            if self.control.should_save:
+                self._save_checkpoint(self.model, None)

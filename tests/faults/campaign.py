@@ -1,7 +1,7 @@
 """Disturbs runs and finishes them: kills at random instants, at each file operation, and again while they recover;
-disks that are full or gone; damaged files.
+disks that are full or gone; signals; damaged files.
 
-    python -m tests.faults.campaign --random 200 --operations -1 --twice 50 --disk 1 --damage 300
+    python -m tests.faults.campaign --random 200 --operations -1 --twice 50 --disk 1 --signals 1 --damage 300
 
 Each case has to end with the bytes of the undisturbed run, or with a message. `--operations -1` means every one. The last line of stdout
 is one JSON object with the numbers of cases; a case that fails ends it with exit code 1.
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.faults import damage, disturb
+from tests.faults import damage, disturb, signalled
 from tests.faults.children import (
     Lab,
     check_after_kill,
@@ -33,7 +33,16 @@ from tests.faults.children import (
 )
 from tests.faults.operations import kill_at
 
-DEFAULTS = {"random": 0, "operations": 0, "twice": 0, "disk": 0, "damage": 0, "seed": 1, "jobs": os.cpu_count() or 1}
+DEFAULTS = {
+    "random": 0,
+    "operations": 0,
+    "twice": 0,
+    "disk": 0,
+    "signals": 0,
+    "damage": 0,
+    "seed": 1,
+    "jobs": os.cpu_count() or 1,
+}
 Case = tuple[str, Callable[[Lab, Path], object]]
 
 
@@ -57,6 +66,8 @@ def cases(lab: Lab, options: argparse.Namespace) -> Iterator[Case]:
         yield f"twice-{number}", lambda lab, run, k=kill_twice: one_case(lab, run, k)
     if options.disk:
         yield from disturb.CASES.items()
+    if options.signals:
+        yield from signalled.CASES.items()
     if options.damage:
         damage.prepare(lab)
         yield from damage.cases(lab, options.damage, options.seed)

@@ -9,9 +9,14 @@ from tests.faults.children import Lab, check_after_kill, check_outcome, ended, f
 from tests.faults.operations import Operation, fail_at
 
 
+def _at(lab: Lab, share: float) -> int:
+    """The number of the file operation at this share of an undisturbed run."""
+    return round(share * lab.operations)
+
+
 def disk_full_for_a_while(lab: Lab, run: Path) -> None:
     """Checkpoints fail for some time: training goes on, says so, and ends with the same result."""
-    before = fail_at(range(140, 146), errno.ENOSPC, inside=run / "run" / "checkpoints")
+    before = fail_at(range(_at(lab, 0.33), _at(lab, 0.45)), errno.ENOSPC, inside=run / "run" / "checkpoints")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 0, _log(run)
     assert "could not be saved" in _log(run) and "Going on" in _log(run)
     check_outcome(lab, run)
@@ -19,7 +24,7 @@ def disk_full_for_a_while(lab: Lab, run: Path) -> None:
 
 def progress_can_not_be_written(lab: Lab, run: Path) -> None:
     """A line of metrics.jsonl fails: it is said once, and the file is complete in the end."""
-    before = fail_at(range(100, 200), errno.EIO, inside=run / "run" / "metrics.jsonl")
+    before = fail_at(range(_at(lab, 0.24), _at(lab, 0.48)), errno.EIO, inside=run / "run" / "metrics.jsonl")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 0, _log(run)
     assert _log(run).count("Going on without it") == 1
     check_outcome(lab, run)
@@ -27,7 +32,7 @@ def progress_can_not_be_written(lab: Lab, run: Path) -> None:
 
 def disk_stays_full(lab: Lab, run: Path) -> None:
     """From some moment on nothing can be written: exit 3, the adapter is rescued, the run can be gone on with."""
-    before = fail_at(range(200, 10**9), errno.ENOSPC, inside=run / "run")
+    before = fail_at(range(_at(lab, 0.48), 10**9), errno.ENOSPC, inside=run / "run")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 3, _log(run)
     _check_rescued(lab, run)
     assert finish(lab, run) == 0, _log(run)
@@ -45,10 +50,10 @@ def folder_is_replaced(lab: Lab, run: Path) -> None:
 
 
 def _vanish(lab: Lab, run: Path, then: Callable[[Path], None]) -> None:
-    folder, away = run / "run", run / "away"
+    folder, away, moment = run / "run", run / "away", _at(lab, 0.7)
 
     def before(number: int, operation: Operation) -> None:
-        if number == 200:
+        if number == moment:
             folder.rename(away)
             then(folder)
 

@@ -26,7 +26,7 @@ class Inode:
 
 
 class Disk:
-    """Replays operations below `root`, which stands for a folder that is there and flushed."""
+    """Replays operations below `root`, which stands for a folder that is there and flushed; what is above never changes."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -39,7 +39,10 @@ class Disk:
         name, args = operation.name, operation.args
         if name == "open":
             path = Path(args[0])
-            if path not in self.paths:
+            if path in self.root.parents:
+                self.inodes.append(Inode(is_folder=True))
+                self.paths[path] = len(self.inodes) - 1
+            elif path not in self.paths:
                 self._new(path, is_folder=False)
             self.open[operation.result] = self.paths[path]
         elif name == "write":

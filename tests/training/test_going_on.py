@@ -3,23 +3,29 @@
 import io
 import json
 import os
+import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 import huarizo.finetune
 from huarizo.errors import HuarizoError, Interrupted, MachineError, UserError
 from huarizo.finetune import fine_tune, resume
-from huarizo.recipe import Recipe, make_recipe
+from huarizo.recipe import Recipe, fields, make_recipe, to_yaml
 from huarizo.runs import Run
+from huarizo.training.checkpoint import Checkpoint
 from huarizo.training.interrupt import Signals
-from huarizo.training.lock import STALE_AFTER, RunLock
+from huarizo.training.lock import STALE_AFTER, LockLostError, RunLock
+from huarizo.training.origin import compare, compared_compilation, facts_of
 from huarizo.training.saving import SaveAndStop
+from huarizo.training.trainer import LoraTrainer
 
 
 class Killed(BaseException):
@@ -75,8 +81,8 @@ def edit(run: Run, key: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("lora.r", 4), ("lora.alpha", 32), ("training.seed", 7), ("training.batch_size", 2), ("data.max_length", 40),
-     ("data.prompt", "alpaca"), ("data.eval", 3)],
+    [("lora.r", 4), ("training.learning_rate", 1e-4), ("data.max_length", 40), ("data.prompt", "alpaca"),
+     ("data.eval", 3)],
 )  # fmt: skip
 def test_what_would_be_another_run_is_refused(stopped: Run, key: str, value: Any) -> None:
     edit(stopped, key, value)
@@ -98,12 +104,70 @@ def test_other_files_are_refused(stopped: Run, change: str, alpaca_file: Path, t
         resume(stopped, Console(quiet=True))
 
 
-def test_what_only_changes_the_numbers_is_told(stopped: Run, console: Console) -> None:
-    edit(stopped, "training.learning_rate", 1e-4)
+REFUSED = {
+    "training.learning_rate": 1e-4, "training.batch_size": 2, "training.seed": 7, "lora.r": 4, "lora.alpha": 32,
+    "lora.target_modules": ["q_proj"], "lora.loraplus_lr_ratio": 4.0, "lora.options": {"use_rslora": True},
+    "trainer.weight_decay": 0.1, "trainer.adam_beta1": 0.5, "trainer.adam_beta2": 0.5, "trainer.adam_epsilon": 1e-3,
+    "trainer.optim": "sgd", "trainer.optim_args": "momentum=0.9", "trainer.lr_scheduler_type": "cosine",
+    "trainer.lr_scheduler_kwargs": {"num_cycles": 2}, "trainer.warmup_steps": 3, "trainer.neftune_noise_alpha": 5,
+}  # fmt: skip
+"""Settings that the state of the checkpoint would override, or that only a run from its first step can have."""
+USED = {
+    "training.epochs": 3, "training.max_steps": 5, "training.eval_every": 3, "training.save_every": 1,
+    "training.save_minutes": None, "training.keep": 1, "training.max_minutes": 30, "training.micro_batch_tokens": 64,
+    "training.compile": True, "lora.dropout": 0.5, "trainer.max_grad_norm": 0.5, "trainer.logging_steps": 3,
+    "trainer.gradient_checkpointing": True,
+}  # fmt: skip
+
+
+def test_every_setting_is_used_or_refused() -> None:
+    """Whoever adds a setting says here what becomes of it when a run goes on."""
+    known = {key for key, _ in fields() if key.startswith(("training.", "lora."))}
+    assert known <= REFUSED.keys() | USED.keys(), known - REFUSED.keys() - USED.keys()
+
+
+@pytest.mark.parametrize("key", [*REFUSED, *USED])
+def test_a_changed_setting_is_refused_unless_it_is_used(key: str) -> None:
+    recipe = make_recipe(model="model", data={"train": "rows.json"}, training={"eval_every": 2}, lora={"dropout": 0.2})
+
+    def with_value(value: Any) -> Recipe:
+        section, name = key.split(".", 1)
+        values = recipe.model_dump()
+        values[section][name] = value
+        return make_recipe(**values)
+
+    now = facts_of(recipe, "data", "fp32", torch.device("cpu"))
+    checkpoint = Checkpoint(Path("step-000004"), now, {"recipe.yaml": to_yaml(recipe).encode()})
+    if key in REFUSED:
+        with pytest.raises(UserError, match=rf"{re.escape(key)}[.\w]* was .* start a new"):
+            compare(checkpoint, with_value(REFUSED[key]), now)
+    else:
+        compare(checkpoint, with_value(USED[key]), now)
+
+
+def test_a_setting_that_is_not_refused_is_used_and_told(stopped: Run, console: Console) -> None:
+    for key, value in {"lora.dropout": 0.0, "training.epochs": 3, "training.eval_every": 3}.items():
+        edit(stopped, key, value)
+    edit(stopped, "trainer", {"max_grad_norm": 1e-9, "logging_steps": 2})
     manifest = next(stopped.checkpoints.glob("step-*4/manifest.json"))
     assert json.loads(manifest.read_text())["versions"]["torch"]
-    resume(stopped, console)
-    assert "not bit-identical: training.learning_rate was 0.0002 and is 0.0001" in said(console)
+    trainers: list[Any] = []
+    begin = SaveAndStop.on_train_begin
+    with pytest.MonkeyPatch.context() as patch:
+
+        def seen(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainers.append((args, kwargs["model"]))
+            begin(self, args, state, control, **kwargs)
+
+        patch.setattr(SaveAndStop, "on_train_begin", seen)
+        result = resume(stopped, console)
+    assert "not bit-identical: lora.dropout was 0.2 and is 0.0; trainer.logging_steps was None" in said(console)
+    rows = result.metrics
+    assert [row["step"] for row in rows if "eval_loss" in row][-2:] == [6, 9], "evaluated as the recipe says now"
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 6, 8], "and logged"
+    ((args, model),) = trainers
+    assert args.max_grad_norm == 1e-9
+    assert not [m for m in model.modules() if getattr(m, "p", 0) == 0.2], "dropout is that of the recipe"
 
 
 def test_a_moved_model_and_moved_data_are_the_same(
@@ -160,20 +224,19 @@ def test_stale_locks_are_recognised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, age: int, flock: Any, kind: str, refused: bool
 ) -> None:
     import platform
-    import time
 
     monkeypatch.setattr("huarizo.training.lock.file_system", lambda path: kind)
     if flock is None:
         monkeypatch.setattr("huarizo.training.lock.fcntl", None)
     note = {"pid": os.getpid(), "host": platform.node() if host == "here" else "other-machine"}
     (tmp_path / ".lock").write_text(json.dumps(note))
-    os.utime(tmp_path / ".lock", (time.time() - age,) * 2)
+    os.utime(tmp_path / ".lock", (time.time() - age, time.time() - age))
     if refused:
         with pytest.raises(UserError, match="another process trains here"), RunLock(tmp_path):
             pass
         return
     with RunLock(tmp_path) as lock:
-        lock.renew()
+        lock.require_held()
         lock.require_folder()
         (tmp_path / ".lock").unlink()
         with pytest.raises(MachineError, match="no longer the folder"):
@@ -195,11 +258,12 @@ def test_a_lock_of_a_process_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_are_noted_once_and_then_end_at_once(number: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Signals() as signals:
+    with Signals() as signals, signals.patience(None):
         os.kill(os.getpid(), getattr(signal, number))
         assert signals.received == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        signals.received = None
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -255,3 +319,118 @@ def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.M
     monkeypatch.setattr(huarizo.finetune, "space_needed", lambda trainable, keep: 10**18)
     with pytest.raises(MachineError, match="checkpoints and adapter take"):
         fine_tune(recipe)
+
+
+def test_checkpoints_that_are_a_link_are_refused(stopped: Run, tmp_path: Path) -> None:
+    stopped.checkpoints.rename(tmp_path / "elsewhere")
+    stopped.checkpoints.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / ".mine.0123abcd.tmp").write_text("precious")
+    with pytest.raises(UserError, match=r"checkpoints: is a link"):
+        resume(stopped, Console(quiet=True))
+    assert (tmp_path / "elsewhere" / ".mine.0123abcd.tmp").read_text() == "precious"
+
+
+OTHER = {"pid": 77, "host": "other-machine", "token": "another"}
+
+
+def wait_until(true: Any) -> None:
+    """Give a thread the time that it needs on a busy machine."""
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_lock_is_renewed_however_long_a_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huarizo.training.lock.RENEW_EVERY", 0.01)
+    with RunLock(tmp_path):
+        os.utime(tmp_path / ".lock", (1, 1))
+        wait_until(lambda: (tmp_path / ".lock").stat().st_mtime > 1)
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("how", ["written over", "replaced"])
+def test_who_has_lost_the_lock_learns_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr("huarizo.training.lock.RENEW_EVERY", 0.01)
+    with RunLock(tmp_path) as lock:
+        if how == "replaced":
+            (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").write_text(json.dumps(OTHER))
+        wait_until(lambda: lock._lost)
+        for check in (lock.require_held, lock.require_folder):
+            with pytest.raises(LockLostError, match="process 77 on other-machine has taken this run over"):
+                check()
+    assert json.loads((tmp_path / ".lock").read_text()) == OTHER, "the other's lock stays"
+
+
+def test_a_run_that_was_taken_over_stops_and_writes_no_more(
+    recipe: Recipe, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recipe.output is not None
+    run, begin = Run(Path(recipe.output)), SaveAndStop.on_step_begin
+
+    def taken_over(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            (run.path / ".lock").write_text(json.dumps(OTHER))
+        begin(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(SaveAndStop, "on_step_begin", taken_over)
+    with pytest.raises(LockLostError, match="writes no more"):
+        fine_tune(recipe, console=console)
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000002"]
+    assert "Going on" not in said(console) and not run.adapter.exists()
+    assert json.loads((run.path / ".lock").read_text()) == OTHER
+
+
+def test_other_kernels_instructions_and_compilation_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(model="model", data={"train": "rows.json"})
+    states: list[dict[str, Any]] = []
+    for flags, there in ((frozenset({"avx2", "avx512f", "sse"}), ("attention", "dropout")), (frozenset({"avx2"}), ())):
+        monkeypatch.setattr("huarizo.training.origin.cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(
+            "huarizo.training.origin.load_kernel",
+            lambda name, there=there: object() if name in there else "no compiler",
+        )
+        states.append(facts_of(recipe, "data", "fp32", torch.device("cpu")) | {"compiled": not states})
+    then, now = states
+    checkpoint = Checkpoint(Path("step-000004"), then, {"recipe.yaml": to_yaml(recipe).encode()})
+    assert compare(checkpoint, recipe, then) == []
+    assert compare(checkpoint, recipe, now) == [
+        "instructions: avx2 avx512f then, avx2 now", "kernels: attention dropout then, none now",
+    ]  # fmt: skip
+    assert compared_compilation(checkpoint, None) is None
+    told = compared_compilation(checkpoint, "no compiler")
+    assert told == "layers: compiled then, not now: no compiler"
+    checkpoint = Checkpoint(checkpoint.path, now, checkpoint.files)
+    assert compared_compilation(checkpoint, None) == "layers: not compiled then, compiled now"
+
+
+@pytest.mark.parametrize(("planned_now", "used"), [(None, 64), (128, 128)])
+def test_micro_batches_that_memory_made_smaller_stay_so(
+    recipe: Recipe, console: Console, planned_now: int | None, used: int
+) -> None:
+    assert recipe.output is not None
+    run, budgets = Run(Path(recipe.output)), []
+    recipe.training.micro_batch_tokens, recipe.training.max_minutes = 256, 1e-6
+    accumulate = LoraTrainer._accumulate
+
+    def no_memory(self: Any, model: Any, step: Any) -> Any:
+        budgets.append(self.budget)
+        if self.budget > 64:
+            raise MemoryError
+        return accumulate(self, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraTrainer, "_accumulate", no_memory)
+        with pytest.raises(Interrupted):
+            fine_tune(recipe, console=console)
+    assert budgets[0] == 256 and budgets[-1] == 64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            LoraTrainer, "_accumulate", lambda self, *step: budgets.append(self.budget) or accumulate(self, *step)
+        )
+        edit(run, "training.max_minutes", None)
+        if planned_now:
+            edit(run, "training.micro_batch_tokens", planned_now)
+        resume(run, console)
+    assert budgets[-1] == used

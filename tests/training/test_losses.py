@@ -1,5 +1,6 @@
 """Numbers that are not finite never reach the weights; a run that went wrong ends, and says why."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from huarizo.recipe import make_recipe
-from huarizo.training.checkpoint import Trained, contents, newest_valid, save
+from huarizo.results.report import heldout_change
+from huarizo.training.checkpoint import Trained, contents, newest_first, newest_valid, save
 from huarizo.training.losses import CLIMB, MAX_SKIPPED, WINDOW, DivergedError, LossWatch, likely_cause
 from huarizo.training.trainer import LoraTrainer
 from tests.training.test_checkpoint import weights
@@ -118,3 +120,24 @@ def test_lora_is_fp32_under_an_fp16_base() -> None:
     recipe = make_recipe()
     model = add_lora(make_model().half().requires_grad_(False), recipe.lora, 0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(tmp_path: Path, monkeypatch: Any, bad: float) -> None:
+    heldout = iter([bad, 3.0, bad, 2.0, bad, 2.5, bad, bad])
+    recipe = make_recipe(training={"max_steps": 8, "eval_every": 1, "keep": 1, "save_every": 99, "save_minutes": None})
+    trainer = make_trainer(lora_model(recipe), recipe, random_examples([20] * 16), tmp_path)
+    trainer.eval_dataset = trainer.train_dataset
+    monkeypatch.setattr(trainer, "_heldout_sums", lambda rows: torch.tensor([next(heldout), 1.0]))
+    trainer.go_on(None)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row["eval_loss"] for row in rows if "eval_loss" in row] == [None, 3, None, 2, None, 2.5, None, None]
+    assert [folder.name for folder in newest_first(tmp_path / "run" / "checkpoints")] == ["step-000008", "step-000004"]
+    assert heldout_change(rows) is None, "none was measured after the last step"
+
+
+def test_a_checkpoint_whose_loss_is_no_number_is_not_kept_as_the_best(tmp_path: Path) -> None:
+    for step, loss in enumerate([math.nan, 2.0, math.nan, 3.0, "1.0", 4.0], start=1):
+        save(tmp_path, step, {"a": b"a"}, {"heldout_loss": loss}, keep=1)
+    assert [folder.name for folder in newest_first(tmp_path)] == ["step-000006", "step-000002"]
