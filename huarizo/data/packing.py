@@ -130,7 +130,8 @@ class StepCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> Step:
         lengths = [len(example["input_ids"]) for example in examples]
-        mine, places = (every[self.rank :: self.world_size] for every in (examples, starts(lengths)))
+        share = slice(self.rank, None, self.world_size)
+        mine, places = examples[share], starts(lengths)[share]
         if not mine:
             labels = [IGNORED] * len(examples[0]["labels"])
             mine, places = [{"input_ids": examples[0]["input_ids"], "labels": labels}], [0]
