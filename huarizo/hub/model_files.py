@@ -7,13 +7,14 @@ and pickles (`*.bin`, `*.pt`) are never opened, because opening one can run any 
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huarizo.sandbox.reading import MOST_JSON, odd_entry, read_json
+from huarizo.sandbox.reading import MOST_JSON, odd_entry, open_file, read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -50,7 +51,7 @@ LARGEST = {"tokenizer.json": 200_000_000, "tokenizer.model": 100_000_000, INDEX:
 LARGEST_OTHER = MOST_JSON  # bytes; TinyLlama's others have under 2,000
 DTYPE = re.compile(r"(BOOL|(?:BF|C|F|I|U)(\d+)(?:_\w+)?)")
 """A tensor's type in safetensors; the number is its bits."""
-LARGEST_CARD = 100_000  # characters of it that are looked at
+LARGEST_CARD = 100_000  # bytes of it that are looked at
 QUANTISED_NAME = re.compile(
     r"([-_.](unsloth|bnb|nf4|gptq|awq|hqq|eetq|aqlm|exl2|marlin|quantized|dynamic|nv?fp[48]|mxfp4|fp8|int[48]|[2-8]-?bits?|"
     r"w\d+a\d+|\d+g|v\d+-gptq))+$",
@@ -61,11 +62,33 @@ BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.M
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
+class Tensor(NamedTuple):
+    """What the header of a safetensors file says of a tensor; `dtype` is F32, BF16 ..."""
+
+    shape: list[int]
+    dtype: str
+
+
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files with a model's weights: the one, or those that its index names."""
-    if (folder / WEIGHTS).is_file():
+    """Names of the files with a model's weights: the one, or those that its index names.
+
+    Raises:
+        ValueError: the index can't be read, or names what is no file beside it.
+    """
+    if (folder / WEIGHTS).exists():
         return [WEIGHTS]
-    return sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    try:
+        parts = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        if not all(isinstance(part, str) and part for part in parts):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{INDEX} can't be read as JSON with a `weight_map`. Fetch or save the model again") from None
+    missing = [part for part in parts if Path(part).name != part or not (folder / part).exists()]
+    if missing:
+        raise ValueError(
+            f"weights are missing: {', '.join(missing[:5])} (named in {INDEX}). Fetch or save the model again"
+        )
+    return parts
 
 
 def lacking(names: Iterable[str]) -> str | None:
@@ -111,18 +134,11 @@ def broken(folder: Path) -> str | None:
     problem = lacking(file.name for file in folder.iterdir()) or hostile(folder)
     if problem:
         return problem
-    if (folder / WEIGHTS).exists():
-        return broken_weights(folder / WEIGHTS)
     try:
-        parts = set(read_json(folder / INDEX)["weight_map"].values())
-        if not all(isinstance(part, str) and part for part in parts):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{INDEX} can't be read as JSON with a `weight_map`. Fetch or save the model again"
-    missing = sorted(part for part in parts if Path(part).name != part or not (folder / part).exists())
-    if missing:
-        return f"weights are missing: {', '.join(missing[:5])} (named in {INDEX}). Fetch or save the model again"
-    return next((problem for part in sorted(parts) if (problem := broken_weights(folder / part))), None)
+        tensors_of(folder)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def quantised(folder: Path, name: str) -> str | None:
@@ -131,9 +147,9 @@ def quantised(folder: Path, name: str) -> str | None:
     None where they are in floats. name: what the user calls the model.
     """
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
         found = config.get("quantization_config") or config.get("compression_config")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return None  # told where it is read
     if not found:
         return None
@@ -151,7 +167,10 @@ def quantised(folder: Path, name: str) -> str | None:
 def _float_name(folder: Path, name: str, config: dict[str, Any]) -> str | None:
     """The model that a quantised one was made of, as its card, its config.json or its name says."""
     card, plain = folder / CARD, name.partition("@")[0]
-    text = card.read_text(encoding="utf-8", errors="replace")[:LARGEST_CARD] if card.is_file() else ""
+    text = ""
+    if card.is_file():
+        with open_file(card) as file:
+            text = file.read(LARGEST_CARD).decode("utf-8", "replace")
     front = text.split("---")[1] if text.startswith("---") else ""
     told = [match[1] for match in BASE_MODEL.finditer(front)]
     written = config.get("_name_or_path")
@@ -205,29 +224,38 @@ def _forbidden(value: Any) -> str | None:
     return None
 
 
-def broken_weights(file: Path) -> str | None:
-    """What is wrong with a safetensors file, by its header and its length; None where it is whole."""
-    try:
-        tensors_in(file)
-    except ValueError as error:
-        return f"{file.name} {error}"
-    return None
-
-
-def tensors_in(file: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in a safetensors file: 8 bytes of header length, a JSON header, and the data.
+def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """A model's weight files, each with the tensors in it, by their headers and lengths alone.
 
     Raises:
-        ValueError: the header and the length of the file don't say the same.
+        ValueError: a file is not there, is no safetensors, or is not whole; the message names it.
     """
-    not_whole = ValueError("is not a whole safetensors file. Fetch or save the model again")
-    with file.open("rb") as handle:
+    return {file: tensors_in(folder / file) for file in weight_files(folder)}
+
+
+def tensors_in(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file: 8 bytes of header length, a JSON header, and the data.
+
+    Raises:
+        ValueError: it can't be read, or header and length of the file don't say the same; the message names it.
+    """
+    try:
+        return _tensors(file)
+    except OSError as error:
+        raise ValueError(f"{file.name} can't be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file.name} {error}. Fetch or save the model again") from None
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    not_whole = ValueError("is not a whole safetensors file")
+    with open_file(file) as handle:
         start = handle.read(len(LFS_POINTER))
         if start == LFS_POINTER:
-            raise ValueError("is only a Git LFS pointer, not the weights. Run `git lfs pull` in that folder")
+            raise ValueError("is only a Git LFS pointer, not the weights: run `git lfs pull` in that folder")
         handle.seek(8)
         length = int.from_bytes(start[:8], "little")
-        size = file.stat().st_size
+        size = os.fstat(handle.fileno()).st_size
         try:
             header = json.loads(handle.read(length) if length < min(size, LARGEST_HEADER) else b"")
             header.pop("__metadata__", None)
@@ -240,10 +268,8 @@ def tensors_in(file: Path) -> dict[str, list[int]]:
             raise not_whole
         end = last
     if size != 8 + length + end:
-        raise ValueError(
-            f"has {size:,} bytes instead of {8 + length + end:,}: it was cut off. Fetch or save the model again"
-        )
-    return {name: tensor["shape"] for name, tensor in header.items()}
+        raise ValueError(f"has {size:,} bytes instead of {8 + length + end:,}: it was cut off")
+    return {name: Tensor(tensor["shape"], tensor["dtype"]) for name, tensor in header.items()}
 
 
 def _span(tensor: Any) -> tuple[int, int]:

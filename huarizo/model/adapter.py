@@ -15,6 +15,7 @@ from typing import Any
 from huarizo.errors import ModelError
 from huarizo.files import fault_in, manifest_of
 from huarizo.hub.model_files import tensors_in
+from huarizo.model.weights import first_line
 from huarizo.sandbox.reading import odd_entry, read_json, without_panics
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,7 +38,6 @@ def load_adapter(model: Any, folder: Path) -> Any:
         ModelError: no adapter there, one that does not fit the model, or that asks for more than a plain LoRA.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
 
     config = check_adapter(folder)
     made_for = config.base_model_name_or_path or "a model that it does not name"
@@ -49,8 +49,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         if "size mismatch" in str(error):
             raise ModelError(f"{wrong_base}: the sizes of its layers differ") from None
         raise ModelError(f"{folder}: the adapter does not load: {first_line(error)}") from None
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        given = {name for name in file.keys() if not name.endswith(BASE_LAYER)}  # noqa: SIM118
+    given = {name for name in tensors_in(folder / WEIGHTS) if not name.endswith(BASE_LAYER)}
     if unused := given ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
         raise ModelError(f"{wrong_base}: {sorted(unused)[0]} has no counterpart")
     return tuned
@@ -229,9 +228,9 @@ def _shapes(folder: Path, config: Any) -> dict[str, list[int]]:
     """The file's tensors, after a check that the configuration's rank is theirs: no memory is taken for more."""
     allowed = {config.r, *(config.rank_pattern or {}).values()}
     try:
-        shapes = tensors_in(folder / WEIGHTS)
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: {error}") from None
+        shapes = {name: tensor.shape for name, tensor in tensors_in(folder / WEIGHTS).items()}
+    except ValueError as error:
+        raise ModelError(f"{folder}: {error}") from None
     matrices = {name: shape for name, shape in shapes.items() if "lora_A" in name or "lora_embedding_A" in name}
     wrong = next((name for name, shape in matrices.items() if shape[:1] and shape[0] not in allowed), None)
     if wrong or not matrices:
@@ -248,8 +247,3 @@ def _targets(folder: Path, names: Iterable[str]) -> list[str]:
     if not _is_names(found):
         raise ModelError(f"{folder / WEIGHTS}: it has matrices for modules that no plain LoRA has")
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, without the lines of advice behind it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from huarizo.errors import ModelError
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 from huarizo.model.int8 import quantise
 from huarizo.model.load import read_config
-from huarizo.model.weights import HEAD, check_weights, tensors_of
+from huarizo.model.weights import HEAD, check_weights, read_tensor, tensors_of, unloadable
 
 # Linears of a decoder layer that read the same activations.
 GROUPS = (
@@ -42,8 +40,7 @@ class _Weights:
         tensors = {}
         for name, _ in module.named_parameters():
             full = f"{prefix}.{name}"
-            with safe_open(self.files[full], "pt", device=str(self.device)) as file:
-                tensors[name] = file.get_tensor(full).to(self.dtype)
+            tensors[name] = read_tensor(self.files[full], full, self.device).to(self.dtype)
         module.load_state_dict(tensors, assign=True)
 
 
@@ -112,8 +109,8 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
         with _peaks(model) as peaks:
             model.lm_head(inner.norm(hidden))
         model.lm_head = quantise([model.lm_head], peaks[model.lm_head])[0]
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: the weights can't be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise unloadable(folder, error) from None
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).eval()

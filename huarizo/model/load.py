@@ -4,17 +4,16 @@ Only the Llama architecture is taken, only safetensors are read, and no code of 
 between Llama checkpoints (a tied head, grouped queries, rope scaling, attention bias) is Transformers' own business.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from huarizo.errors import MachineError, ModelError
-from huarizo.hub.model_files import quantised, tensors_in
-from huarizo.machine import is_out_of_memory, spread
+from huarizo.errors import ModelError
+from huarizo.hub.model_files import quantised
+from huarizo.machine import spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
-from huarizo.model.weights import check_weights
+from huarizo.model.weights import check_weights, first_line, tensors_of, unloadable
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 
@@ -70,12 +69,7 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
 
 def _check_layers(path: Path, config: dict[str, Any]) -> None:
     """The weights have as many layers as the config says; `check_weights` compares the rest, layer by layer."""
-    names: set[str] = set()
-    for file in sorted(path.parent.glob("*.safetensors")):
-        try:
-            names |= tensors_in(file).keys()
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file}: {error}") from None
+    names = (name for tensors in tensors_of(path.parent).values() for name in tensors)
     layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
     if len(layers) < config["num_hidden_layers"]:
         raise ModelError(
@@ -103,7 +97,7 @@ def load_tokenizer(folder: Path) -> Any:
         with without_panics():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a broken tokenizer file sets off
-        raise ModelError(f"{folder}: the tokenizer can't be loaded: {_first_line(error)}") from None
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {first_line(error)}") from None
     tokenizer.chat_template = default_template(tokenizer.chat_template)
     return tokenizer
 
@@ -141,20 +135,10 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
                 local_files_only=True,
             )
     except Exception as error:  # whatever broken weights set off
-        if is_out_of_memory(error):
-            raise MachineError(
-                f"{folder}: there is not enough memory for this model. Close other programs, use a smaller model, or "
-                "train with precision=int8"
-            ) from None
-        raise ModelError(f"{folder}: the weights can't be loaded: {_first_line(error)}") from None
+        raise unloadable(folder, error) from None
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
-
-
-def _first_line(error: Exception) -> str:
-    logging.getLogger(__name__).debug("details", exc_info=error)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:

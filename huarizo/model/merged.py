@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from huarizo.errors import ModelError
-from huarizo.model.adapter import BASE_LAYER, CONFIG, PREFIX, check_adapter, first_line
+from huarizo.hub.model_files import tensors_in
+from huarizo.model.adapter import BASE_LAYER, CONFIG, PREFIX, check_adapter
 from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from huarizo.model.load import read_config
-from huarizo.model.weights import EMBEDDING, HEAD, check_weights, tensors_of
+from huarizo.model.weights import EMBEDDING, HEAD, check_weights, first_line, read_tensor, tensors_of
 
 LINEAR_PARTS = {"lora_A.weight", "lora_B.weight"}
 EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B"}
@@ -39,8 +39,10 @@ class MergedWeights:
         self.base, self.adapter = base, adapter
         self.config = read_config(base)
         check_weights(base)
-        self.shards = tensors_of(base)
-        self._file_of = {name: file for file, names in self.shards.items() for name in names}
+        files = tensors_of(base)
+        self.shards = {file: list(tensors) for file, tensors in files.items()}
+        self._file_of = {name: file for file, tensors in files.items() for name in tensors}
+        self._shapes = {name: tuple(tensor.shape) for tensors in files.values() for name, tensor in tensors.items()}
         self.changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         self.replaced: dict[str, torch.Tensor] = {}
         self._lora: Any = None
@@ -69,9 +71,7 @@ class MergedWeights:
         """A tensor's shape, from the file's header alone where the adapter does not replace it."""
         if name in self.replaced:
             return tuple(self.replaced[name].shape)
-        source = self._source(name)
-        with safe_open(self.base / self._file_of[source], framework="pt") as file:
-            return tuple(file.get_slice(source).get_shape())
+        return self._shapes[self._source(name)]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A tensor with the adapter's change, in float32."""
@@ -85,31 +85,27 @@ class MergedWeights:
         return EMBEDDING if name == HEAD and self.tied else name
 
     def _base_tensor(self, name: str) -> torch.Tensor:
-        with safe_open(self.base / self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return read_tensor(self.base / self._file_of[name], name)
 
     def _read_adapter(self, adapter: Path) -> None:
         kept_whole = tuple(self._lora.modules_to_save or ())
         known = {name.removesuffix(".weight") for name in self._file_of} | {HEAD.removesuffix(".weight")}
-        with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                name = key.removeprefix(PREFIX).replace(BASE_LAYER, ".weight")
-                module, mark, rest = name.partition(".lora_")
-                tensor = file.get_tensor(key)
-                if not tensor.isfinite().all():
-                    raise ModelError(f"{adapter}: {key} holds numbers that are not finite. Train it again")
-                if module.removesuffix(".weight") not in known:
-                    raise self._wrong_base(f"it has no {module}")
-                if rest == "B.bias":
-                    raise ModelError(
-                        f"{adapter}: lora_bias can't be merged. The adapter can be used with PEFT as it is"
-                    )
-                if mark:
-                    self.changes[module][f"lora_{rest}"] = tensor
-                elif key.endswith(BASE_LAYER) or name.removesuffix(".weight").endswith(kept_whole):
-                    self._replace(name, tensor)
-                else:
-                    raise ModelError(f"{adapter}: {key} is not in modules_to_save of its {CONFIG}")
+        for key in tensors_in(adapter / ADAPTER_WEIGHTS):
+            name = key.removeprefix(PREFIX).replace(BASE_LAYER, ".weight")
+            module, mark, rest = name.partition(".lora_")
+            tensor = read_tensor(adapter / ADAPTER_WEIGHTS, key)
+            if not tensor.isfinite().all():
+                raise ModelError(f"{adapter}: {key} holds numbers that are not finite. Train it again")
+            if module.removesuffix(".weight") not in known:
+                raise self._wrong_base(f"it has no {module}")
+            if rest == "B.bias":
+                raise ModelError(f"{adapter}: lora_bias can't be merged. The adapter can be used with PEFT as it is")
+            if mark:
+                self.changes[module][f"lora_{rest}"] = tensor
+            elif key.endswith(BASE_LAYER) or name.removesuffix(".weight").endswith(kept_whole):
+                self._replace(name, tensor)
+            else:
+                raise ModelError(f"{adapter}: {key} is not in modules_to_save of its {CONFIG}")
         for module, parts in self.changes.items():
             self._check_parts(module, parts)
 

@@ -4,14 +4,18 @@ Transformers gives random numbers to a weight that no file has, and ignores one 
 would train another model than the one that was given, so both are refused by name before a weight is read.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from huarizo.errors import ModelError, listed
-from huarizo.hub.model_files import INDEX, WEIGHTS, lacking, weight_files
+from huarizo.errors import MachineError, ModelError, listed
+from huarizo.hub import model_files
+from huarizo.hub.model_files import INDEX, WEIGHTS, Tensor, lacking
+from huarizo.machine import is_out_of_memory
+from huarizo.sandbox.reading import without_panics
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
@@ -19,22 +23,52 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 MOST_NAMED = 5
 
 
-def tensors_of(folder: Path) -> dict[str, list[str]]:
-    """A model's weight files, each with the names of the tensors in it.
+def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """A model's weight files, each with the tensors in it.
 
     Raises:
         ModelError: a file is not there, is a pickle, or is not whole.
     """
-    found: dict[str, list[str]] = {}
     if not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
         raise ModelError(f"{folder}: {lacking(file.name for file in folder.iterdir())}")
     try:
-        for file in weight_files(folder):
-            with safe_open(folder / file, framework="pt") as opened:
-                found[file] = [name for name in opened.keys() if not name.endswith(COMPUTED)]  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
-        raise ModelError(f"{folder}: the weights can't be loaded: {error}") from None
-    return found
+        found = model_files.tensors_of(folder)
+    except ValueError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    return {
+        file: {name: tensor for name, tensor in tensors.items() if not name.endswith(COMPUTED)}
+        for file, tensors in found.items()
+    }
+
+
+def read_tensor(file: Path, name: str, device: torch.device | None = None) -> torch.Tensor:
+    """A tensor of a safetensors file in the dtype that it is kept in, on the CPU or `device`.
+
+    Raises:
+        ModelError: the file can't be read.
+        MachineError: there is no memory for the tensor.
+    """
+    try:
+        with without_panics(), safe_open(file, framework="pt", device=str(device or "cpu")) as opened:
+            return opened.get_tensor(name)
+    except Exception as error:  # whatever a broken file sets off
+        raise unloadable(file, error) from None
+
+
+def unloadable(path: Path, error: Exception) -> ModelError | MachineError:
+    """What a library says of weights that it can't load, in words."""
+    if is_out_of_memory(error):
+        return MachineError(
+            f"{path}: there is not enough memory for this model. Close other programs, use a smaller model, or "
+            "train with precision=int8"
+        )
+    return ModelError(f"{path}: the weights can't be loaded: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, without the lines of advice behind it."""
+    logging.getLogger(__name__).debug("details", exc_info=error)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_weights(folder: Path) -> None:
@@ -54,12 +88,10 @@ def check_weights(folder: Path) -> None:
             "whole, with `AutoModelForCausalLM` and `save_pretrained`"
         )
     problems = []
-    for file, names in files.items():
-        with safe_open(folder / file, framework="pt") as opened:
-            for name in names:
-                part = opened.get_slice(name)
-                if problem := _problem(name, part.get_shape(), part.get_dtype(), expected):
-                    problems.append(f"{file}: {name} {problem}")
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if problem := _problem(name, tensor, expected):
+                problems.append(f"{file}: {name} {problem}")
     if problems:
         raise ModelError(f"{folder}: the weights are not those of its config.json:\n{listed(problems, MOST_NAMED)}")
 
@@ -77,20 +109,19 @@ def skeleton(folder: Path) -> Any:
         with torch.device("meta"):
             return LlamaForCausalLM(config)
     except Exception as error:  # whatever a broken configuration sets off
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder / 'config.json'}: no model can be made of it: {said}") from None
+        raise ModelError(f"{folder / 'config.json'}: no model can be made of it: {first_line(error)}") from None
 
 
-def _problem(name: str, shape: list[int], dtype: str, expected: dict[str, tuple[int, ...]]) -> str | None:
+def _problem(name: str, tensor: Tensor, expected: dict[str, tuple[int, ...]]) -> str | None:
     """What is wrong with a tensor of a weight file, in words."""
     if name == HEAD and name not in expected:  # tied by config.json, and kept all the same
         name = EMBEDDING
     if name not in expected:
         return "has no place in that model"
-    if tuple(shape) != expected[name]:
-        return f"has the shape {list(shape)}, where config.json wants {list(expected[name])}"
-    if dtype not in FLOATS:
-        return f"is kept as {dtype}, so this base is quantised. Give the original one in floats"
+    if tuple(tensor.shape) != expected[name]:
+        return f"has the shape {tensor.shape}, where config.json wants {list(expected[name])}"
+    if tensor.dtype not in FLOATS:
+        return f"is kept as {tensor.dtype}, so this base is quantised. Give the original one in floats"
     return None
 
 

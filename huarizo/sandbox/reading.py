@@ -1,40 +1,57 @@
 """Foreign files that are read in this process: ordinary ones, too small to unfold into much."""
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MOST_JSON = 10_000_000  # bytes; in memory JSON takes up to 25 times that
 
 
-def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
-    """An ordinary file's content. A pipe is not waited for, and a device not read.
+def open_file(path: Path) -> BinaryIO:
+    """An ordinary file, open for reading. A pipe is not waited for, and a device not read.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is no file, or has more than `most` bytes.
+        OSError: it can't be opened, or is no file.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is a pipe or a device, not a file")
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+    raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+
+
+def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
+    """An ordinary file's content.
+
+    Raises:
+        OSError: it can't be read, or is no file.
+        ValueError: it has more than `most` bytes.
+    """
+    with open_file(path) as file:
         content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"{found.st_size:,} bytes are too many for it")
+        if len(content) > most:
+            raise ValueError(f"{os.fstat(file.fileno()).st_size:,} bytes are too many for it")
     return content
+
+
+def read_text(path: Path, most: int = MOST_JSON) -> str:
+    """An ordinary file's text, without a byte order mark. Raises as `read_bytes` does, and ValueError: no UTF-8."""
+    return read_bytes(path, most).decode("utf-8-sig")
 
 
 def read_json(path: Path, most: int = MOST_JSON) -> Any:
     """The value of a JSON file.
 
     Raises:
-        OSError: it can't be read.
-        ValueError: it is no file, too large, no UTF-8, no JSON, or nested too deeply.
+        OSError: it can't be read, or is no file.
+        ValueError: it is too large, no UTF-8, no JSON, or nested too deeply.
     """
     try:
         return json.loads(read_bytes(path, most))

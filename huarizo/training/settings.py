@@ -15,8 +15,8 @@ import torch
 
 from huarizo.errors import RecipeError
 from huarizo.machine import Choice
-from huarizo.model.adapter import first_line
 from huarizo.model.lora import add_lora
+from huarizo.model.weights import first_line
 from huarizo.recipe import LoraRecipe, Recipe, suggestion
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, contents, generators

@@ -105,13 +105,13 @@ def test_a_safetensors_header_of_any_length_takes_no_memory(tiny_model_folder: P
 def test_odd_headers_of_safetensors_are_told(tmp_path: Path, tensor: Any) -> None:
     header = json.dumps({"a": tensor}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="^a.safetensors is not a whole safetensors file"):
         tensors_in(tmp_path / "a.safetensors")
 
 
 def test_a_nested_header_of_safetensors_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="^a.safetensors is not a whole safetensors file"):
         tensors_in(tmp_path / "a.safetensors")
 
 

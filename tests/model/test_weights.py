@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from huarizo.data.packing import pack
-from huarizo.errors import ModelError
+from huarizo.errors import MachineError, ModelError
+from huarizo.model import weights
 from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import load_base
 from huarizo.model.merged import MergedWeights
@@ -70,6 +71,47 @@ def test_harmless_differences_are_taken(use: str, tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
     save_file(tensors, tmp_path / "model.safetensors")
     USES[use](tmp_path)
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise it, by its name alone."""
+
+
+@pytest.mark.parametrize("use", ["int8", "merging"])
+@pytest.mark.parametrize("error", [PanicException("index out of bounds"), OSError("odd header"), KeyError("shape")])
+def test_whatever_the_library_says_of_a_file_is_told_with_its_name(
+    error: BaseException, use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(*_: Any, **__: Any) -> None:
+        raise error
+
+    make_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(weights, "safe_open", give_up)
+    with pytest.raises(
+        ModelError, match=f"{tmp_path / 'model.safetensors'}: the weights can't be loaded: .*{error.args[0]}"
+    ):
+        used = USES[use](tmp_path)
+        used[UP]
+
+
+def test_no_memory_for_a_tensor_is_the_machines_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(weights, "safe_open", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MachineError, match="model.safetensors: there is not enough memory"):
+        USES["int8"](tmp_path)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    "index",
+    ["[]", '{"weight_map": 3}', '{"weight_map": {"a": 3, "b": "x"}}', '{"weight_map": {"a": [1]}}', "[" * 10_000],
+)
+def test_an_odd_index_is_told(index: str, use: str, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=f"^{tmp_path}: model.safetensors.index.json can't be read as JSON"):
+        USES[use](tmp_path)
 
 
 def test_a_head_of_its_own_in_a_tied_model_is_the_one_that_is_quantised(tmp_path: Path) -> None:
