@@ -15,7 +15,7 @@ import typer
 
 from huarizo import cli_results
 from huarizo.console import confirm, console, keep_terminal_plain, quiet_libraries
-from huarizo.errors import HuarizoError, MachineError
+from huarizo.errors import HuarizoError, MachineError, UserError
 from huarizo.host import cpu_name, rank
 from huarizo.recipe import fields, load_recipe, type_of
 from huarizo.runs import Run, open_run
@@ -138,6 +138,9 @@ def main() -> None:
         print("huarizo: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"huarizo: {error.filename}: no file can have so long a name", file=sys.stderr)
+            sys.exit(UserError.exit_code)
         if error.errno not in (*FULL, errno.EPIPE):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer

@@ -15,6 +15,7 @@ from huarizo.errors import Interrupted, ModelError, UserError
 from huarizo.runs import open_run
 
 app = typer.Typer()
+LONGEST_INPUT = 1_000_000  # characters
 Name = Annotated[str, typer.Argument(metavar="RUN", help="a run, or the folder or hub id of a PEFT adapter")]
 Prompt = Annotated[
     str | None, typer.Option("--prompt", metavar="FORMAT", help="prompt format, where it is not the run's: alpaca ...")
@@ -75,9 +76,36 @@ def _standard_input() -> str:
     if sys.stdin.isatty():
         print("the prompt, then Ctrl-D:", file=sys.stderr)
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read(LONGEST_INPUT + 1)
     except UnicodeDecodeError:
         raise UserError("standard input is not text in UTF-8") from None
+    except OSError as error:
+        raise _unreadable(error) from None
+    return _bounded(text)
+
+
+def _line(prompt: str) -> str:
+    """The next line of standard input, edited on a terminal. Raises EOFError at its end."""
+    try:
+        if sys.stdin.isatty():
+            return input(prompt)
+        write(prompt)
+        line = sys.stdin.readline(LONGEST_INPUT + 1)
+    except OSError as error:
+        raise _unreadable(error) from None
+    if not line:
+        raise EOFError
+    return _bounded(line).removesuffix("\n")
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"standard input can't be read: {error.strerror or error}")
+
+
+def _bounded(text: str) -> str:
+    if len(text) > LONGEST_INPUT:
+        raise UserError(f"standard input has more than {LONGEST_INPUT:,} characters, which no model reads at once")
+    return text
 
 
 @app.command()
@@ -104,7 +132,7 @@ def chat(
     print(HELP)
     with suppress(ImportError):
         importlib.import_module("readline")  # lines can be edited and brought back, where the system has it
-    converse(Conversation(assistant, write, system, sampling), input)
+    converse(Conversation(assistant, write, system, sampling), _line)
 
 
 def _name_and_overrides(words: list[str] | None) -> tuple[str | None, list[str]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from huarizo.errors import HuarizoError, MachineError
+from huarizo.sandbox.reading import open_file
 
 Content = bytes | str | Callable[[BinaryIO], None]
 """What a file is to hold: its bytes, its text, or a function that writes it into the open file."""
@@ -342,7 +343,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from huarizo.errors import RecipeError
+from huarizo.sandbox.reading import read_text
 
 MAX_BYTES = 100_000  # a recipe of every setting has 5,000
 MAX_VALUES = 20_000  # with aliases unfolded
@@ -76,18 +77,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         RecipeError: there is none, it can't be read, or it is no mapping.
     """
-    if not path.is_file():
+    try:
+        values = parse_yaml(read_text(path, MAX_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
         there = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
         known = f" The recipes here are {', '.join(there)}." if there else ""
-        raise RecipeError(f"{path}: there is no such recipe file.{known}")
-    if path.stat().st_size > MAX_BYTES:
-        raise RecipeError(f"{path}: {path.stat().st_size:,} bytes are no recipe; is this the data file?")
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8-sig"))
+        raise RecipeError(f"{path}: there is no such recipe file.{known}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (UnicodeDecodeError, OSError, RecursionError) as error:
-        raise RecipeError(f"{path}: can't be read as a UTF-8 text file: {error}") from None
+    except (OSError, ValueError) as error:
+        said = (isinstance(error, OSError) and error.strerror) or error
+        raise RecipeError(f"{path}: can't be read as a recipe in UTF-8: {said}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -1,12 +1,19 @@
 """The recipe: all mistakes at once, each with its key; what is written is read back the same."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from huarizo.errors import RecipeError
 from huarizo.recipe import DECIDED_ELSEWHERE, fields, load_recipe, make_recipe, to_yaml, type_of, with_overrides
+from huarizo.recipe_file import parse_yaml
+from huarizo.results.card import _licence_of_card
+from tests.limits import limited_memory
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -132,3 +139,73 @@ def test_a_recipe_written_as_json_keeps_its_emoji(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text('{"samples": ["\\ud83d"]}')
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(tmp_path / "recipe.json")
+
+
+PLACES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pipe": (os.mkfifo, "it is a pipe or a device, not a file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "it is a pipe or a device, not a file"),
+    "folder": (Path.mkdir, "it is a folder, not a file"),
+    "large": (lambda path: path.write_bytes(b" " * 100_001), "100,001 bytes are too many"),
+    "long name": (lambda path: None, "no such recipe file"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_recipe_is_told_at_once(tmp_path: Path, place: str) -> None:
+    make, said = PLACES[place]
+    make(tmp_path / "recipe.yaml")
+    with pytest.raises(RecipeError, match=f"recipe.yaml: .*{said}"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+BOMBS = {
+    "aliases": "a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(30)),
+    "merge keys": "a0: &a0 {k0: 1}\n"
+    + "".join(f"a{i + 1}: &a{i + 1} {{'<<': [{', '.join([f'*a{i}'] * 9)}]}}\n" for i in range(30)),
+    "merge keys, unquoted": "a0: &a0 {k0: 1}\n"
+    + "".join(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 9)}]}}\n" for i in range(30)),
+    "a merge of itself": "a: &a\n  <<: *a\n",
+    "a list of itself": "a: &a [*a]\n",
+    "nested lists": "[" * 99_000,
+    "nested mappings": "{a: " * 24_000,
+    "nested blocks": "".join(f"{' ' * i}a:\n" for i in range(440)),
+    "nested items": "- " * 49_000,
+    "an endless number": "a: " + "9" * 99_000,
+    "sexagesimal": "a: " + ":".join(["59"] * 30_000),
+    "many keys": "".join(f"k{i}: 1\n" for i in range(11_000)),
+    "many merges": "b: &b {k: 1}\na:\n" + "  <<: *b\n" * 10_000,
+    "an endless anchor": "a: &" + "a" * 99_000 + " 1",
+    "quotes": "a: '" + "''" * 49_000 + "'",
+    "escapes": 'a: "' + "\\x41" * 24_000 + '"',
+    "comments": "#\n" * 49_000 + "]",
+    "a date that is none": "a: 2001-99-99",
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_yaml_of_any_kind_is_read_within_bounds(tmp_path: Path, bomb: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(BOMBS[bomb])
+    assert file.stat().st_size <= 100_000
+    with limited_memory(200 * 2**20), pytest.raises(RecipeError, match=r"recipe\.yaml: |no such key"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize("bomb", ["aliases", "merge keys, unquoted", "a list of itself", "nested mappings"])
+def test_the_front_matter_of_a_base_is_read_within_bounds(tmp_path: Path, bomb: str) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(f"---\n{BOMBS[bomb][:99_000]}\n---\n")
+    with limited_memory(200 * 2**20):
+        assert _licence_of_card(card) is None
+
+
+def test_ctrl_c_ends_the_reading_of_yaml() -> None:
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            parse_yaml(BOMBS["nested lists"])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

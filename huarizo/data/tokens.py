@@ -20,8 +20,9 @@ from huarizo.data.records import Flaw
 from huarizo.data.rows import Problem, Row
 from huarizo.data.spans import Piece, RefusedRow
 from huarizo.data.turns import Exchange
-from huarizo.errors import DataError
+from huarizo.errors import DataError, ModelError
 from huarizo.files import remove_leftovers, told, write_whole
+from huarizo.sandbox.reading import interruptible, open_file
 
 IGNORED = -100
 CHUNK = 1000  # rows tokenised in one call
@@ -58,8 +59,8 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.prompt, self.labels, self.max_length = tokenizer, prompt, labels, max_length
         self.stop_id: int | None = tokenizer.convert_tokens_to_ids(prompt.stop) if prompt.stop else None
-        first = tokenizer("a")["input_ids"][0]
-        self._bos = first if first == tokenizer.bos_token_id else None
+        (first,) = self._encoded(["a"])
+        self._bos = tokenizer.bos_token_id if first[:1] == [tokenizer.bos_token_id] else None
         # SentencePiece writes a space before a text; a continuation has none. A line break, which never merges with
         # what follows it, stands in front while it is tokenised and is taken off again.
         self._anchor = self._ids(["\n"])[0]
@@ -74,7 +75,15 @@ class Encoder:
     def _ids(self, texts: list[str], literal: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
+        return self._encoded(texts, add_special_tokens=False, split_special_tokens=literal)
+
+    def _encoded(self, texts: list[str], **options: bool) -> list[list[int]]:
+        """Raises ModelError: the tokenizer gives up on a text."""
+        try:
+            return interruptible(lambda: self.tokenizer(texts, **options)["input_ids"])
+        except Exception as error:  # whatever a foreign tokenizer sets off
+            where = getattr(self.tokenizer, "name_or_path", "")
+            raise ModelError(f"{where}: the tokenizer can't encode these texts: {error}") from None
 
     def _continuations(self, texts: list[str], literal: bool = False) -> list[list[int]]:
         if not self._anchor:
@@ -87,7 +96,7 @@ class Encoder:
         if not texts:
             return []
         tokenizer = self.tokenizer
-        found: list[list[int]] = tokenizer(texts)["input_ids"]
+        found = self._encoded(texts)
         twice = [tokenizer.bos_token_id] * 2, [tokenizer.eos_token_id] * 2
         return [ids[ids[:2] == twice[0] : len(ids) - (ids[-2:] == twice[1])] for ids in found]
 
@@ -266,7 +275,7 @@ def _write_with_digest(file: BinaryIO, rows: Sequence[Row], encoder: Encoder) ->
 
 def _is_whole(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digest, rest = hashlib.sha256(), os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size
             while rest > 0 and (block := file.read(min(rest, 1 << 20))):
                 digest.update(block)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from huarizo.data.files import excerpt, refusal, told
+from huarizo.sandbox.reading import open_file
 
 CODECS: dict[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}
 UNPACKED = 2**30  # bytes that any file may unpack to
@@ -25,7 +26,7 @@ def opened(path: Path) -> IO[bytes]:
         DataError: there is no such file, or, on the way, it can't be unpacked or unpacks to too much.
     """
     with told(path):
-        return io.BufferedReader(_Unpacked(path), 2**16) if is_packed(path) else path.open("rb")
+        return io.BufferedReader(_Unpacked(path), 2**16) if is_packed(path) else open_file(path)
 
 
 class _Unpacked(io.RawIOBase):

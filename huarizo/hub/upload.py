@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from huarizo.errors import HuarizoError, HubError, MachineError
 from huarizo.hub.access import FAILURES, LOG_IN, NO_HUB, Login, check_login, log_in, reason, unreachable
+from huarizo.sandbox.reading import open_file
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def upload(
     try:
         for file in files.values():
             if isinstance(file, Path):
-                file.open("rb").close()
+                open_file(file).close()
         try:
             found = api.model_info(repo_id, timeout=TIMEOUT)
         except RepositoryNotFoundError:

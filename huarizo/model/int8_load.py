@@ -111,6 +111,5 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
         model.lm_head = quantise([model.lm_head], peaks[model.lm_head])[0]
     except (RuntimeError, ValueError, KeyError) as error:
         raise unloadable(folder, error) from None
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = GenerationConfig()  # as load_base
     return model.requires_grad_(False).eval()

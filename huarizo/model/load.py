@@ -114,13 +114,14 @@ def default_template(found: Any) -> str | None:
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The frozen base model in `dtype` on `device`, with packed attention.
 
+    Its generation_config.json is not read: beams, penalties and stop strings that a base brings along have no say.
     One process that sees several cards spreads the model over them (Accelerate's `device_map="auto"`); under torchrun
     each process has the whole model on its own card.
 
     Raises:
         ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
-    from transformers import LlamaForCausalLM
+    from transformers import GenerationConfig, LlamaForCausalLM
 
     read_config(folder)
     check_weights(folder)
@@ -132,6 +133,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
                 device_map="auto" if spread(device) else {"": device},
                 attn_implementation=PACKED_ATTENTION,
                 use_safetensors=True,
+                generation_config=GenerationConfig(),
                 local_files_only=True,
             )
     except Exception as error:  # whatever broken weights set off

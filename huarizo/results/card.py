@@ -22,7 +22,7 @@ from huarizo.recipe_file import parse_yaml
 from huarizo.results.gguf import is_adapter
 from huarizo.results.report import Sample, fenced, heldout_change, samples_from_text
 from huarizo.runs import Run
-from huarizo.sandbox.reading import read_bytes
+from huarizo.sandbox.reading import open_file, read_bytes
 
 What = Literal["adapter", "merged", "gguf"]
 KIND = {"adapter": ("peft", "adapter"), "merged": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}
@@ -177,7 +177,8 @@ def _licence(model: str) -> str | None:
     texts = [file for pattern in LICENCES[:2] for file in sorted(Path(model).glob(pattern)) if file.is_file()]
     if not texts:
         return None
-    start = texts[0].open("rb").read(5000).decode("utf-8", "replace")
+    with open_file(texts[0]) as file:
+        start = file.read(5000).decode("utf-8", "replace")
     return next((name for name, words in LICENCE_TEXTS.items() if re.search(words, start, re.IGNORECASE)), "other")
 
 

@@ -21,6 +21,7 @@ from huarizo.results.report import Sample, fenced, samples_from_text, samples_of
 from huarizo.results.target import check_file
 from huarizo.results.tuned import Tuned
 from huarizo.results.verify import PROMPTS
+from huarizo.sandbox.reading import read_text
 
 LARGEST = 10_000_000  # bytes, of a file of prompts
 STYLE = """\
@@ -44,12 +45,13 @@ def read_prompts(file: Path, data: DataRecipe) -> list[Sample]:
         raise DataError(f"{file}: there is no such file. Give a text file with one prompt a line, or a file of rows")
     if file.is_dir() or file.suffix.lower() not in (".txt", ".md", ""):
         return list(samples_of(require_good(read_rows(file, data.columns, QUESTIONS), data.on_bad_row)))
-    if file.stat().st_size > LARGEST:
-        raise DataError(f"{file}: {file.stat().st_size:,} bytes are too many for a list of prompts")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(file, LARGEST).splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: byte {error.start} is not UTF-8. Save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        said = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"{file}: can't be read: {said}. Write the prompts to a text file, and name that") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{file}: no prompt in it. Write one a line")
@@ -61,7 +63,7 @@ def usual_prompts(tuned: Tuned) -> list[Sample]:
     if tuned.run and tuned.run.samples.is_file():
         try:
             samples = samples_from_text(tuned.run.samples.read_text(encoding="utf-8"))
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{tuned.run.samples}: can't be read. Give a file of prompts") from None
         if samples:
             return samples

@@ -107,21 +107,16 @@ def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device 
 
 @contextmanager
 def generating(model: Any) -> Iterator[None]:
-    """Evaluation mode, with Transformers' own attention; put back as it was afterwards.
-
-    Settings of generation that a base model brings along (beams, penalties, stop strings) have no say meanwhile.
-    """
+    """Evaluation mode, with Transformers' own attention; put back as it was afterwards."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention, was_training, settings = base.config._attn_implementation, model.training, base.generation_config
+    attention, was_training = base.config._attn_implementation, model.training
     base.set_attn_implementation("sdpa")
-    model.generation_config = base.generation_config = GenerationConfig()
     model.eval()
     try:
         with torch.no_grad(), uncompiled():
             yield
     finally:
         base.set_attn_implementation(attention)
-        model.generation_config = base.generation_config = settings
         model.train(was_training)
 
 

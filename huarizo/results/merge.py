@@ -9,16 +9,21 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from huarizo.console import tracked
+from huarizo.data.files import excerpt
 from huarizo.errors import ModelError
 from huarizo.files import make_parent, require_space, whole_folder
 from huarizo.hub.model_files import INDEX, LICENCES, WEIGHTS
 from huarizo.model.load import load_tokenizer
 from huarizo.model.merged import MergedWeights, merged_shards
+from huarizo.model.weights import first_line
 from huarizo.results.target import check_folder
 from huarizo.results.tuned import Tuned
 from huarizo.results.turns import chat_template
+from huarizo.sandbox.reading import read_json
 
 GENERATION = "generation_config.json"
+COUNTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k")
+NUMBERS = ("temperature", "top_p", "repetition_penalty")
 
 
 def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None = None) -> Path:
@@ -56,17 +61,40 @@ def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None 
 
 
 def _generation_settings(tuned: Tuned) -> dict[str, Any]:
-    """The base's, with the tokens at which a trained answer ends in front of its own."""
+    """The base's, with the tokens at which a trained answer ends in front of its own.
+
+    Raises:
+        ModelError: they are not such that Transformers would load the merged model.
+    """
+    from transformers import GenerationConfig
+
     file = tuned.base / GENERATION
     try:
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        own = settings.get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{file}: can't be read as settings ({error}). Mend or remove it") from None
+        settings = read_json(file) if file.is_file() else {}
+        odd = next((name for name, value in settings.items() if not _is_setting(name, value)), None)
+        if odd:
+            raise ValueError(f"{odd} is {excerpt(json.dumps(settings[odd]))}")
+        GenerationConfig.from_dict(settings)
+    except Exception as error:  # whatever Transformers says of odd values
+        raise ModelError(f"{file}: can't be read as settings ({first_line(error)}). Mend or remove it") from None
     settings.pop("_from_model_config", None)  # else Transformers may make them anew from config.json
+    own = settings.get("eos_token_id")
     own = own if isinstance(own, list) else [own]
     stops = list(dict.fromkeys([*tuned.stop_ids, *(number for number in own if number is not None)]))
     return settings | ({"eos_token_id": stops} if stops else {})
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether a setting of a known name has a value of its kind; Transformers itself looks at few of them."""
+    if value is None:
+        return True
+    if name in COUNTS:
+        return type(value) is int and value >= 0
+    if name in NUMBERS:
+        return type(value) in (int, float) and value >= 0
+    if name.endswith("_token_id"):
+        return all(type(number) is int and number >= 0 for number in (value if isinstance(value, list) else [value]))
+    return name != "do_sample" or type(value) is bool
 
 
 def _tokenizer(tuned: Tuned) -> Any:

@@ -106,6 +106,8 @@ def _found(run: Run, what: What) -> list[Path]:
     found = [path for path in paths if not path.name.startswith(".") and (path.is_file() or path.is_symlink())]
     for path in found:
         _check_inside(path, folder)
+        if not path.is_file():
+            raise UserError(f"{path}: this is a link to what is no file. Put the file itself in its place")
     if what == "adapter":
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{run.path}: this run has no adapter yet. Go on with it: huarizo resume {run.path}")

@@ -4,7 +4,6 @@ A result is named by a run folder or its name, by the folder of any PEFT adapter
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
 from huarizo.model.load import default_template, load_tokenizer
 from huarizo.recipe import Recipe, make_recipe, with_overrides
 from huarizo.runs import Run, find_run, open_run
+from huarizo.sandbox.reading import read_json, read_text
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ def _own_template(adapter: Path) -> str | None:
         raise ModelError(f"{adapter}: {problem}")
     try:
         if template.is_file():
-            return template.read_text(encoding="utf-8")
-        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+            return read_text(template)
+        found = read_json(config).get("chat_template") if config.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{adapter}: the tokenizer's settings can't be read ({error}). Mend or remove them") from None
     return default_template(found)
 

@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+T = TypeVar("T")
 MOST_JSON = 10_000_000  # bytes; in memory JSON takes up to 25 times that
 
 
@@ -80,3 +82,27 @@ def without_panics() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"the library that reads it gives up: {error}") from None
+
+
+def interruptible(call: Callable[[], T]) -> T:
+    """What a call of a library returns, which Ctrl-C ends also where the library, deep in Rust, looks at no signal.
+
+    It works in a thread that is left to itself then and ends with the process. Raises what the call raises; a panic
+    becomes a ValueError.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with without_panics():
+                results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]

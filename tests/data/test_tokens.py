@@ -224,3 +224,27 @@ def test_rows_without_any_response_within_the_length_are_refused(tmp_path: Path)
     encoder = Encoder(TINY, prompt_format("alpaca", TINY), max_length=8)
     with pytest.raises(DataError, match="data.max_length=8"):
         tokenise([row("x")], encoder, tmp_path)
+
+
+class PanicException(BaseException):
+    """As libraries in Rust raise it, by its name alone."""
+
+
+@pytest.mark.parametrize("error", [PanicException("out of range"), Exception("out of range")])
+def test_a_tokenizer_that_gives_up_is_told_with_its_name(error: BaseException) -> None:
+    class Tokenizer:
+        name_or_path, bos_token_id, eos_token_id = "models/odd", None, None
+
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return 7
+
+        def __call__(self, texts: list[str], **options: bool) -> dict[str, Any]:
+            if "break" in texts[-1]:
+                raise error
+            return {"input_ids": [[] for _ in texts]}
+
+    encoder = Encoder(Tokenizer(), prompt_format("Q: {{ instruction }}\nA:", TINY, eos=False))
+    with pytest.raises(ModelError, match="^models/odd: the tokenizer can't encode these texts: .*out of range"):
+        list(encoder.by_row([row("break")]))
+    with pytest.raises(ModelError, match="^models/odd: "):
+        encoder.encode_text("break")

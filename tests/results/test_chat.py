@@ -1,5 +1,7 @@
 """A conversation: who answers, what is remembered, what a person may type, and that Ctrl-C stops an answer only."""
 
+import errno
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +11,12 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
+from huarizo import cli_results
 from huarizo.console import write as write_to_terminal
+from huarizo.data.packing import pack
 from huarizo.data.prompts import ChatFormat, OpenExchange, Question
 from huarizo.errors import MachineError, UserError
+from huarizo.model.int8_load import load_int8_base
 from huarizo.results import generate
 from huarizo.results.chat import Conversation, checked, converse
 from huarizo.results.generate import Assistant, Sampling, answers, open_assistant, stream_answer
@@ -233,11 +238,19 @@ def test_settings_of_generation_that_a_base_brings_have_no_say(tmp_path: Path) -
     }  # fmt: skip
     (tuned.base / "generation_config.json").write_text(json.dumps(settings))
     assistant = open_assistant(tuned, "fp32")
-    assert assistant.model.generation_config.num_beams == 4
     assert answers(assistant, questions, 12) == expected
     for question, answer in zip(questions, expected, strict=True):
         assert stream_answer(assistant, [question.turn], lambda _: None, "", Sampling(12)) == answer
-    assert assistant.model.generation_config.num_beams == 4
+
+
+@pytest.mark.parametrize("settings", ["[]", '{"num_beams": "x", "max_new_tokens": {}}', '{"to_dict": 1}'])
+def test_odd_settings_of_generation_are_not_even_read(tmp_path: Path, settings: str) -> None:
+    tuned = make_tuned(tmp_path)
+    (tuned.base / "generation_config.json").write_text(settings)
+    assert answers(open_assistant(tuned, "fp32"), [Question(OpenExchange("Say it"))], 3)
+    rows = pack([{"input_ids": [1], "labels": [1]}])
+    model = load_int8_base(tuned.base, torch.float32, torch.device("cpu"), rows)
+    assert model.generation_config.to_diff_dict().keys() <= {"transformers_version"}
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", True])
@@ -388,3 +401,31 @@ def test_an_answer_ends_at_the_stop_token(tmp_path: Path, prompt: str) -> None:
     assistant.model.get_base_model().lm_head.register_forward_hook(ends_after_three)
     (answer,) = answers(assistant, [Question(OpenExchange("Hi"))], 8)
     assert answer.finished and answer.tokens == 3 and prompt_length > 3
+
+
+@pytest.mark.parametrize("read", [cli_results._standard_input, lambda: cli_results._line("> ")])
+def test_an_input_without_end_or_that_can_not_be_read_is_told(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/zero").open(encoding="utf-8") as endless:
+        monkeypatch.setattr("sys.stdin", endless)
+        with pytest.raises(UserError, match="standard input has more than"):
+            read()
+
+    class Folder(io.StringIO):
+        def read(self, *_: Any) -> str:
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+
+        readline = read
+
+    monkeypatch.setattr("sys.stdin", Folder())
+    with pytest.raises(UserError, match="standard input can't be read: Is a directory"):
+        read()
+
+
+def test_lines_of_a_conversation_come_from_a_pipe_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\nlast"))
+    assert [cli_results._line("> ") for _ in range(3)] == ["one", "", "last"]
+    assert capsys.readouterr().out == "> > > "
+    with pytest.raises(EOFError):
+        cli_results._line("> ")

@@ -3,11 +3,13 @@
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from huarizo.console import PlainConsole
 from huarizo.data.prompts import OpenExchange
 from huarizo.errors import DataError, UserError
 from huarizo.recipe import DataRecipe
@@ -111,7 +113,7 @@ def test_a_long_word_is_shown_whole() -> None:
 
 
 def test_no_sample_commands_the_terminal() -> None:
-    console = Console(width=80, file=(shown := io.StringIO()))
+    console = PlainConsole(width=80, file=(shown := io.StringIO()))
     show_samples(console, [Sample("\x1b[2Ja", "b\x9b2J", "c\x07", "d\x1b]0;e\n\tf")])
     assert not any(bad in shown.getvalue() for bad in "\x1b\x9b\x07") and "f" in shown.getvalue()
     assert fenced("a\x1b[2J\n\tb") == "```text\na [2J\n\tb\n```"
@@ -143,3 +145,21 @@ def test_nothing_is_overwritten_and_other_endings_are_refused(tmp_path: Path) ->
     write_comparison([HOSTILE], "run", target, force=True)
     with pytest.raises(UserError, match=r"\.md, \.html, \.jsonl"):
         write_comparison([HOSTILE], "run", tmp_path / "out.pdf")
+
+
+@pytest.mark.parametrize("name", ["prompts", "prompts.txt", "prompts.md", "prompts.jsonl", "prompts.parquet"])
+def test_prompts_in_a_pipe_or_a_device_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: .*is a pipe"):
+        read_prompts(tmp_path / name, DataRecipe())
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"{name}: .*device"):
+        read_prompts(tmp_path / name, DataRecipe())
+
+
+def test_so_many_prompts_are_no_list(tmp_path: Path) -> None:
+    with (tmp_path / "prompts.txt").open("wb") as file:
+        file.truncate(10**10)  # sparse
+    with pytest.raises(DataError, match="10,000,000,000 bytes are too many"):
+        read_prompts(tmp_path / "prompts.txt", DataRecipe())

@@ -114,9 +114,14 @@ def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path, limit: i
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-@pytest.mark.parametrize("settings", ["{", "[]", "null"])
+@pytest.mark.parametrize(
+    "settings",
+    ["{", "[]", "null", '{"num_beams": "4"}', '{"num_beams": -4}', '{"max_length": [20]}', '{"max_new_tokens": "x"}',
+     '{"temperature": {}}', '{"do_sample": 1}', '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', '{"bos_token_id": 1.5}',
+     '{"num_return_sequences": 7}', '{"early_stopping": {}}', '{"to_dict": 1}', "[" * 10_000],
+)  # fmt: skip
 def test_broken_settings_of_the_base_are_told(tmp_path: Path, settings: str) -> None:
     tuned = make_tuned(tmp_path)
     (tuned.base / "generation_config.json").write_text(settings)
-    with pytest.raises(ModelError, match="can't be read as settings"):
+    with pytest.raises(ModelError, match="generation_config.json: can't be read as settings"):
         merge(tuned, tmp_path / "merged")
