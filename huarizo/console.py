@@ -18,8 +18,9 @@ from rich.segment import Segment
 T = TypeVar("T")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """Control characters but tab and line feed, and those that turn the direction of a line."""
-BARS = r"\r|\x1b\[A"
-"""What the hub's progress bars need: to write over their line, and over the one above."""
+OF_BARS = re.compile(r"\r|(?:\x1b\[A)+\Z")
+"""How tqdm begins to write over a bar's line, and all that it writes to go to lines above."""
+WRITER_OF_BARS = "tqdm.utils"  # the module through which tqdm writes its bars, and nothing else
 
 
 class PlainConsole(Console):
@@ -52,16 +53,18 @@ def console(**settings: Any) -> PlainConsole:
 class PlainStream:
     """A text stream that leaves out what would command a terminal; rich writes to the stream beneath it.
 
-    passing: commands that are let through.
+    Progress bars of the hub and other libraries are tqdm's, which moves them by a few commands of its own. These pass
+    where tqdm itself writes them, in front of a bar's text and not inside it.
     """
 
-    def __init__(self, stream: TextIO, passing: str = r"(?!)") -> None:
-        self.rich_proxied_file, self._passing = stream, re.compile(f"({passing})")
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        parts = self._passing.split(text)  # every second one is a command
-        parts[::2] = map(without_controls, parts[::2])
-        self.rich_proxied_file.write("".join(parts))
+        is_bar = sys._getframe(1).f_globals.get("__name__") == WRITER_OF_BARS
+        command = OF_BARS.match(text) if is_bar else None
+        begin = command.end() if command else 0
+        self.rich_proxied_file.write(text[:begin] + without_controls(text[begin:]))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -74,10 +77,10 @@ class PlainStream:
 
 def keep_terminal_plain() -> None:
     """From now on no text, whoever prints it, commands the terminal."""
-    for name, passing in (("stdout", r"(?!)"), ("stderr", BARS)):
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, PlainStream):
-            setattr(sys, name, PlainStream(stream, passing))
+            setattr(sys, name, PlainStream(stream))
 
 
 def program() -> str:

@@ -317,3 +317,11 @@ def test_the_first_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:
         done = subprocess.run(started, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("machine ") and "loading PyTorch" in done.stdout
+
+
+def test_a_name_that_no_file_can_have_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "keep_terminal_plain", lambda: None)
+    monkeypatch.setattr(cli, "app", lambda: find_run("x" * 300))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "no file can have so long a name" in capsys.readouterr().err

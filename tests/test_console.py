@@ -2,6 +2,7 @@
 
 import ast
 import io
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm as bars
 
-from huarizo.console import BARS, PlainConsole, PlainStream
+from huarizo.console import PlainConsole, PlainStream
 
 ROOT = Path(__file__).parents[1]
 EVIL = "a\x1b[2J\x1b]0;t\x07\x9b1m\u202e\u2028\x00\x08\x7fb\tc\nd"
@@ -39,11 +41,26 @@ def test_a_console_keeps_its_own_colours() -> None:
 
 def test_a_stream_lets_through_what_bars_need() -> None:
     out = io.StringIO()
-    PlainStream(out, BARS).write("\r50%\x1b[A\x1b[2J\n")
-    assert out.getvalue() == "\r50%\x1b[A [2J\n"
-    plain = PlainStream(out)
-    plain.writelines(["\r\x1b[A"])
-    assert out.getvalue().endswith("  [A") and plain.getvalue() == out.getvalue()
+    stream = PlainStream(out)
+    outer, inner = (bars(total=2, file=stream, position=position, ascii=True, mininterval=0) for position in (0, 1))
+    for bar in (inner, outer):
+        bar.update()
+        bar.close()
+    assert "\r 50%|" in out.getvalue() and "\x1b[A" in out.getvalue()
+
+
+@pytest.mark.parametrize("text", ["\r", "\rfoo", "\x1b[A", "\x1b[A\x1b[A", "a\r\x1b[A", EVIL])
+def test_nothing_else_moves_on_the_terminal(text: str) -> None:
+    out = io.StringIO()
+    stream = PlainStream(out)
+    print(text, file=stream)
+    stream.writelines([text])
+    logging.StreamHandler(stream).emit(logging.makeLogRecord({"msg": text}))
+    bars.write(text, file=stream)
+    assert not controls(out.getvalue()) and stream.getvalue() == out.getvalue()
+    bars(total=2, file=stream, desc=f"a{text}", ascii=True).close()
+    assert controls(out.getvalue()) == {"\r"} and "\ra" in out.getvalue()
+    assert not controls(out.getvalue().replace("\ra", ""))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "huarizo").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
