@@ -14,7 +14,9 @@ import pytest
 import typer
 import yaml
 
+from huarizo import cli
 from huarizo.console import confirm
+from huarizo.runs import find_run
 from tests.hub.server import HubServer, User
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -319,7 +321,9 @@ def test_the_first_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:
         assert done.stdout.startswith("machine ") and "loading PyTorch" in done.stdout
 
 
-def test_a_name_that_no_file_can_have_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_no_file_can_have_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cli, "keep_terminal_plain", lambda: None)
     monkeypatch.setattr(cli, "app", lambda: find_run("x" * 300))
     with pytest.raises(SystemExit) as ended:

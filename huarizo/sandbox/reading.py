@@ -7,14 +7,15 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 MOST_JSON = 10_000_000  # bytes; in memory JSON takes up to 25 times that
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """An ordinary file, open for reading. A pipe is not waited for, and a device not read.
 
     Raises:
