@@ -76,15 +76,15 @@ def gemm_rate(precision: FixedPrecision, on: torch.device, budget: float = MEASU
     product = torch.ops.aten._int_mm if precision == "int8" else torch.mm
     right = torch.ones(size, size, dtype=dtype, device=on)
     ends = time.perf_counter() + budget
-    rows, taken = 0, 0.0
+    left, taken = right, 0.0
     for rows in (32, 128, 512) if on.type == "cpu" else (512, 4096):
         left = torch.ones(rows, size, dtype=dtype, device=on)
         taken = _seconds(partial(product, left, right), on)
         if taken > budget / 20:
             break
     while time.perf_counter() + taken < ends:
-        taken = min(taken, _seconds(partial(product, right[:rows], right), on))
-    return 2e-9 * rows * size**2 / taken
+        taken = min(taken, _seconds(partial(product, left, right), on))
+    return 2e-9 * len(left) * size**2 / taken
 
 
 def minutes_in_float(operations: float, precision: FixedPrecision, on: torch.device) -> tuple[float, float]:
