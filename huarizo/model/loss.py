@@ -75,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
+        scaled = [(grad.float() * grad_outputs[0]).to(grad.dtype) for grad in ctx.saved_tensors]  # 1 / labels in fp32
         return scaled[0], None, None, None, *scaled[1:]
 
 
@@ -98,13 +98,13 @@ def summed_loss(
         gradient: `loss_and_gradient`, or that compiled.
 
     Returns:
-        A scalar, float32; zero (and still differentiable) for L = 0.
+        A scalar, float32; zero for L = 0, with a gradient of zeros for `hidden` and the head's parameters.
     """
-    if not len(targets):
-        return hidden.sum().float() * 0
     if not torch.is_grad_enabled():
         return token_losses(hidden, head, targets).sum()
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if not len(targets):
+        return sum(((tensor * 0).sum().float() for tensor in trainable), (hidden * 0).sum().float())
     return _ChunkedLoss.apply(hidden, head, targets, gradient, *trainable)  # pyright: ignore[reportReturnType]
 
 
@@ -113,7 +113,7 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Ten
     """The cross-entropy of each of `targets` [L] given `hidden` [L, H], in chunks: [L] float32, without gradient."""
     parts = zip(hidden.split(_rows(head)), targets.split(_rows(head)), strict=True)
     losses = [F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in parts]
-    return torch.cat(losses) if losses else torch.zeros(0)
+    return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
 
 
 class PackedLoss:

@@ -142,18 +142,23 @@ class LoraTrainer(Trainer):
         return loss
 
     def _leave_out_unless_finite(self, model: Any, loss: torch.Tensor) -> None:
-        """Without gradients the optimizer changes neither weights nor moments. A loss scaler sees to it by itself."""
-        norm = torch.zeros((), device=loss.device)
-        if self._scaler() is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        """Sees to it that no process changes weights or moments in a step whose loss or gradients are not finite.
+
+        The optimizer passes over parameters without gradients. A loss scaler must find the fault by itself, so that it
+        holds the optimizer back, fused or not, and lowers its scale: it is shown gradients that are no numbers.
+        """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = (loss + norm.to(loss.device)).isfinite()
         told = torch.stack([loss.float(), finite.float()])
         if world_size() > 1:
             told = self.accelerator.reduce(told, "mean")  # pyright: ignore
         self.last_loss, share_finite = told.tolist()  # pyright: ignore
         self.last_finite = share_finite == 1 and math.isfinite(self.last_loss)
-        if not self.last_finite:
-            model.zero_grad(set_to_none=True)
+        if self.last_finite:
+            return
+        for parameter in parameters:
+            parameter.grad = None if self.scaler is None else torch.full_like(parameter, math.nan)
 
     def _accumulate(self, model: Any, step: Any) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
@@ -217,9 +222,11 @@ class LoraTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _trained(self) -> Trained:
-        return Trained(self.model, self.optimizer, self.lr_scheduler, self._scaler())
+        return Trained(self.model, self.optimizer, self.lr_scheduler, self.scaler)
 
-    def _scaler(self) -> Any:
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler; None for formats that need none."""
         return getattr(self.accelerator, "scaler", None)
 
     def go_on(self, checkpoint: Checkpoint | None) -> None:

@@ -117,6 +117,18 @@ def test_stochastic_rounding_is_right_on_average() -> None:
     assert torch.equal(again.flip(0), integers)  # of the row alone, not of its place
 
 
+def test_rows_of_one_scale_do_not_share_their_noise() -> None:
+    """Else what is lost in one row is lost in all of them, and their sum is no better than each."""
+    torch.manual_seed(0)
+    rows = torch.rand(500, 64) - 0.5
+    rows[:, 9] = 1
+    _, scale = int8.quantise_gradient(rows)
+    assert float(scale.max()) == float(scale.min())
+    noise = int8._noise(rows, scale)
+    assert len(noise[:, 0].unique()) == 500
+    assert float((noise.mean(0) - 0.5).abs().max()) < 5 / (12 * 500) ** 0.5
+
+
 def test_the_loss_of_an_int8_head_has_the_gradient_of_that_head() -> None:
     _, head = made(64, 300)
     hidden, targets = torch.randn(50, 64), torch.randint(300, (50,))
