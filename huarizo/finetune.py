@@ -21,7 +21,7 @@ from huarizo.data.packing import cut, pack
 from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, MachineError, UserError
 from huarizo.files import remove_leftovers, require_space, told, whole_folder, write_manifest, write_whole
-from huarizo.machine import Choice, cache_folder, device, rank, world_size
+from huarizo.machine import Choice, cache_folder, describe, device, rank, world_size
 from huarizo.model.dropout import hash_dropouts
 from huarizo.model.fast import compile_layers
 from huarizo.model.int8_load import load_int8_base
@@ -122,7 +122,7 @@ def resume(run: Run, console: Console | None = None) -> Result:
         checkpoint, damaged = newest_valid(run.checkpoints, set_aside=lock is not None)
         for fault in damaged:
             console.print(Text(f"damaged checkpoint set aside: {fault}", style="yellow"))
-        prepared = prepare(run.recipe())
+        prepared = prepare(run.recipe(), resumed=True)
         session = Session(prepared, run, console, lock, began)
         changes = compare(checkpoint, prepared.recipe, session.facts) if checkpoint else []
         _tell(console, prepared, run)
@@ -166,6 +166,7 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     notes += [f"{len(data.train.left_out)} left out (no response within that)" if data.train.left_out else ""]
     notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
     lines = {
+        "device": describe(device()),
         "model": recipe.model,
         "data": f"{recipe.data.train}: {len(data.train.dataset)} rows ({data.format}), {tokens:,} tokens"
         + "".join(f"; {note}" for note in notes if note),

@@ -84,14 +84,17 @@ def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
     On a CPU without int8 instructions torch's own product is hundreds of times slower than fp32's, so parts of the
     depth whose sums fp32 holds exactly (EXACT_DEPTH 128^2 = 2^24) are multiplied in fp32 and added as integers.
-    cuBLASLt wants more than 16 rows, and K and N in multiples of 8: fewer rows are filled up with zeros.
+    cuBLASLt wants more than 16 rows, K and N in multiples of 8, and the columns of b one after the other in memory:
+    fewer rows are filled up with zeros, and another b is turned, which costs little beside the product.
     """
     rows = a_MK.shape[0]
     if a_MK.device.type == "cpu" and not int8_instructions():
         parts = zip(a_MK.split(EXACT_DEPTH, 1), b_KN.split(EXACT_DEPTH, 0), strict=True)
         return sum((a.float() @ b.float()).int() for a, b in parts)  # pyright: ignore
-    if a_MK.device.type == "cuda" and rows <= 16:
-        return torch.ops.aten._int_mm(F.pad(a_MK, (0, 0, 0, 17 - rows)), b_KN)[:rows]
+    if a_MK.device.type == "cuda":
+        b_KN = b_KN if b_KN.stride(0) == 1 else b_KN.t().contiguous().t()
+        a_MK = F.pad(a_MK, (0, 0, 0, 17 - rows)) if rows <= 16 else a_MK.contiguous()
+        return torch.ops.aten._int_mm(a_MK, b_KN)[:rows]
     return torch.ops.aten._int_mm(a_MK, b_KN)
 
 

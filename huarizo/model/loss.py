@@ -5,6 +5,7 @@ and its gradient are taken at once, and the logits are let go; the backward pass
 gradient of the hidden states.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -128,15 +129,17 @@ class PackedLoss:
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
-        return summed_loss(self._labelled(model, batch), self.base.lm_head, batch["targets"], self.gradient)
+        hidden = self._labelled(model, batch)
+        return summed_loss(hidden, self.base.lm_head, batch["targets"].to(hidden.device), self.gradient)
 
     def by_token(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each labelled token of a batch: [L] float32, without gradient."""
         with torch.no_grad():
-            return token_losses(self._labelled(model, batch), self.base.lm_head, batch["targets"])
+            hidden = self._labelled(model, batch)
+            return token_losses(hidden, self.base.lm_head, batch["targets"].to(hidden.device))
 
     def _labelled(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states at the labelled positions: [L, H].
+        """Hidden states at the labelled positions, [L, H], on the head's device, which may be another than the inputs'.
 
         The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head.
         """
@@ -149,7 +152,9 @@ class PackedLoss:
                 logits_to_keep=nothing,
                 use_cache=False,
             )
-        return states[0][0, batch["label_positions"]]
+        head = self.base.lm_head
+        labelled = states[0][0, batch["label_positions"].to(states[0].device)]
+        return labelled.to(next(itertools.chain(head.parameters(), head.buffers())).device)
 
 
 @contextmanager

@@ -33,8 +33,13 @@ LEAST_TOKENS = 64  # of a micro-batch, below which out of memory is final
 def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.device) -> TrainingArguments:
     """The recipe as TrainingArguments; `recipe.trainer` may set every field that the recipe leaves open."""
     training = recipe.training
-    defaults: dict[str, Any] = {"logging_steps": 1, "report_to": "none"}
-    return TrainingArguments(
+    defaults: dict[str, Any] = {
+        "logging_steps": 1,
+        "report_to": "none",
+        "ddp_broadcast_buffers": False,  # the frozen base is alike everywhere, and int8 weights are buffers
+        "ddp_find_unused_parameters": False,
+    }
+    args = TrainingArguments(
         **(defaults | recipe.trainer),
         output_dir=str(run.path),
         num_train_epochs=training.epochs,
@@ -51,6 +56,8 @@ def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.devic
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # other cards than this process's are not the Trainer's to copy the model to
+    return args
 
 
 class LoraTrainer(Trainer):
@@ -168,8 +175,12 @@ class LoraTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, batch, num_items_in_batch=step.num_labels)
                 self.accelerator.backward(loss)
-            total += loss.detach()
+            total += loss.detach().to(total.device)
         return total
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """To the device, but for the boundaries of the examples, which the CPU reads."""
+        return super()._prepare_inputs(inputs) | {"cu_seqlens": inputs["cu_seqlens"]}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
