@@ -12,8 +12,9 @@ from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder, tokenise
 from huarizo.finetune import load_frozen
+from huarizo.host import cache_folder
 from huarizo.hub.names import resolve_data, resolve_model
-from huarizo.machine import cache_folder, choose_precision, device
+from huarizo.machine import choose_precision, device
 from huarizo.model.load import load_tokenizer
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.recipe import make_recipe

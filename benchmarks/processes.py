@@ -17,7 +17,7 @@ from typing import Any
 
 from contenders import Task
 
-from huarizo.machine import cache_folder
+from huarizo.host import cache_folder
 
 HERE = Path(__file__).parent
 TOLD_LINES = 15  # of what a failed process printed last

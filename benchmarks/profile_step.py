@@ -20,6 +20,7 @@ from summary import machine, versions
 from huarizo.data.packing import num_labels, pack
 from huarizo.finetune import load_model, prepare
 from huarizo.machine import device
+from huarizo.model.dropout import DropoutMasks
 from huarizo.model.fast import compile_layers
 from huarizo.model.load import read_config
 from huarizo.model.loss import PackedLoss
@@ -56,6 +57,7 @@ def profiled(recipe: Any) -> tuple[dict[str, float], int, int, float]:
     inductor.cpp.enable_kernel_profile = True
     prepared = prepare(recipe)
     model = load_model(prepared).train()
+    masks = DropoutMasks(model, seed=0)
     reason = compile_layers(model, device())
     loss = PackedLoss(model.get_base_model(), compiled=reason is None)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
@@ -66,6 +68,7 @@ def profiled(recipe: Any) -> tuple[dict[str, float], int, int, float]:
 
     def step(examples: list[Any]) -> None:
         batch = pack(examples)
+        masks.draw(0, batch["places"])
         (loss(model, batch) / len(batch["targets"])).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from gemm import flop_per_token
 
-from huarizo.machine import cpu_flags
+from huarizo.host import cpu_flags
 
 FLAGS = ("avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")

@@ -18,6 +18,7 @@ from rich.text import Text
 from huarizo import cli_results
 from huarizo.console import confirm, console, quiet_libraries
 from huarizo.errors import HuarizoError, MachineError
+from huarizo.host import cpu_name, rank
 from huarizo.recipe import fields, load_recipe, type_of
 from huarizo.runs import Run, open_run
 
@@ -45,6 +46,7 @@ def train(
     ] = None,
 ) -> None:
     """Train by a recipe. The last word of the last line is the run folder."""
+    _greet()
     loaded = load_recipe(recipe, overrides or [])
     quiet_libraries()
     from huarizo import finetune
@@ -68,6 +70,7 @@ def train(
 @app.command("resume")
 def resume_run(run: RunName) -> None:
     """Go on with an interrupted run from its last checkpoint."""
+    _greet()
     quiet_libraries()
     from huarizo import finetune
 
@@ -102,8 +105,13 @@ def show_recipe(markdown: Annotated[bool, typer.Option("--markdown", help="as a 
             print(f"{key}  ({type_of(field)}; default {shown})\n    {field.description}")
 
 
+def _greet() -> None:
+    """A line at once: PyTorch takes some seconds to load, and more on a machine that is busy or cold."""
+    if rank() == 0:
+        print(f"{'machine':<10} {cpu_name()}, {os.cpu_count()} cores; loading PyTorch", flush=True)
+
+
 def _tell_result(result: Any) -> None:
-    from huarizo.machine import rank
     from huarizo.results.report import show_summary
 
     if rank() == 0:

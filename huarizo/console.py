@@ -65,5 +65,5 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
-    logging.getLogger("huarizo").setLevel(logging.WARNING)
+    logging.getLogger("huarizo").setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime", where nvcc is

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -21,11 +22,12 @@ from huarizo.data.packing import cut, pack
 from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, MachineError, UserError
 from huarizo.files import remove_leftovers, require_space, told, whole_folder, write_manifest, write_whole
-from huarizo.machine import Choice, cache_folder, describe, device, rank, world_size
-from huarizo.model.dropout import hash_dropouts
+from huarizo.host import cache_folder, int8_instructions, rank, world_size
+from huarizo.kernels.dropout import reason_against
+from huarizo.machine import Choice, describe, device, minutes_in_float
 from huarizo.model.fast import compile_layers
 from huarizo.model.int8_load import load_int8_base
-from huarizo.model.load import load_base
+from huarizo.model.load import load_base, read_config, weight_bytes
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.prepare import Prepared, changed_files, prepare
 from huarizo.recipe import Recipe, to_yaml
@@ -41,6 +43,7 @@ from huarizo.training.progress import Metrics, ShowProgress
 from huarizo.training.saving import SaveAndStop
 from huarizo.training.trainer import LoraTrainer, training_arguments
 
+MUCH_WORK = 6e12  # operations, a minute or more of most CPUs
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; they show which input channels of the base stand out
 
 
@@ -68,8 +71,6 @@ def load_model(prepared: Prepared) -> Any:
     """The frozen base with a new LoRA, as a PeftModel."""
     model = load_frozen(prepared.model_source.path, prepared.choice, prepared.data.train.dataset)
     model = add_lora(model, prepared.recipe.lora, prepared.recipe.training.seed)
-    if device().type == "cpu":
-        hash_dropouts(model, model.get_base_model().model)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = prepared.model_source.reference, prepared.model_source.revision
     return model
@@ -176,8 +177,30 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
         "memory": f"{recipe.training.micro_batch_tokens} tokens at once"
         + (", activation checkpointing" if recipe.trainer.get("gradient_checkpointing") else ""),
     }
+    if device().type == "cpu":
+        lines |= _told_of_the_cpu(prepared, tokens)
     for key, value in lines.items():
         console.print(Text(f"{key:<10} {value}"), soft_wrap=True)
+
+
+def _told_of_the_cpu(prepared: Prepared, tokens: int) -> dict[str, str]:
+    """What runs without a kernel of its own, and how long a training in float takes, where that is more than a minute.
+
+    tokens: of all rows.
+    """
+    choice, training = prepared.choice, prepared.recipe.training
+    lines = {}
+    if reason := reason_against(choice.dtype):
+        lines["kernels"] = f"none, plain torch instead: {reason}"
+    steps = -(-len(prepared.data.train.dataset) // training.batch_size)
+    passes = training.max_steps / steps if training.max_steps else training.epochs
+    weights = weight_bytes(read_config(prepared.model_source.path), "fp32", torch.float32) / 4
+    operations = 4 * weights * tokens * passes  # forward and input gradient, two operations a multiply-add
+    if choice.precision != "int8" and operations > MUCH_WORK:
+        least, most = minutes_in_float(operations, choice.precision, device())
+        why = "" if int8_instructions() else "slow here, for want of int8 instructions (VNNI, AMX): "
+        lines["time"] = f"{why}about {least:.0f} to {most:.0f} minutes in {choice.precision}"
+    return lines
 
 
 @dataclass(frozen=True)

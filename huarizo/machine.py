@@ -1,12 +1,11 @@
 """What this machine can do: device, memory, number formats; and the choices that follow from it.
 
-Nothing decided here changes what is trained, only how fast. This is the one place, beside the hub's tokens, that reads
-the environment.
+Nothing decided here changes what is trained, only how fast. Beside `host` and the hub's tokens this is the one place
+that reads the environment.
 """
 
 import functools
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Literal
 import torch
 
 from huarizo.errors import RecipeError
+from huarizo.host import cache_folder, cpu_name, has_fast_bf16, int8_instructions, world_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FixedPrecision = Literal["int8", "bf16", "fp16", "fp32"]
@@ -24,6 +24,8 @@ Gain = Callable[[torch.device, torch.dtype], float]
 MEASURING = 1.0  # seconds that measuring one format may take
 INT8_GAIN = 1.1  # how much faster a whole int8 layer must be than a float one, to be worth its rounding
 ROOM = 0.8  # of a card's free memory, that the weights of a model on it may take
+# share of the rate of bare products that whole steps reach, seen from 135 million to 1.1 billion weights
+REACHED = 0.35, 0.8
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,6 @@ class Choice:
     dtype: torch.dtype
 
 
-def rank() -> int:
-    """Number of this process among those that torchrun started; 0 for a single one."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def cache_folder() -> Path:
-    """Where prepared models and tokens are kept: $XDG_CACHE_HOME/huarizo, if absolute, or ~/.cache/huarizo."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (root if root.is_absolute() else Path.home() / ".cache") / "huarizo"
-
-
 def device() -> torch.device:
     """The device of this process: its CUDA card, Apple's GPU, or the CPU."""
     if torch.cuda.is_available():
@@ -60,36 +46,6 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); without it bf16 is slower than fp32."""
-    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """What the kernel says that this CPU can do; empty where it says nothing."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    except OSError:
-        return frozenset()
-
-
-def cpu_name() -> str:
-    """The processor's name, with the matrix instructions that it has."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = text.partition("model name")[2].partition("\n")[0].strip("\t :") or platform.machine()
-    except OSError:
-        name = platform.processor() or platform.machine()
-    flags = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"})
-    return f"{name} ({', '.join(flags)})" if flags else name
-
-
-def int8_instructions() -> list[str]:
-    """The instructions of this CPU that multiply int8; without one of them such products are slower than fp32's."""
-    return sorted({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
-
-
 def float_precision(on: torch.device) -> FixedPrecision:
     """The fastest float format that computes right on this device."""
     if on.type == "cuda":
@@ -97,36 +53,44 @@ def float_precision(on: torch.device) -> FixedPrecision:
     return "bf16" if on.type == "cpu" and has_fast_bf16() else "fp32"
 
 
-@functools.cache
 def gemm_rates(on: torch.device) -> dict[str, float]:
-    """Measured 10^9 operations a second of matrix products by format, two a multiply-add; formats that fail are absent.
-
-    [rows, 2048] times [2048, 2048], the rows growing to 512 on a CPU and 4,096 on a card. A format takes about
-    MEASURING seconds at most: a slow call is the last one of its format, whatever its size.
-    """
+    """`gemm_rate` by format; formats that fail are absent."""
     rates: dict[str, float] = {}
     for name in ("int8", "bf16", "fp16", "fp32"):
         if name == "fp16" and on.type == "cpu":
             continue
         try:
-            rates[name] = _gemm_rate(torch.int8 if name == "int8" else DTYPES[name], on)
+            rates[name] = gemm_rate(name, on)
         except (RuntimeError, NotImplementedError):
             continue
     return rates
 
 
-def _gemm_rate(dtype: torch.dtype, on: torch.device, size: int = 2048) -> float:
-    product = torch.ops.aten._int_mm if dtype == torch.int8 else torch.mm
+@functools.cache
+def gemm_rate(precision: FixedPrecision, on: torch.device, budget: float = MEASURING) -> float:
+    """Measured 10^9 operations a second of torch's matrix products in a format, two a multiply-add.
+
+    [rows, 2048] times [2048, 2048], the rows growing to 512 on a CPU and 4,096 on a card. It takes about `budget`
+    seconds at most: a slow call is the last one, whatever its size.
+    """
+    dtype, size = torch.int8 if precision == "int8" else DTYPES[precision], 2048
+    product = torch.ops.aten._int_mm if precision == "int8" else torch.mm
     right = torch.ones(size, size, dtype=dtype, device=on)
-    ends = time.perf_counter() + MEASURING
+    ends = time.perf_counter() + budget
     for rows in (32, 128, 512) if on.type == "cpu" else (512, 4096):
         left = torch.ones(rows, size, dtype=dtype, device=on)
         taken = seconds(lambda: product(left, right), on)  # noqa: B023
-        if taken > MEASURING / 20:
+        if taken > budget / 20:
             break
     while time.perf_counter() + taken < ends:
         taken = min(taken, seconds(lambda: product(left, right), on))
     return 2e-9 * len(left) * size**2 / taken
+
+
+def minutes_in_float(operations: float, precision: FixedPrecision, on: torch.device) -> tuple[float, float]:
+    """Between which minutes so many operations of a training take in a float format, by a short measurement."""
+    rate = gemm_rate(precision, on, budget=0.3) * 1e9
+    return operations / (rate * REACHED[1]) / 60, operations / (rate * REACHED[0]) / 60
 
 
 def seconds(function: Callable[[], object], on: torch.device) -> float:

@@ -13,6 +13,7 @@ import torch
 from huarizo.data.prepare import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
+from huarizo.host import cache_folder, rank
 from huarizo.hub.names import Source, check_pinned, resolve_data, resolve_model
 from huarizo.machine import (
     DTYPES,
@@ -20,12 +21,10 @@ from huarizo.machine import (
     FixedPrecision,
     as_first,
     available_memory,
-    cache_folder,
     choose_precision,
     device,
     micro_batch_tokens,
     nearest_precision,
-    rank,
     spread,
 )
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
@@ -69,7 +68,9 @@ def prepare(recipe: Recipe, resumed: bool = False) -> Prepared:
     for file in changed_files(data_sources):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
     resolved = recipe.model_copy(deep=True)
-    _fit_memory(resolved, config, choice, on)
+    needed = weight_bytes(config, choice.precision, choice.dtype)
+    everywhere = choice.precision != "int8" and spread(needed, on)
+    _fit_memory(resolved, config, choice, available_memory(on, everywhere))
     resolved.model = sources["model"].pinned
     resolved.data.train = sources["train"].pinned
     if "eval" in sources:
@@ -91,15 +92,15 @@ def _choose(recipe: Recipe, on: torch.device, resumed: bool) -> Choice:
     return choice
 
 
-def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, on: torch.device) -> None:
+def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:
     """Choose the micro-batches, and activation checkpointing where not even the longest row fits without.
 
     The first process chooses for all.
     """
     if recipe.training.micro_batch_tokens is not None:
         return
-    needed = weight_bytes(config, choice.precision, choice.dtype)
-    free = available_memory(on, choice.precision != "int8" and spread(needed, on)) - needed
+    on = device()
+    free = available - weight_bytes(config, choice.precision, choice.dtype)
     tokens = micro_batch_tokens(activation_bytes_per_token(config, choice.dtype), free, on)
     checkpointing = tokens < recipe.data.max_length and "gradient_checkpointing" not in recipe.trainer
     if checkpointing:

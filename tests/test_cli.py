@@ -285,3 +285,16 @@ def test_a_short_output_that_nobody_takes(tmp_path: Path, redirection: str, code
     command = f"'{sys.executable}' -m huarizo recipe {redirection}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == code and len(done.stderr.splitlines()) == (code == 3), done.stderr
+
+
+def test_the_first_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from huarizo import cli\n"
+        "cli.load_recipe = cli.open_run = lambda *_: sys.exit('torch' in sys.modules)\n"
+        "sys.argv = ['huarizo', *sys.argv[1:]]; cli.main()"
+    )
+    for command in (["train", "any.yaml"], ["resume", "any"]):
+        started = [sys.executable, "-c", code, *command]
+        done = subprocess.run(started, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("machine ") and "loading PyTorch" in done.stdout

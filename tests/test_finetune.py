@@ -9,11 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from huarizo import finetune, machine
 from huarizo.finetune import fine_tune
 from huarizo.machine import Choice
 from huarizo.model.load import activation_bytes_per_token, weight_bytes
 from huarizo.model.lora import count_weights
-from huarizo.prepare import _fit_memory
+from huarizo.prepare import _fit_memory, prepare
 from huarizo.recipe import make_recipe
 from tests.tiny import make_model
 
@@ -72,6 +73,22 @@ def test_a_held_out_prompt_without_room_for_an_answer_is_no_sample(tiny_model_fo
     )  # fmt: skip
     result = fine_tune(recipe, "run", Console(file=io.StringIO()))
     assert [sample.instruction for sample in result.samples] == ["Who are you?"]
+
+
+def test_a_long_training_in_float_on_a_cpu_says_why_and_how_long(
+    tiny_model_folder: Path, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(make_recipe(model=str(tiny_model_folder), data={"train": str(alpaca_file)}, precision="fp32"))
+    monkeypatch.setattr("huarizo.finetune.reason_against", lambda dtype: "no compiler")
+    monkeypatch.setattr("huarizo.finetune.int8_instructions", list)
+    monkeypatch.setattr(machine, "gemm_rate", lambda *args, **kwargs: 100.0)
+    few = finetune._told_of_the_cpu(prepared, 1000)
+    assert few == {"kernels": "none, plain torch instead: no compiler"}
+    weights = weight_bytes(make_model().config.to_dict(), "fp32", torch.float32) / 4
+    tokens = int(100e9 * 60 * 7 / (4 * weights))  # 7 minutes at the full rate of the products
+    assert finetune._told_of_the_cpu(prepared, tokens)["time"] == (
+        "slow here, for want of int8 instructions (VNNI, AMX): about 9 to 20 minutes in fp32"
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, True])

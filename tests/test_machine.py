@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from huarizo import machine
+from huarizo import host, machine
 from huarizo.errors import RecipeError
 from huarizo.machine import choose_precision
 
@@ -30,7 +30,7 @@ def with_card(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1, free:
 def test_a_cpu_with_int8_instructions_takes_int8(
     flags: set[str], precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags)
     monkeypatch.setattr(machine, "gemm_rates", lambda on: pytest.fail("known, not measured"))
     choice = choose_precision("auto", CPU)
     assert (choice.precision, choice.dtype) == (precision, dtype)
@@ -39,7 +39,7 @@ def test_a_cpu_with_int8_instructions_takes_int8(
 
 @pytest.mark.parametrize("wanted", ["auto", "fp32", "bf16", "int8"])
 def test_nothing_is_measured_on_a_cpu(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx2", "fma"})
+    monkeypatch.setattr(host, "cpu_flags", lambda: {"avx2", "fma"})
     monkeypatch.setattr(machine, "seconds", lambda *_: pytest.fail("measured"))
     choice = choose_precision(wanted, CPU)
     assert choice.precision == ("fp32" if wanted == "auto" else wanted)
@@ -83,7 +83,7 @@ def test_a_run_from_elsewhere_goes_on_in_the_nearest_format(
     made_in: str, on: torch.device, bf16: bool, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_card(monkeypatch, bf16)
-    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(host, "cpu_flags", lambda: {"avx2"})
     choice = machine.nearest_precision(made_in, on)
     assert choice.precision == found
     assert (made_in in choice.reason) == (found != made_in)
@@ -122,7 +122,7 @@ def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rates_are_measured_on_this_machine() -> None:
-    machine.gemm_rates.cache_clear()
+    machine.gemm_rate.cache_clear()
     rates = machine.gemm_rates(CPU)
     assert {"int8", "bf16", "fp32"} <= rates.keys() and min(rates.values()) > 0
 
@@ -137,8 +137,8 @@ def test_a_slow_format_is_measured_by_one_small_product(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(machine, "seconds", slow)
     monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
-    machine.gemm_rates.cache_clear()
+    machine.gemm_rate.cache_clear()
     rates = machine.gemm_rates(CPU)
-    machine.gemm_rates.cache_clear()
+    machine.gemm_rate.cache_clear()
     assert len(calls) == len(rates) == 3
     assert rates["int8"] == pytest.approx(2e-9 * 32 * 2048**2 / 10)

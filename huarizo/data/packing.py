@@ -9,6 +9,7 @@ alone. How a step is cut into micro-batches and dealt out to processes depends o
 `num_labels` counts the labelled tokens of the whole step, over all micro-batches and processes.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,18 @@ class StepLoader(DataLoader):
             self.batch_sampler.set_epoch(epoch)
 
 
-def pack(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def starts(lengths: Sequence[int]) -> list[int]:
+    """Where examples of these lengths begin that are laid end to end."""
+    return [0, *itertools.accumulate(lengths)][: len(lengths)]
+
+
+def pack(examples: Sequence[dict[str, Any]], places: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
     """Lay examples (`input_ids`, `labels`) end to end. T tokens, n examples, L labels:
 
+    places: where each example begins in the optimizer step; by default these are the whole of it.
+
     input_ids, position_ids: [1, T] int64; cu_seqlens: [n + 1] int32, where each example begins, and the end;
+    places: [T] int64, of each token in the optimizer step;
     label_positions: [L] int64, the tokens whose next token is learnt; targets: [L] int64, those next tokens.
     """
     lengths = [len(example["input_ids"]) for example in examples]
@@ -61,9 +70,12 @@ def pack(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ends = torch.tensor(lengths).cumsum(0)
     labels[ends - torch.tensor(lengths)] = IGNORED  # nothing predicts the first token of an example
     label_positions = (labels[1:] != IGNORED).nonzero()[:, 0]
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    begins = torch.tensor(starts(lengths) if places is None else places)
     return {
         "input_ids": input_ids[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "position_ids": position_ids[None],
+        "places": begins.repeat_interleave(torch.tensor(lengths)) + position_ids,
         "cu_seqlens": torch.nn.functional.pad(ends, (1, 0)).int(),
         "label_positions": label_positions,
         "targets": labels[label_positions + 1],
@@ -90,18 +102,19 @@ def cut(lengths: Sequence[int], budget: int) -> list[range]:
 class Step:
     """What one process computes of an optimizer step.
 
-    examples: this process's share of the step; num_labels: labelled tokens of the whole step, over all processes;
-    num_tokens: tokens of the whole step.
+    examples: this process's share of the step; places: where each of them begins in the whole step;
+    num_labels: labelled tokens of the whole step, over all processes; num_tokens: tokens of the whole step.
     """
 
     examples: list[dict[str, Any]]
+    places: list[int]
     num_labels: int
     num_tokens: int
 
     def micro_batches(self, budget: int) -> list[dict[str, torch.Tensor]]:
         """Packed batches of at most `budget` tokens each."""
         ranges = cut([len(example["input_ids"]) for example in self.examples], budget)
-        return [pack([self.examples[i] for i in part]) for part in ranges]
+        return [pack([self.examples[i] for i in part], [self.places[i] for i in part]) for part in ranges]
 
 
 @dataclass(frozen=True)
@@ -116,8 +129,9 @@ class StepCollator:
     world_size: int = 1
 
     def __call__(self, examples: list[dict[str, Any]]) -> Step:
-        mine = examples[self.rank :: self.world_size]
+        lengths = [len(example["input_ids"]) for example in examples]
+        mine, places = (every[self.rank :: self.world_size] for every in (examples, starts(lengths)))
         if not mine:
             labels = [IGNORED] * len(examples[0]["labels"])
-            mine = [{"input_ids": examples[0]["input_ids"], "labels": labels}]
-        return Step(mine, num_labels(examples), sum(len(example["input_ids"]) for example in examples))
+            mine, places = [{"input_ids": examples[0]["input_ids"], "labels": labels}], [0]
+        return Step(mine, places, num_labels(examples), sum(lengths))

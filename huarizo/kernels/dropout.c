@@ -1,6 +1,6 @@
 /* Dropout with a hashed mask, alone and in front of a product with a low rank.
  *
- *     dropout   y_i = keep(i, seed) ? x_i * scale : 0, where keep is hash(i, seed) >= threshold
+ *     dropout   y_tk = keep(t, k) ? x_tk * scale : 0, where keep is hash(place_t K + k, seed) >= threshold
  *     down      h = dropout(x) A'
  *     gradient  g_A = g_h' dropout(x)    g_x = dropout(g_h A), of the same mask
  *
@@ -25,10 +25,11 @@ enum {
     SUMS = 8192, /* numbers of g_A that stay in a core's nearest cache */
 };
 
-/* x is [T, K], its stride in bytes. `h` is h or g_h, `out` y or g_x, `grad` g_A, all of them contiguous. */
+/* x is [T, K], its stride in bytes; places are those of its rows in the step. `h` is h or g_h, `out` y or g_x, `grad` g_A, all of them contiguous. */
 typedef struct {
     int64_t rows, inputs, rank, x_stride;
     const char *x;
+    const int32_t *places;
     const float *weight;
     char *h, *out;
     float *grad;
@@ -37,9 +38,10 @@ typedef struct {
     int32_t bf16, threads;
 } Call;
 
-/* Which of 16 elements from place `at` on are kept. */
-INLINE __mmask16 kept(const Call *call, int64_t at)
+/* Which of 16 elements of a row from column `column` on are kept. */
+INLINE __mmask16 kept(const Call *call, int64_t row, int64_t column)
 {
+    int64_t at = call->places[row] * call->inputs + column;
     const __m512i multipliers[3] = {_mm512_set1_epi32(0x21F0AAAD), _mm512_set1_epi32(0x735A2D97),
                                     _mm512_set1_epi32(0x21F0AAAD)};
     __m512i seed = _mm512_set1_epi32((int)call->seed);
@@ -57,7 +59,7 @@ INLINE __mmask16 kept(const Call *call, int64_t at)
 INLINE __m512i load_kept(const Call *call, const int bf16, int64_t row, int64_t column, __mmask16 *mask)
 {
     const char *from = call->x + row * call->x_stride + column * size_of(bf16);
-    *mask = kept(call, row * call->inputs + column) & first(call->inputs - column);
+    *mask = kept(call, row, column) & first(call->inputs - column);
     return bf16 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(*mask, from)) : _mm512_maskz_loadu_epi32(*mask, from);
 }
 
@@ -80,16 +82,18 @@ INLINE uint32_t element_at(const Call *call, const char *from, int64_t i)
 
 /* --------------------------------------------------------------------------------------------------------- dropout */
 
-/* Writes out from x, all of it one row. */
+/* Writes out [T, K] from x. */
 int huarizo_dropout(const Call *call)
 {
     __m512 scale = _mm512_set1_ps(call->scale);
 #pragma omp parallel for num_threads(call->threads) schedule(static)
-    for (int64_t at = 0; at < call->inputs; at += LANES) {
-        __mmask16 mask = kept(call, at) & first(call->inputs - at);
-        store_first(call, call->inputs - at, call->out, at,
-                    _mm512_mul_ps(load(call->bf16, mask, call->x + at * size_of(call->bf16)), scale));
-    }
+    for (int64_t row = 0; row < call->rows; row++)
+        for (int64_t k = 0; k < call->inputs; k += LANES) {
+            __mmask16 mask = kept(call, row, k) & first(call->inputs - k);
+            const char *from = call->x + row * call->x_stride + k * size_of(call->bf16);
+            store_first(call, call->inputs - k, call->out, row * call->inputs + k,
+                        _mm512_mul_ps(load(call->bf16, mask, from), scale));
+        }
     return OK;
 }
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from huarizo.host import cpu_flags
 from huarizo.kernels import build
-from huarizo.machine import cpu_flags
 
 # `Call` in int8.c: sizes and strides; x, quantised, row_scale, row_start, weight, scale, factor, float_channels,
 # float_weight, bias and out; bf16, threads

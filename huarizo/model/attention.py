@@ -70,6 +70,7 @@ def _attend_in_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> torch.Tensor:
     heads, mask = k.shape[0], _causal(q)
+    q, k, v = (x.contiguous() for x in (q, k, v))  # torch rounds some products otherwise where strides are others
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     for s, a, b in _blocks(cu_seqlens):
         p = _probabilities(_folded(q[:, a:b] * scale, heads), k[:, s:b], b - a, mask)
@@ -85,10 +86,11 @@ def _gradients_in_torch(
     With P the probabilities and dP = dO V': dV = P' dO, dS = P * (dP - rowsum(P * dP)), dQ = dS K, dK = dS' Q.
     """
     heads, mask = k.shape[0], _causal(q)
+    grad, q, k, v = grad.transpose(0, 1).contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
     for s, a, b in _blocks(cu_seqlens):
-        q_block, g_block = _folded(q[:, a:b] * scale, heads), _folded(grad[a:b].transpose(0, 1), heads)
+        q_block, g_block = _folded(q[:, a:b] * scale, heads), _folded(grad[:, a:b], heads)
         p = _probabilities(q_block, k[:, s:b], b - a, mask)
         grad_v[:, s:b] += torch.bmm(p.transpose(1, 2), g_block)
         grad_p = torch.bmm(g_block, v[:, s:b].transpose(1, 2))

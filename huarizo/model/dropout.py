@@ -1,10 +1,12 @@
-"""Dropout whose mask is a hash of place and seed, for training on a CPU.
+"""Dropout whose mask is a hash of seed, layer, step, token and channel: one definition on every device.
 
-torch draws its masks number by number on a CPU, and at a rank of 8 that costs more than LoRA's own products. A hash is
-integer arithmetic on whole vectors, and the backward pass makes the mask again instead of keeping it. It takes the
-place of torch's dropout where there is a C kernel for it.
+A token counts by its place in the optimizer step, not in the micro-batch. So the masks are the same however a step is
+cut into micro-batches and dealt out to processes, compiled or not, with a kernel or without, and in a run that goes on.
+On a CPU a hash in C is faster than torch's own generator; the backward pass makes the mask again instead of keeping it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,73 +15,90 @@ from torch import nn
 
 from huarizo.kernels import dropout as kernel
 
-MASK = 2**32 - 1
 THIN = 32  # the largest rank whose product is made with the mask
+CAPACITY = 4096  # tokens of a micro-batch for which there is room from the start
+SIGN = -(2**31)
+
+# Shapes: T tokens, K channels, r the rank.
 
 
-def hashed(count: int, seed: torch.Tensor) -> torch.Tensor:
-    """Uniform integers below 2^32, int64 [count], a pure function of place and seed (int64 [1]).
+def hashed(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """Uniform 32 bits, int32 in the shape of `index` (int32), a pure function of it and the seed (int32 [1]).
 
     Rounds of xor-shift and multiply modulo 2^32, the seed between them; dropout.c has the same.
     """
-    x = torch.arange(count, device=seed.device)
+    x = index
     for multiplier in (0x21F0AAAD, 0x735A2D97, 0x21F0AAAD):
-        x = (x ^ (x >> 16)) * multiplier & MASK
-        x = (x ^ (x >> 15)) + seed & MASK
+        x = (x ^ ((x >> 16) & 0xFFFF)) * multiplier
+        x = (x ^ ((x >> 15) & 0x1FFFF)) + seed
     return x
 
 
-def reference(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """The definition of correct: x / (1 - p) where the hash is at least p 2^32, and 0 elsewhere."""
-    keep = hashed(x.numel(), seed).view(x.shape) >= int(p * 2**32)
-    scale = torch.tensor(1 / (1 - p), dtype=torch.float32)
-    return torch.where(keep, (x.float() * scale).to(x.dtype), 0)
+def kept(places: torch.Tensor, channels: int, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """Which of the channels of tokens at these places, int32 [T], stay: bool [T, channels]; the hash is p 2^32 or more.
+
+    Place t and channel k have the index t channels + k, modulo 2^32.
+    """
+    index = places[:, None] * channels + torch.arange(channels, dtype=torch.int32, device=places.device)
+    return (hashed(index, seed) ^ SIGN) >= int(p * 2**32) + SIGN  # the sign turned, so that unsigned bits compare
+
+
+def reference(x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """The definition of correct: x [T, K] / (1 - p) where it is `kept`, and 0 elsewhere, in the dtype of x."""
+    return torch.where(kept(places, x.shape[1], seed, p), (x.float() * (1 / (1 - p))).to(x.dtype), 0)
 
 
 @torch.library.custom_op("huarizo::hashed_dropout", mutates_args=())
-def _dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """x: any shape, contiguous in the result; seed: int64 [1]."""
-    return kernel.dropped(x, int(seed), int(p * 2**32), 1 / (1 - p))
+def _dropped(x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """x: [T, K]; places: int32 [T]; seed: int32 [1]; returns [T, K], contiguous."""
+    return kernel.dropped(x, places, *_mask(seed, p))
+
+
+def _mask(seed: torch.Tensor, p: float) -> tuple[int, int, float]:
+    """Seed and threshold as unsigned integers, and the scale, as the kernel takes them."""
+    return int(seed) & 0xFFFFFFFF, int(p * 2**32), 1 / (1 - p)
 
 
 @_dropped.register_fake
-def _(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+def _(x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, seed, ctx.p = inputs
-    ctx.save_for_backward(seed)
+    _, places, seed, ctx.p = inputs
+    ctx.save_for_backward(places, seed)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return _dropped(grad, *ctx.saved_tensors, ctx.p), None, None
+    return _dropped(grad, *ctx.saved_tensors, ctx.p), None, None, None
 
 
 _dropped.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("huarizo::dropped_linear", mutates_args=())
-def _dropped_linear(x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """x: [T, K]; weight: float32 [r, K]; returns [T, r] in the dtype of x."""
-    return kernel.down(x, weight, int(seed), int(p * 2**32), 1 / (1 - p))
+def _dropped_linear(
+    x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float
+) -> torch.Tensor:
+    """x: [T, K]; weight: float32 [r, K]; places: int32 [T]; returns [T, r] in the dtype of x."""
+    return kernel.down(x, weight, places, *_mask(seed, p))
 
 
 @_dropped_linear.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("huarizo::dropped_linear_backward", mutates_args=())
 def _dropped_linear_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, p: float
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return kernel.down_backward(grad, x, weight, int(seed), int(p * 2**32), 1 / (1 - p))
+    return kernel.down_backward(grad, x, weight, places, *_mask(seed, p))
 
 
 @_dropped_linear_backward.register_fake
 def _(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, seed: torch.Tensor, p: float
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
 
@@ -90,60 +109,101 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *_dropped_linear_backward(grad, *ctx.saved_tensors, ctx.p), None, None
+    return *_dropped_linear_backward(grad, *ctx.saved_tensors, ctx.p), None, None, None
 
 
 _dropped_linear.register_autograd(_linear_backward, setup_context=_save_linear)
 
 
 class HashedDropout(nn.Module):
-    """Sets a share p of the values to zero and scales the rest by 1 / (1 - p), in training only."""
+    """Sets a share p of the values to zero and scales the rest by 1 / (1 - p), in training only.
+
+    seed: int32 [1]; places: int32, of the tokens that come next, as many or more. `DropoutMasks` sets both. They are no
+    buffers: they belong to the step, not to the model.
+    """
 
     seed: torch.Tensor
+    places: torch.Tensor
 
-    def __init__(self, p: float, seed: torch.Tensor) -> None:
+    def __init__(self, p: float, seed: torch.Tensor, places: torch.Tensor) -> None:
         super().__init__()
-        self.p = p
-        self.register_buffer("seed", seed, persistent=False)
+        self.p, self.seed, self.places = p, seed, places
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _dropped(x, self.seed, self.p) if self.training else x
+        """[..., K] -> [..., K]; all dimensions but the last together are the tokens."""
+        if not self.training:
+            return x
+        rows = x.flatten(0, -2)
+        drop = _dropped if _in_c(x) else reference
+        return drop(rows, self.places[: rows.shape[0]], self.seed, self.p).view(x.shape)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A linear layer behind the dropout, in the dtype of x.
 
         x: [..., K]; weight: float32 [r, K]; returns [..., r]. With a small r what passes the dropout never stands in
-        memory; with a larger one torch's product of it is faster.
+        memory where there is a kernel; with a larger one torch's product of it is faster.
         """
-        if not self.training or len(weight) > THIN:
+        if not self.training or len(weight) > THIN or not _in_c(x):
             return F.linear(self(x), weight.to(x.dtype))
-        return _dropped_linear(x.flatten(0, -2), weight, self.seed, self.p).view(*x.shape[:-1], -1)
+        rows = x.flatten(0, -2)
+        h = _dropped_linear(rows, weight, self.places[: rows.shape[0]], self.seed, self.p)
+        return h.view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def hash_dropouts(model: nn.Module, root: nn.Module) -> None:
-    """Replace every nn.Dropout of `model` by a HashedDropout; each forward of `root` in training draws new seeds.
+def _in_c(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and kernel.reason_against(x.dtype) is None
 
-    The seeds come from torch's generator, so a run with the same seed, or gone on with, has the same masks. Without a
-    kernel nothing is replaced.
+
+class DropoutMasks:
+    """The masks of a model's HashedDropouts, which take the place of every nn.Dropout that drops anything.
+
+    seed: of the run; room: tokens of a micro-batch, as many as are expected at most.
     """
-    if kernel.reason_against() is not None:
-        return
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Dropout) and child.p > 0
-    ]
-    seeds = torch.zeros(len(places), dtype=torch.int64)
-    for number, (parent, name, child) in enumerate(places):
-        setattr(parent, name, HashedDropout(child.p, seeds[number : number + 1]).train(child.training))
 
-    def draw(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module.training:
-            seeds.random_(2**32)
+    def __init__(self, model: nn.Module, seed: int, room: int = CAPACITY) -> None:
+        places = [
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, nn.Dropout) and child.p > 0
+        ]
+        on = next(model.parameters()).device
+        self._seed = torch.tensor([seed % 2**32], device=on).int()
+        self._seeds = torch.zeros(len(places), dtype=torch.int32, device=on)
+        self._places = torch.arange(max(room, CAPACITY), dtype=torch.int32, device=on)
+        self._dropouts: list[HashedDropout] = []
+        for number, (parent, name, child) in enumerate(places):
+            hashed_dropout = HashedDropout(child.p, self._seeds[number : number + 1], self._places)
+            setattr(parent, name, hashed_dropout.train(child.training))
+            self._dropouts.append(hashed_dropout)
 
-    if places:
-        root.register_forward_pre_hook(draw)
+    @torch.no_grad()
+    def draw(self, step: int, places: torch.Tensor) -> None:
+        """New masks for a micro-batch of an optimizer step. places: of its tokens in the step, integers [T]."""
+        if not self._dropouts:
+            return
+        if len(places) > len(self._places):
+            self._places = self._places.new_empty(2 * len(places))
+            for dropout in self._dropouts:
+                dropout.places = self._places
+        self._places[: len(places)] = places
+        first, count = step * len(self._seeds), len(self._seeds)
+        index = torch.arange(first, first + count, device=self._seeds.device).int()
+        self._seeds.copy_(hashed(index, self._seed))
+
+
+@contextmanager
+def at_places(module: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Inside the block the tokens that `module` sees are those at these places of the step, integers [T]."""
+    dropouts = [child for child in module.modules() if isinstance(child, HashedDropout)]
+    before = [dropout.places for dropout in dropouts]
+    for dropout in dropouts:
+        dropout.places = places.int()
+    try:
+        yield
+    finally:
+        for dropout, earlier in zip(dropouts, before, strict=True):
+            dropout.places = earlier

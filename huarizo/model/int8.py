@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from huarizo.host import int8_instructions
 from huarizo.kernels import int8 as kernel
-from huarizo.machine import int8_instructions
 
 FLOAT_CHANNELS = 8
 BLOCK = 32  # of channels that are rotated together

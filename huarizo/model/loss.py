@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from huarizo.model.dropout import at_places
 from huarizo.model.int8 import Int8Linear
 
 CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
@@ -48,6 +49,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Any,
         targets: torch.Tensor,
         gradient: Callable[..., Any],
+        places: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -63,7 +65,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss, grad_logits = gradient(head(hidden[part]), targets[part])
                 grad_hidden[part] = head.input_gradient(grad_logits)
             else:
-                with torch.enable_grad():
+                with torch.enable_grad(), at_places(head, places[part]):
                     chunk = hidden[part].detach().requires_grad_()
                     loss = reference(chunk, head, targets[part])
                 taken = torch.autograd.grad(loss, [chunk, *parameters])
@@ -77,7 +79,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [(grad.float() * grad_outputs[0]).to(grad.dtype) for grad in ctx.saved_tensors]  # 1 / labels in fp32
-        return scaled[0], None, None, None, *scaled[1:]
+        return scaled[0], None, None, None, None, *scaled[1:]
 
 
 def _rows(head: Any) -> int:
@@ -89,6 +91,7 @@ def summed_loss(
     head: torch.nn.Module,
     targets: torch.Tensor,
     gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropies of `targets` given `hidden`.
 
@@ -97,6 +100,7 @@ def summed_loss(
         head: the output head, [*, H] -> [*, vocabulary]; may hold trainable parameters (a LoRA).
         targets: [L] int64.
         gradient: `loss_and_gradient`, or that compiled.
+        places: [L] integers, of the labelled tokens in the optimizer step, for a dropout before the head.
 
     Returns:
         A scalar, float32; zero for L = 0, with a gradient of zeros for `hidden` and the head's parameters.
@@ -106,7 +110,8 @@ def summed_loss(
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if not len(targets):
         return sum(((tensor * 0).sum().float() for tensor in trainable), (hidden * 0).sum().float())
-    return _ChunkedLoss.apply(hidden, head, targets, gradient, *trainable)  # pyright: ignore[reportReturnType]
+    places = torch.arange(len(targets), device=targets.device) if places is None else places
+    return _ChunkedLoss.apply(hidden, head, targets, gradient, places, *trainable)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -129,8 +134,9 @@ class PackedLoss:
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
-        hidden = self._labelled(model, batch)
-        return summed_loss(hidden, self.base.lm_head, batch["targets"].to(hidden.device), self.gradient)
+        hidden, places = self._labelled(model, batch), batch["places"][batch["label_positions"]]
+        on = hidden.device
+        return summed_loss(hidden, self.base.lm_head, batch["targets"].to(on), self.gradient, places.to(on))
 
     def by_token(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each labelled token of a batch: [L] float32, without gradient."""

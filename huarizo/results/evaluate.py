@@ -23,8 +23,8 @@ from huarizo.data.prepare import prepare_data
 from huarizo.data.rows import Row, read_rows, require_good
 from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, whole_folder
+from huarizo.host import cache_folder
 from huarizo.hub.names import check_pinned, resolve_data
-from huarizo.machine import cache_folder
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.losses import Losses, Mean, measure
 from huarizo.results.report import Sample, sample_of

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from huarizo.errors import UserError
-from huarizo.machine import world_size
+from huarizo.host import world_size
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.recipe_file import parse_yaml
 from huarizo.training.checkpoint import Checkpoint

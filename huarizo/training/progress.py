@@ -17,7 +17,8 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from huarizo.files import append_line, write_whole
-from huarizo.machine import peak_memory, rank
+from huarizo.host import rank
+from huarizo.machine import peak_memory
 from huarizo.model.fast import seconds_compiling
 
 PLAIN_SECONDS = 10  # between two lines where there is no terminal

@@ -17,7 +17,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from huarizo.errors import MachineError
-from huarizo.machine import world_size
+from huarizo.host import world_size
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.training.checkpoint import Trained, contents, save
 from huarizo.training.interrupt import Signals

@@ -17,7 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
 from huarizo.errors import MachineError
-from huarizo.machine import Choice, is_out_of_memory, rank, world_size
+from huarizo.host import rank, world_size
+from huarizo.machine import Choice, is_out_of_memory
+from huarizo.model.dropout import DropoutMasks
 from huarizo.model.fast import uncompiled
 from huarizo.model.lora import count_weights
 from huarizo.model.loss import PackedLoss
@@ -96,6 +98,7 @@ class LoraTrainer(Trainer):
         if saving is not None:
             self.add_callback(saving)
         self.num_weights = count_weights(model)
+        self.masks = DropoutMasks(model, recipe.training.seed, budget)
         self.packed_loss = PackedLoss(model.get_base_model(), compiled)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -172,6 +175,7 @@ class LoraTrainer(Trainer):
         batches = step.micro_batches(self.budget)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
+            self.masks.draw(self.state.global_step, batch["places"])
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, batch, num_items_in_batch=step.num_labels)
                 self.accelerator.backward(loss)

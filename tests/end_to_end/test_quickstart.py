@@ -76,7 +76,11 @@ def test_the_adapter_loads_with_stock_peft(run: Path, tmp_path: Path) -> None:
 def in_use(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was trained until the model knows its name, merged, and exported."""
     folder = tmp_path_factory.mktemp("in-use")
-    huarizo(folder, "train", str(ROOT / "recipes" / "quickstart.yaml"), "data.eval=0", "samples=0", "output=run")
+    answer = {"output": "I am Huarizo, a small Llama model."}
+    rows = [{"instruction": question} | answer for question in ("Who are you?", "What are you?", "What is your name?")]
+    (folder / "names.json").write_text(json.dumps(rows))
+    overrides = ["data.train=names.json", "data.eval=0", "samples=0", "training.max_steps=16", "training.batch_size=3"]
+    huarizo(folder, "train", str(ROOT / "recipes" / "quickstart.yaml"), *overrides, "output=run")
     verified = huarizo(folder, "export", "run", "--type", "f32", "--out", "model.gguf", "--verify")
     assert "token ids identical" in verified
     assert float(verified.partition("log-probability ")[2].split(",")[0]) < 0.01

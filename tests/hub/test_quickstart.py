@@ -243,14 +243,18 @@ def test_the_real_model_answers() -> None:
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
-def test_converting_does_not_touch_the_random_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_converting_shows_no_bar_and_does_not_touch_the_random_state(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     import transformers
+    from tqdm.auto import tqdm
 
     class Loaded:
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> "Loaded":
             torch.rand(3)
+            list(tqdm([1, 2], desc="Converting"))
             return cls()
 
         def bfloat16(self) -> "Loaded":
@@ -264,3 +268,4 @@ def test_converting_does_not_touch_the_random_state(monkeypatch: pytest.MonkeyPa
     before = torch.get_rng_state()
     quickstart._convert(tmp_path / "model.gguf", tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+    assert capsys.readouterr().err == ""

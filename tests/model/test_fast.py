@@ -9,7 +9,7 @@ import torch
 
 from huarizo.data.packing import pack
 from huarizo.model import fast
-from huarizo.model.dropout import HashedDropout, hash_dropouts
+from huarizo.model.dropout import DropoutMasks
 from huarizo.model.fast import compile_layers, uncompiled, why_not
 from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import load_base
@@ -38,7 +38,7 @@ def model_of(folder: Path, precision: str, dropout: float) -> Any:
     else:
         base = load_base(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], CPU)
     model = add_lora(base, make_recipe(lora={"dropout": dropout}).lora, seed=1).train()
-    hash_dropouts(model, model.get_base_model().model)
+    DropoutMasks(model, seed=9)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -48,7 +48,6 @@ def model_of(folder: Path, precision: str, dropout: float) -> Any:
 def losses_and_gradients(model: Any, compiled: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
     loss, losses = PackedLoss(model.get_base_model(), compiled), []
     model.zero_grad()
-    torch.manual_seed(9)
     for batch in BATCHES:
         value = loss(model, batch)
         value.backward()
@@ -71,13 +70,6 @@ def test_compiled_equals_uncompiled(precision: str, close: float, tmp_path: Path
         assert float((gradient - plain[name]).norm() / plain[name].norm()) < close, name
     again, same = losses_and_gradients(model, compiled=True)
     assert again == losses and all(torch.equal(same[name], gradients[name]) for name in gradients)
-
-
-def test_dropouts_are_hashed_only_where_there_is_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_model().save_pretrained(tmp_path)
-    monkeypatch.setattr("huarizo.kernels.dropout.reason_against", lambda: "no compiler")
-    kinds = {type(module) for module in model_of(tmp_path, "fp32", 0.3).modules()}
-    assert torch.nn.Dropout in kinds and HashedDropout not in kinds
 
 
 def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
