@@ -35,7 +35,7 @@ def main(model_name: str, data_name: str) -> None:
     model_folder = resolve_model(recipe.model).path
 
     # 2. Read the rows and choose the prompt: "### Instruction:", "### Input:" where there is one, "### Response:".
-    rows = require_good(read_rows(resolve_data(recipe.data.train).path), "fail")
+    rows = require_good(read_rows(resolve_data(data_name).files), "fail")
     tokenizer = load_tokenizer(model_folder)
     prompt = prompt_format(recipe.data.prompt, tokenizer)
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from huarizo import cli_results
-from huarizo.console import confirm, console, quiet_libraries
+from huarizo.console import confirm, console, keep_terminal_plain, quiet_libraries
 from huarizo.errors import HuarizoError, MachineError
 from huarizo.host import cpu_name, rank
 from huarizo.recipe import fields, load_recipe, type_of
@@ -127,13 +125,14 @@ def main() -> None:
         sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold letters that a terminal does not have
+    keep_terminal_plain()
     try:
         try:
             app()
         finally:
             sys.stdout.flush()  # so that what can't be written is told here
     except HuarizoError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"huarizo: {error}"))
+        console(stderr=True).print(f"huarizo: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("huarizo: interrupted", file=sys.stderr)

@@ -19,6 +19,9 @@ Name = Annotated[str, typer.Argument(metavar="RUN", help="a run, or the folder o
 Prompt = Annotated[
     str | None, typer.Option("--prompt", metavar="FORMAT", help="prompt format, where it is not the run's: alpaca ...")
 ]
+BaseModel = Annotated[
+    str | None, typer.Option("--base-model", metavar="MODEL", help="folder or hub id of the base, where it has moved")
+]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 System = Annotated[str, typer.Option(help="a system message in front of the conversation")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in tokens")]
@@ -43,6 +46,7 @@ def ask(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     prompt: Prompt = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Answer one prompt with a trained run."""
     quiet_libraries()
@@ -55,7 +59,7 @@ def ask(
     text = (_standard_input() if question == "-" else question).strip()
     if not text:
         raise UserError("the prompt is empty. Give one: huarizo ask RUN PROMPT, or on standard input")
-    assistant = open_assistant(find_tuned(run, prompt))
+    assistant = open_assistant(find_tuned(run, prompt, base_model))
     with assistant.untuned(base):
         answer = stream_answer(
             assistant, [OpenExchange(text)], (lambda _: None) if as_json else write, system, sampling
@@ -87,6 +91,7 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     prompt: Prompt = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Talk with a trained run. /base asks the untuned model, /help tells the other commands."""
     quiet_libraries()
@@ -95,7 +100,7 @@ def chat(
     from huarizo.results.tuned import find_tuned
 
     sampling = checked(Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed))
-    assistant = open_assistant(find_tuned(run, prompt))
+    assistant = open_assistant(find_tuned(run, prompt, base_model))
     print(HELP)
     with suppress(ImportError):
         importlib.import_module("readline")  # lines can be edited and brought back, where the system has it
@@ -121,6 +126,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="also write a file: .md, .html or .jsonl")] = None,
     max_new_tokens: MaxNewTokens = 200,
     prompt: Prompt = None,
+    base_model: BaseModel = None,
     force: Force = False,
 ) -> None:
     """Show the answers of the base and of the tuned model side by side."""
@@ -133,7 +139,7 @@ def compare(
     if out:
         comparing.check_target(out, force)
     file, overrides = _name_and_overrides(prompts)
-    tuned = read_otherwise(find_tuned(run, prompt), overrides)
+    tuned = read_otherwise(find_tuned(run, prompt, base_model), overrides)
     asked = comparing.read_prompts(Path(file), tuned.recipe.data) if file else comparing.usual_prompts(tuned)
     samples = comparing.compare(open_assistant(tuned), asked, max_new_tokens, console())
     if out:
@@ -158,6 +164,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="questions of each lm-eval task")] = None,
     prompt: Prompt = None,
+    base_model: BaseModel = None,
     force: Force = False,
 ) -> None:
     """Measure loss, perplexity, answers and forgetting, before and after."""
@@ -168,7 +175,7 @@ def evaluate(
     from huarizo.results.tuned import find_tuned, read_otherwise
 
     name, overrides = _name_and_overrides(data)
-    tuned = read_otherwise(find_tuned(run, prompt), overrides)
+    tuned = read_otherwise(find_tuned(run, prompt, base_model), overrides)
     target = out or tuned.folder / "evaluations" / time.strftime("%Y%m%d-%H%M%S")
     check_folder(target, force, evaluating.SUMMARY)
     if harness is not None:
@@ -193,6 +200,7 @@ def merge(
     run: Name,
     out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="folder; default RUN/merged")] = None,
     prompt: Prompt = None,
+    base_model: BaseModel = None,
     force: Force = False,
 ) -> None:
     """Add the adapter to the base's float weights and save an ordinary model folder."""
@@ -200,7 +208,7 @@ def merge(
     from huarizo.results import merge as merging
     from huarizo.results.tuned import find_tuned
 
-    tuned = find_tuned(run, prompt)
+    tuned = find_tuned(run, prompt, base_model)
     print(f"merged: {merging.merge(tuned, out or tuned.folder / 'merged', force, console())}")
 
 
@@ -218,6 +226,7 @@ def export(
         bool, typer.Option("--verify", help="load it in llama.cpp and compare with Transformers")
     ] = False,
     prompt: Prompt = None,
+    base_model: BaseModel = None,
     force: Force = False,
 ) -> None:
     """Write the tuned model as one GGUF file, for llama.cpp and Ollama."""
@@ -235,7 +244,7 @@ def export(
 
     if verify:
         llama_cpp()  # says that it is missing before the long work
-    tuned = find_tuned(run, prompt)
+    tuned = find_tuned(run, prompt, base_model)
     name = (tuned.run.path if tuned.run else Path(run).expanduser()).resolve().name
     file = out or tuned.folder / f"{name}-{'adapter' if adapter else kind}.gguf"
     if ollama:
@@ -275,6 +284,7 @@ def push(
     if merged and gguf:
         raise UserError("--merged and --gguf are two repositories: push one after the other")
     quiet_libraries()
+    from huarizo.hub.upload import account
     from huarizo.results.publish import publication, publish
 
     what = publication(open_run(run), repository, "merged" if merged else "gguf" if gguf else "adapter", public)
@@ -282,6 +292,7 @@ def push(
     if not yes:
         if not sys.stdin.isatty():
             raise UserError("nothing was sent. Look at the list above, and say --yes to send it")
+        print(f"it would go {account(repository)}")
         if not confirm("Send this?", default=False):
             print("nothing was sent")
             raise typer.Exit(Interrupted.exit_code)

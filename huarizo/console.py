@@ -8,27 +8,82 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import track
+from rich.segment import Segment
 
 T = TypeVar("T")
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters but tab and line feed, and those that turn the direction of a line."""
+BARS = r"\r|\x1b\[A"
+"""What the hub's progress bars need: to write over their line, and over the one above."""
 
 
-def console() -> Console:
-    """For text that is shown as it is, without markup."""
-    return Console(markup=False, highlight=False, soft_wrap=True)
+class PlainConsole(Console):
+    """Shows texts as they are, without markup; what they hold that would command a terminal is left out.
+
+    Only rich's own commands, its colours and its bars, pass. When who read it has left, it notes that in `closed` and is
+    silent.
+    """
+
+    closed = False
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, highlight=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            plain = segment.control or not CONTROLS.search(segment.text)
+            yield segment if plain else Segment(without_controls(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        self.closed = self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+
+
+def console(**settings: Any) -> PlainConsole:
+    """The one console for what foreign texts may be part of; a line is as long as it is."""
+    return PlainConsole(soft_wrap=True, **settings)
+
+
+class PlainStream:
+    """A text stream that leaves out what would command a terminal; rich writes to the stream beneath it.
+
+    passing: commands that are let through.
+    """
+
+    def __init__(self, stream: TextIO, passing: str = r"(?!)") -> None:
+        self.rich_proxied_file, self._passing = stream, re.compile(f"({passing})")
+
+    def write(self, text: str) -> int:
+        parts = self._passing.split(text)  # every second one is a command
+        parts[::2] = map(without_controls, parts[::2])
+        self.rich_proxied_file.write("".join(parts))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+def keep_terminal_plain() -> None:
+    """From now on no text, whoever prints it, commands the terminal."""
+    for name, passing in (("stdout", r"(?!)"), ("stderr", BARS)):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, PlainStream):
+            setattr(sys, name, PlainStream(stream, passing))
 
 
 def program() -> str:
     """What to type to start Huarizo: its name where the shell finds it, or else its path."""
     started = Path(sys.argv[0])
     return "huarizo" if shutil.which("huarizo") or started.name != "huarizo" else os.path.relpath(started)
-
-
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def without_controls(text: str) -> str:
@@ -44,7 +99,7 @@ def write(text: str) -> None:
 def confirm(question: str, default: bool) -> bool:
     """Ask a person. Raises KeyboardInterrupt on Ctrl-C and at the end of input."""
     try:
-        return typer.confirm(question, default=default)
+        return typer.confirm(without_controls(question), default=default)
     except typer.Abort:
         print()
         raise KeyboardInterrupt from None

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from huarizo.console import PlainConsole
 from huarizo.data.packing import cut, pack
 from huarizo.data.rows import write_skipped
 from huarizo.errors import Interrupted, MachineError, UserError
@@ -30,7 +31,7 @@ from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import load_base, read_config, weight_bytes
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.prepare import Prepared, changed_files, prepare
-from huarizo.recipe import Recipe, to_yaml
+from huarizo.recipe import Recipe, names_of, to_yaml
 from huarizo.results.card import CARD, adapter_card
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.report import Sample, sample_of, samples_as_text, samples_from_text, save_loss_plot
@@ -148,8 +149,8 @@ def _locked(run: Run) -> Iterator[RunLock | None]:
 
 def _console(console: Console | None) -> Console:
     if rank():
-        return Console(quiet=True)
-    return console or Console(markup=False, highlight=False)
+        return PlainConsole(quiet=True)
+    return console or PlainConsole()
 
 
 def _open_folder(run: Run, prepared: Prepared) -> None:
@@ -169,8 +170,8 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     lines = {
         "device": describe(device()),
         "model": recipe.model,
-        "data": f"{recipe.data.train}: {len(data.train.dataset)} rows ({data.format}), {tokens:,} tokens"
-        + "".join(f"; {note}" for note in notes if note),
+        "data": f"{', '.join(names_of(recipe.data.train))}: {len(data.train.dataset)} rows ({data.format}), "
+        f"{tokens:,} tokens" + "".join(f"; {note}" for note in notes if note),
         "held out": f"{len(data.heldout.dataset)} rows" if data.heldout else "none",
         "prompt": recipe.data.prompt.splitlines()[0],
         "precision": f"{prepared.choice.precision}: {prepared.choice.reason}",
@@ -181,6 +182,8 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
         lines |= _told_of_the_cpu(prepared, tokens)
     for key, value in lines.items():
         console.print(Text(f"{key:<10} {value}"), soft_wrap=True)
+        for note in data.notes if key == "data" else ():
+            console.print(Text(f"{'note':<10} {note}"), soft_wrap=True)
 
 
 def _told_of_the_cpu(prepared: Prepared, tokens: int) -> dict[str, str]:

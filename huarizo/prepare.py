@@ -4,7 +4,7 @@ What the user may have got wrong is told here, before a model loads and before a
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from huarizo.data.prepare import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
 from huarizo.host import cache_folder, rank
-from huarizo.hub.names import Source, check_pinned, resolve_data, resolve_model
+from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
 from huarizo.machine import (
     DTYPES,
     Choice,
@@ -28,8 +28,11 @@ from huarizo.machine import (
     spread,
 )
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
+from huarizo.model.lora import check_lora
 from huarizo.model.measure import int8_gain
-from huarizo.recipe import Recipe
+from huarizo.model.weights import check_weights
+from huarizo.recipe import Recipe, names_of
+from huarizo.training.settings import check_trainer_settings
 
 
 @dataclass(frozen=True)
@@ -53,32 +56,39 @@ def prepare(recipe: Recipe, resumed: bool = False) -> Prepared:
     """
     on = device()
     choice = _choose(recipe, on, resumed)
-    sources = {"model": resolve_model(recipe.model), "train": resolve_data(recipe.data.train)}
-    if isinstance(recipe.data.eval, str):
-        sources["eval"] = resolve_data(recipe.data.eval, heldout=True)
-    for name, source in sources.items():
-        check_pinned(name, source, recipe.pinned.get(name, {}))
-    config = read_config(sources["model"].path)
-    eval_file = sources["eval"].path if "eval" in sources else None
+    check_trainer_settings(recipe, choice, on)
+    model = resolve_model(recipe.model)
+    train = [resolve_data(name) for name in names_of(recipe.data.train)]
+    heldout = [resolve_data(name, heldout=True) for name in names_of(recipe.data.eval)]
+    used = {"model": [model], "train": train} | ({"eval": heldout} if heldout else {})
+    for role, sources in used.items():
+        check_pinned(role, sources, recipe.pinned.get(role, {}))
+    config = read_config(model.path)
+    check_weights(model.path)
+    check_lora(model.path, recipe.lora, choice.precision)
     data = prepare_data(
-        recipe.data, recipe.training.seed, sources["train"].path, eval_file,
-        load_tokenizer(sources["model"].path), cache_folder() / "tokens",
+        recipe.data, recipe.training.seed, files_of(train), files_of(heldout),
+        load_tokenizer(model.path), cache_folder() / "tokens",
     )  # fmt: skip
-    data_sources = [source for name, source in sources.items() if name != "model"]
-    for file in changed_files(data_sources):
+    data = replace(data, notes=[*(source.note for source in (*train, *heldout) if source.note), *data.notes])
+    for file in changed_files([*train, *heldout]):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
     resolved = recipe.model_copy(deep=True)
     needed = weight_bytes(config, choice.precision, choice.dtype)
     everywhere = choice.precision != "int8" and spread(needed, on)
     _fit_memory(resolved, config, choice, available_memory(on, everywhere))
-    resolved.model = sources["model"].pinned
-    resolved.data.train = sources["train"].pinned
-    if "eval" in sources:
-        resolved.data.eval = sources["eval"].pinned
+    resolved.model = model.pinned
+    resolved.data.train = _pinned(train)
+    if heldout:
+        resolved.data.eval = _pinned(heldout)
     resolved.data.prompt = data.encoder.prompt.name
     resolved.precision = choice.precision
-    resolved.pinned = {name: source.sha256 for name, source in sources.items()}
-    return Prepared(resolved, sources["model"], data_sources, data, choice)
+    resolved.pinned = {role: pins(sources) for role, sources in used.items()}
+    return Prepared(resolved, model, [*train, *heldout], data, choice)
+
+
+def _pinned(sources: list[Source]) -> str | list[str]:
+    return sources[0].pinned if len(sources) == 1 else [source.pinned for source in sources]
 
 
 def _choose(recipe: Recipe, on: torch.device, resumed: bool) -> Choice:

@@ -8,10 +8,10 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from huarizo.errors import RecipeError, listed
@@ -52,10 +52,53 @@ DECIDED_ELSEWHERE = {
     "push_to_hub": "nothing: a run stays on this machine",
     "hub_token": "HF_TOKEN or `hf auth login`; a recipe never holds a token",
     "disable_tqdm": "nothing: Huarizo shows its own progress",
+    "torch_compile": "`training.compile`",
+    "torch_compile_backend": "`training.compile`",
+    "torch_compile_mode": "`training.compile`",
+    "use_cpu": "nothing: a card is used where there is one, unless CUDA_VISIBLE_DEVICES is empty",
+    "bf16_full_eval": "`precision`",
+    "fp16_full_eval": "`precision`",
+    "average_tokens_across_devices": "nothing: the loss is the mean over all labelled tokens of a step",
+    "include_num_input_tokens_seen": "nothing: tokens are always counted",
+    "ignore_data_skip": "nothing: a run goes on with the row after its last one",
+    "metric_for_best_model": "nothing: the held-out loss tells which checkpoint is the best",
+    "greater_is_better": "nothing: the held-out loss tells which checkpoint is the best",
+    "local_rank": "nothing: torchrun sets it",
+    **dict.fromkeys(
+        ("use_liger_kernel", "liger_kernel_config"),
+        "nothing: logits are made at labelled positions only, in chunks, which is what Liger's loss is for",
+    ),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config"),
+        "torchrun, where each card holds the frozen model; `precision: int8` halves it",
+    ),
+    **dict.fromkeys(
+        (
+            *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+            *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
+            *("label_names", "length_column_name"),
+        ),
+        "nothing: tokenised rows are read from a file in memory, and packed, without workers",
+    ),
+    **dict.fromkeys(
+        (
+            *("do_predict", "prediction_loss_only", "eval_delay", "eval_do_concat_batches", "eval_use_gather_object"),
+            *("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
+        ),
+        "nothing: the held-out loss is all that is measured; `huarizo eval RUN` does the rest",
+    ),
+    **dict.fromkeys(
+        ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), "`huarizo push RUN`"
+    ),
+    **dict.fromkeys(
+        ("save_on_each_node", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
+        "nothing: Huarizo writes its own checkpoints",
+    ),
+    "use_cache": "nothing: training has no use for it",
 }
 
 
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")  # as the hub makes them
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # as the hub makes them; no word that a path is made of is so long
 
 
 class Section(BaseModel):
@@ -64,14 +107,25 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1)]
+
+
+def names_of(value: object) -> list[str]:
+    """The data sets that `data.train` or `data.eval` names; none where it is a share or a number of rows."""
+    return [value] if isinstance(value, str) else list(value) if isinstance(value, list) else []
+
+
 class DataRecipe(Section):
     """Which rows are trained on, and how they become tokens."""
 
-    train: str = Field(
-        default="quickstart", min_length=1, description="file, folder, hub data set id[@revision], or quickstart"
+    train: Name | Names = Field(
+        default="quickstart",
+        description="file, folder, hub data set id[@revision][:config][[split]], or quickstart; or a list of these",
     )
-    eval: float | str = Field(
-        default=0.02, description="share held out (0.02), a number of rows (100), another file, or quickstart; 0 = none"
+    eval: float | str | Names = Field(
+        default=0.02,
+        description="share held out (0.02), a number of rows (100), or other rows, named as for data.train; 0 = none",
     )
     prompt: str = Field(
         default="auto",
@@ -212,15 +266,21 @@ class Recipe(Section):
         from transformers import TrainingArguments
 
         known = TrainingArguments.__dataclass_fields__
-        problems = []
-        for name in value:
+        kinds = get_type_hints(TrainingArguments)
+        checked, problems = {}, []
+        for name, given in value.items():
             if name in DECIDED_ELSEWHERE:
                 problems.append(f"{name!r} is decided by the recipe; use {DECIDED_ELSEWHERE[name]}")
             elif name not in known:
                 problems.append(f"{name!r} is not a field of TrainingArguments{suggestion(name, known)}")
+            else:
+                try:
+                    checked[name] = _of_kind(kinds[name], given)
+                except ValidationError as error:
+                    problems.append(f"{name!r}: {error.errors()[-1]['msg']}, not {_shown(given)}")
         if problems:
             raise ValueError("; ".join(problems))
-        return value
+        return checked
 
     @field_validator("lora")
     @classmethod
@@ -242,6 +302,16 @@ class Recipe(Section):
                     f"options: {name!r} is not a field of LoraConfig{suggestion(name, LoraConfig.__dataclass_fields__)}"
                 )
         return value
+
+
+def _of_kind(kind: Any, value: Any) -> Any:
+    """A value as a field of this type takes it: text becomes a number where one is wanted, and nothing else changes.
+
+    Raises:
+        ValidationError: it is of another type.
+    """
+    taken = TypeAdapter(kind).validate_python(value)
+    return taken if isinstance(value, str) and isinstance(taken, int | float) else value
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from huarizo.errors import RecipeError
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000  # a recipe of every setting has 5,000
 MAX_VALUES = 20_000  # with aliases unfolded
 
 

@@ -10,7 +10,7 @@ FILES = sorted((ROOT / "huarizo").rglob("*.py"))
 # from what stands above all to what everything stands on
 LEVELS = [
     {"__main__"}, {"cli"}, {"cli_results"}, {"finetune", "prepare", "doctor"}, {"results", "training"}, {"model", "data"}, {"kernels"},
-    {"hub", "machine", "runs"}, {"recipe", "files", "console"}, {"recipe_file"}, {"errors", "host"}, {""},
+    {"hub", "machine", "runs"}, {"recipe", "files", "console"}, {"recipe_file"}, {"sandbox"}, {"errors", "host"}, {""},
 ]  # fmt: skip
 
 

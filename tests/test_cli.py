@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from huarizo.console import confirm
+from tests.hub.server import HubServer, User
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -117,9 +118,14 @@ def nothing_is_sent_unasked(run: Path, tmp_path: Path) -> None:
         person, terminal = pty.openpty()
         command = [sys.executable, "-m", "huarizo", "push", str(run), "ann/adapter"]
         os.write(person, said)
-        done = subprocess.run(
-            command, cwd=tmp_path, env=ENVIRONMENT, stdin=terminal, capture_output=True, text=True, timeout=120
-        )
+        with HubServer({}, {"hf_" + "a" * 34: User("ann", "write")}) as hub:
+            env = ENVIRONMENT | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_" + "a" * 34, "HF_HUB_OFFLINE": "0"}
+            env |= {"HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+            done = subprocess.run(
+                command, cwd=tmp_path, env=env, stdin=terminal, capture_output=True, text=True, timeout=120
+            )
+        assert {method for method, _, _ in hub.asked} == {"GET"}
+        assert "to ann/adapter as ann, by the token in the environment variable HF_TOKEN" in done.stdout
         os.close(person)
         os.close(terminal)
         assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
@@ -225,10 +231,12 @@ def test_another_architecture_is_refused_in_words(recipe_file: Path, tmp_path: P
     assert done.returncode == 2 and "architecture is 'gpt2'" in done.stderr
 
 
-def test_show_data_prints_rows_as_the_model_sees_them(recipe_file: Path, tmp_path: Path) -> None:
+def test_show_data_prints_rows_as_the_model_sees_them(recipe_file: Path, tmp_path: Path, alpaca_file: Path) -> None:
+    alpaca_file.write_text(json.dumps([row | {"source": "web"} for row in json.loads(alpaca_file.read_text())]))
     done = huarizo("train", str(recipe_file), "--show-data", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("of them learnt") == 2 and "«1" in done.stdout and "<|im_end|>»" in done.stdout
+    assert done.stdout.count("not used: source") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -285,6 +293,17 @@ def test_a_short_output_that_nobody_takes(tmp_path: Path, redirection: str, code
     command = f"'{sys.executable}' -m huarizo recipe {redirection}"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == code and len(done.stderr.splitlines()) == (code == 3), done.stderr
+
+
+def test_training_that_nobody_reads_ends_with_a_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe_file.write_text(yaml.safe_dump(recipe | {"training": recipe["training"] | {"epochs": 300}}))
+    command = f"('{sys.executable}' -m huarizo train '{recipe_file}'; echo $? > code) | head -1"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (tmp_path / "code").read_text().strip() == "130" and len(done.stdout.splitlines()) == 1
+    assert "stopped because standard output was closed after step" in done.stderr and "huarizo resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert any((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
 
 
 def test_the_first_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:

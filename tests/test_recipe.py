@@ -66,6 +66,19 @@ def test_fields_that_contradict_the_recipe_are_refused_by_name(name: str) -> Non
         make_recipe(trainer={name: 1})
 
 
+def test_settings_of_the_trainer_are_of_their_types() -> None:
+    assert make_recipe(trainer={"max_grad_norm": "1", "report_to": "none"}).trainer["max_grad_norm"] == 1.0
+    with pytest.raises(RecipeError, match=r"'logging_steps': .*valid number.*; 'report_to': .*not True"):
+        make_recipe(trainer={"logging_steps": "often", "report_to": True})
+
+
+@pytest.mark.parametrize("word", ["hf_datasets", "/data/hf_datasets/alpaca.json", "hf_transformers_models_of_the_year"])
+def test_a_path_with_hf_in_it_is_no_token(word: str) -> None:
+    assert make_recipe(data={"train": word}).data.train == word
+    with pytest.raises(RecipeError, match="never holds a token"):
+        make_recipe(data={"train": f"{word} hf_{'aB3' * 12}"})
+
+
 def test_overrides_are_typed_as_in_yaml(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("lora: {r: 4}")

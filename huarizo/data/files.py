@@ -5,23 +5,19 @@ before a byte of them is read. The phrases with which the other steps refuse a f
 """
 
 import difflib
-import os
-import re
 import shlex
 import stat
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huarizo.errors import DataError
+from huarizo.hub.data_files import PACKINGS, TEXT_SUFFIXES, Part, choose, inside
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PACKED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z", ".rar")
+KNOWN = f"{', '.join(TEXT_SUFFIXES)} (also with {' or '.join(PACKINGS)} after it), .parquet, .arrow"
 SHEET_SUFFIXES = (".xlsx", ".xls", ".ods", ".numbers")
-MANIFESTS = (
-    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"),
-    *("manifest.json", "metadata.json", "package.json", "croissant.json"),
-)
 
 
 def printable(text: str) -> str:
@@ -84,58 +80,46 @@ def _is_folder(path: Path) -> bool:
     raise refusal(path, f"is {kind}, not a file", "Write the rows to a file first, and name that")
 
 
-def _inside(folder: Path) -> Iterator[Path]:
-    """All files below a folder but hidden ones. Links are followed, each folder is entered once."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    entered: set[Path] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=stop):
-        place = Path(parent).resolve()
-        if place in entered:
-            folders.clear()
-            continue
-        entered.add(place)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
-
-
-def _has_train(name: str) -> bool:
-    return re.search(r"(?<![a-z])train(?![a-z])", name.lower()) is not None
-
-
 def data_files(path: Path) -> list[Path]:
     """The data files that a path stands for: itself, or those of a folder, sorted by name.
 
-    Where names in a folder contain `train` as a word, only these count; the rest are other splits.
+    Of a folder with several splits, these are the ones to train on.
 
     Raises:
-        DataError: there is no such path, it is a pipe or device, or the folder has no data file.
+        DataError: there is no such path, it is a pipe or device, the folder has no data file, or it has several configs
+            or splits and it is not plain which are meant.
     """
     if not _is_folder(path):
         return [path]
     with told(path):
-        found = sorted(_inside(path), key=lambda file: file.relative_to(path).as_posix())
-    files = [file for file in found if file.suffix.lower() in SUFFIXES and file.name.lower() not in MANIFESTS]
+        found = sorted(inside(path))
+    files = [path / file for file in choose(shown(path), found, Part()).files]
     if not files:
-        others = f" (only {enumerated([file.name for file in found], 5)})" if found else ""
-        remedy = f"Put {', '.join(SUFFIXES)} files there"
-        if any(file.suffix.lower() in PACKED_SUFFIXES for file in found):
+        names = [PurePosixPath(file).name for file in found]
+        others = f" (only {enumerated(names, 5)})" if found else ""
+        remedy = f"Put {KNOWN} files there"
+        if any(name.lower().endswith(PACKED_SUFFIXES) for name in names):
             remedy = "Unpack the archive first"
         raise refusal(path, f"is a folder without data files{others}", remedy)
-    by_name = [file for file in files if _has_train(file.name)]
-    files = by_name or [file for file in files if _has_train(file.relative_to(path).as_posix())] or files
     for file in files:
         _is_folder(file)
     return files
 
 
-def unknown_kind(path: Path, suffix: str) -> DataError:
-    known = ", ".join(SUFFIXES)
+def check_columns_differ(path: Path, names: Sequence[str]) -> None:
+    """Refuses a table in which a column's name stands twice."""
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise refusal(
+            path, f"has several columns of the same name: {enumerated(twice)}", "Rename or delete all but one"
+        )
+
+
+def unknown_kind(path: Path) -> DataError:
+    suffix = path.suffix.lower()
     if suffix in PACKED_SUFFIXES:
-        return refusal(path, f"is packed ({suffix})", f"Unpack it first; Huarizo reads {known}")
+        return refusal(path, f"is packed ({suffix})", f"Unpack it first; Huarizo reads {KNOWN}")
     if suffix in SHEET_SUFFIXES:
-        return refusal(path, f"is a spreadsheet ({suffix})", f"Save it as CSV (UTF-8); Huarizo reads {known}")
+        return refusal(path, f"is a spreadsheet ({suffix})", f"Save it as CSV (UTF-8); Huarizo reads {KNOWN}")
     what = f"has an extension that is not known ({suffix})" if suffix else "has no extension"
-    return refusal(path, what, f"Huarizo reads {known}; rename it if it is one of these, or convert it")
+    return refusal(path, what, f"Huarizo reads {KNOWN}; rename it if it is one of these, or convert it")

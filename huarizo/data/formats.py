@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from huarizo.data.columnar import Opaque
 from huarizo.data.files import enumerated, excerpt, printable
 from huarizo.data.records import Doubled, Flaw, parse_json
 
@@ -91,7 +92,7 @@ def kind_of(value: object) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return f"an object ({enumerated(value, 4)})" if value else "an empty object"
-    return f"of the type {type(value).__name__}"
+    return f"of the type {value.type if isinstance(value, Opaque) else type(value).__name__}"
 
 
 def _not_a_text(value: object, may_be_empty: bool) -> tuple[str, str]:

@@ -1,10 +1,12 @@
 """The data of a run, from files to tokenised rows: read, checked, split into trained and held-out, tokenised."""
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huarizo.data.notes import Places
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import Problem, Row, read_rows, require_good
 from huarizo.data.tokens import Encoder, TokenisedRows, tokenise
@@ -24,6 +26,8 @@ class Data:
     problems: list[Problem]
     bad_row_count: int
     format: str
+    notes: list[str]
+    """What is worth knowing of the rows, a line each."""
 
 
 def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -41,27 +45,50 @@ def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row
     return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
 
+def _in_both(rows: list[Row], heldout_rows: list[Row]) -> list[str]:
+    """A note of the held-out rows that are also trained on, if there are any."""
+    trained = {_content(row) for row in rows}
+    places = Places()
+    for row in heldout_rows:
+        if _content(row) in trained:
+            places.add(row.file, row.number)
+    if not places.count:
+        return []
+    return [
+        f"{places.count} of {len(heldout_rows)} held-out rows are also trained on, so that the held-out loss says "
+        f"less: {places}"
+    ]
+
+
+def _content(row: Row) -> str:
+    return repr(replace(row, file="", number=0))
+
+
 def prepare_data(
-    recipe: DataRecipe, seed: int, train_file: Path, eval_file: Path | None, tokenizer: Any, cache: Path
-) -> Data:
-    """Everything from the recipe's `data` section. `eval_file` stands for a `data.eval` that names a file.
+    recipe: DataRecipe, seed: int, train: Path | Sequence[Path], evaluated: Path | Sequence[Path] | None,
+    tokenizer: Any, cache: Path,
+) -> Data:  # fmt: skip
+    """Everything from the recipe's `data` section. `evaluated` are the files of a `data.eval` that names some.
 
     Raises:
         DataError: the rows can't be used; the message names file, row, field and remedy.
         RecipeError: the prompt format does not fit the model.
     """
     encoder = Encoder(tokenizer, prompt_format(recipe.prompt, tokenizer, recipe.eos), recipe.labels, recipe.max_length)
-    read = read_rows(train_file, recipe.columns)
+    read = read_rows(train, recipe.columns)
     rows, heldout_rows, problems = require_good(read, recipe.on_bad_row), [], list(read.problems)
-    bad_row_count = read.bad_row_count
-    if eval_file is not None:
-        read_eval = read_rows(eval_file, recipe.columns)
+    bad_row_count, notes = read.bad_row_count, read.notes
+    if evaluated:
+        read_eval = read_rows(evaluated, recipe.columns)
         heldout_rows = require_good(read_eval, recipe.on_bad_row)
         problems += read_eval.problems
         bad_row_count += read_eval.bad_row_count
+        notes = notes + read_eval.notes
     elif isinstance(recipe.eval, int | float) and recipe.eval:
         rows, heldout_rows = split(rows, recipe.eval, seed)
+    notes = list(dict.fromkeys([*notes, *_in_both(rows, heldout_rows)]))
     heldout = tokenise(heldout_rows, encoder, cache) if heldout_rows else None
     return Data(
-        encoder, rows, tokenise(rows, encoder, cache), heldout_rows, heldout, problems, bad_row_count, read.format
-    )
+        encoder, rows, tokenise(rows, encoder, cache), heldout_rows, heldout,
+        problems, bad_row_count, read.format, notes,
+    )  # fmt: skip

@@ -6,19 +6,14 @@ exchange's output is None and the pieces end with the prompt.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from jinja2 import Environment, StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from huarizo.data.limits import TooLongError, bounded_memory, bounded_time
 from huarizo.data.rows import Exchange
+from huarizo.data.templates import render_chat, render_prompt
 from huarizo.errors import DataError, ModelError, RecipeError
+from huarizo.sandbox.worker import FailedError, RefusedError, TooCostlyError
 
-LONGEST_TEMPLATE = 200_000  # characters
-LONGEST_RENDERING, MOST_MEMORY = 5.0, 512 * 2**20  # seconds and bytes, of one conversation
 STANFORD_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -67,30 +62,6 @@ class PromptFormat(Protocol):
     def pieces(self, system: str, turns: Sequence[Turn]) -> list[Piece]: ...
 
 
-def _bounded() -> ExitStack:
-    """The time and memory that one rendering may take."""
-    bounds = ExitStack()
-    bounds.enter_context(bounded_memory(MOST_MEMORY))
-    bounds.enter_context(bounded_time(LONGEST_RENDERING))
-    return bounds
-
-
-def _too_costly(template: str) -> str | None:
-    """What in a template could cost more than `_bounded` can stop: one power of numbers may take hours."""
-    if len(template) > LONGEST_TEMPLATE:
-        return f"has {len(template):,} characters, too many for one"
-    try:
-        if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(template)):
-            return "computes powers (**), which no template needs"
-    except TemplateError:
-        pass  # it will be refused when it is read
-    return None
-
-
-def _too_much(error: BaseException) -> str:
-    return "more memory than a text can" if isinstance(error, MemoryError) else str(error)
-
-
 def user_text(turn: Turn) -> str:
     """What the user says in a chat: the instruction and, after a blank line, the input."""
     return f"{turn.instruction}\n\n{turn.input}" if turn.input else turn.instruction
@@ -130,24 +101,15 @@ class TextFormat:
 
 
 class JinjaFormat(TextFormat):
-    """A template of the recipe's own, in Jinja's sandbox, with `instruction` and `input`."""
+    """A template of the recipe's own, in Jinja, with `instruction` and `input`."""
 
     def __init__(self, template: str, stop: str, with_stop: bool = True) -> None:
-        if wrong := _too_costly(template):
-            raise RecipeError(f"data.prompt: the template {wrong}")
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-        try:
-            compiled = environment.from_string(template)
-        except TemplateError as error:
-            raise RecipeError(f"data.prompt: the template can't be read: {error}") from None
-
         def render(turn: Turn) -> str:
             try:
-                with _bounded():
-                    return compiled.render(instruction=turn.instruction, input=turn.input)
-            except (MemoryError, TooLongError) as error:
-                raise RecipeError(f"data.prompt: the template takes {_too_much(error)}") from None
-            except Exception as error:  # whatever a user's template does, the message is about the template
+                return render_prompt(template, turn.instruction, turn.input)
+            except TooCostlyError as error:
+                raise RecipeError(f"data.prompt: the template takes {error}") from None
+            except (RefusedError, FailedError) as error:
                 raise RecipeError(f"data.prompt: {error}. A template has `instruction` and `input`") from None
 
         if "\0" not in render(OpenExchange("\0")):
@@ -177,8 +139,6 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        if wrong := _too_costly(str(tokenizer.chat_template)):
-            raise ModelError(f"the model's chat template {wrong}. Use data.prompt=alpaca")
         probe = [{"role": "user", "content": "u"}]
         prompt = self._text(probe, answer_next=True)
         tail = self._text([*probe, {"role": "assistant", "content": "x"}])
@@ -194,15 +154,13 @@ class ChatFormat:
 
     def _text(self, messages: list[dict[str, str]], answer_next: bool = False) -> str:
         try:
-            with _bounded():
-                text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-        except TemplateError as error:
+            return render_chat(self._tokenizer, messages, answer_next)
+        except RefusedError as error:
             raise DataError(f"the model's chat template refuses this conversation: {error}") from None
-        except (MemoryError, TooLongError) as error:
-            raise ModelError(f"the model's chat template takes {_too_much(error)}. Use data.prompt=alpaca") from None
-        except Exception as error:  # whatever a foreign template does
+        except TooCostlyError as error:
+            raise ModelError(f"the model's chat template takes {error}. Use data.prompt=alpaca") from None
+        except FailedError as error:
             raise ModelError(f"the model's chat template fails: {error}. Use data.prompt=alpaca") from None
-        return str(text)
 
     def pieces(self, system: str, turns: Sequence[Turn]) -> list[Piece]:
         pieces: list[Piece] = []

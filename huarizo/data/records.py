@@ -1,28 +1,29 @@
 """Files become records: pairs of a row's number, by which the user finds it, and its value, not yet judged.
 
-In goes a JSON, JSON-lines, CSV or Parquet file. A file that isn't what it claims to be is refused at once; a row that
-can't be read becomes a `Flaw`, so that the others can still be judged. Nothing is read without a bound: neither a line
-nor a JSON value that would fill the memory.
+In goes a JSON, JSON-lines, CSV, Parquet or Arrow file, packed or not. One that isn't what it claims to be is refused at
+once; a row that can't be read becomes a `Flaw`, so that the others can still be judged. Nothing is read without a
+bound: neither a line nor a JSON value that would fill the memory.
 """
 
 import codecs
 import csv
 import json
-import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huarizo.data.files import SUFFIXES, enumerated, excerpt, refusal, shown, told, unknown_kind
-from huarizo.data.limits import bounded_memory
+from huarizo.data.columnar import read_columnar
+from huarizo.data.files import check_columns_differ, enumerated, excerpt, refusal, shown, told, unknown_kind
+from huarizo.data.notes import USUAL_NAMES, usual
+from huarizo.data.unpack import is_packed, opened
 from huarizo.errors import DataError
+from huarizo.hub.data_files import SUFFIXES, suffix_of
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
-PARQUET_MEMORY = 16 * 2**30  # bytes at most, with what is read of its rows
-BATCH = 1000  # Parquet rows converted at a time
+VALUE, OBJECT = 80, 250  # bytes of a value in a list or object, and of an object in itself, at most
 
 DISGUISES = (  # how the file begins, what it is, what to do
     (b"\x1f\x8b", "is packed with gzip", "Unpack it first: gunzip < FILE > NEW_FILE"),
@@ -90,14 +91,14 @@ def read_records(path: Path, wanted: Collection[str], is_row: Callable[[Collecti
     Raises:
         DataError: the file can't be read as what its name says, at once or on the way.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise unknown_kind(path, suffix)
-    with told(path), path.open("rb") as file:
+    if suffix_of(path.name) not in SUFFIXES:
+        raise unknown_kind(path)
+    suffix = suffix_of(path.name.removesuffix(path.suffix) if is_packed(path) else path.name)
+    with told(path), opened(path) as file:
         head = file.read(LINE_LIMIT)
     _check_beginning(path, head)
-    if suffix == ".parquet":
-        return _read_parquet(path, wanted)
+    if suffix in (".parquet", ".arrow"):
+        return read_columnar(path, wanted)
     _check_encoding(path, head)
     if suffix in (".csv", ".tsv"):
         return _read_table(path, "\t" if suffix == ".tsv" else ",")
@@ -161,11 +162,20 @@ def _is_lines(head: bytes, suffix: str) -> bool:
 
 def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterator[Record]:
     """The rows of a file that is one JSON value."""
-    with told(path), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > JSON_LIMIT:
-            raise _too_large(path, size)
-        text = _decode(path, file.read()).removeprefix("\ufeff")
+    import torch
+
+    from huarizo.machine import available_memory
+
+    with told(path), opened(path) as file:
+        if not is_packed(path) and (size := path.stat().st_size) > JSON_LIMIT:
+            raise _too_large(path, f"{size / 2**30:.1f} GiB")
+        data = file.read(JSON_LIMIT + 1)
+    if len(data) > JSON_LIMIT:
+        raise _too_large(path, f"more than {JSON_LIMIT / 2**30:.1f} GiB")
+    if _unfolded(data) > available_memory(torch.device("cpu")):
+        raise _too_large(path, f"{len(data) / 2**30:.1f} GiB")
+    size, text = len(data), _decode(path, data).removeprefix("\ufeff")
+    del data
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
@@ -175,11 +185,20 @@ def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterato
     return enumerate(_list_of_rows(path, value, is_row), start=1)
 
 
-def _too_large(path: Path, size: int) -> DataError:
-    source, target = shlex.quote(shown(path)), shlex.quote(shown(path.with_suffix(".jsonl")))
-    command = f"jq -cn --stream 'fromstream(1|truncate_stream(inputs))' {source} > {target}"
-    what = f"is one JSON value of {size / 2**30:.1f} GiB, too large to load at once"
-    return refusal(path, what, f"Convert it to JSON lines or Parquet: {command}")
+def _unfolded(data: bytes) -> int:
+    """How many bytes a JSON text takes at most, decoded and as Python's values: nested lists take 23 times its size."""
+    texts = (2 if data.isascii() else 5) * len(data)
+    values = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
+    return texts + VALUE * values + OBJECT * data.count(b"{")
+
+
+def _too_large(path: Path, size: str) -> DataError:
+    source = shlex.quote(shown(path))
+    unpack = {".gz": f"gzip -dc {source} | ", ".zst": f"zstd -dc {source} | "}.get(path.suffix.lower(), "")
+    target = shlex.quote(shown(path.with_name(f"{path.name.partition('.')[0]}.jsonl")))
+    jq = f"jq -cn --stream 'fromstream(1|truncate_stream(inputs))' {'' if unpack else f'{source} '}> {target}"
+    what = f"is one JSON value of {size}, too large to load at once"
+    return refusal(path, what, f"Convert it to JSON lines or Parquet: {unpack}{jq}")
 
 
 def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
@@ -216,6 +235,8 @@ def _reason(error: json.JSONDecodeError) -> str:
 
 
 def _list_of_rows(path: Path, value: object, is_row: Callable[[Collection[str]], bool]) -> Sequence[object]:
+    if isinstance(value, dict) and (columns := _columns_of(value, is_row(value))):
+        return _rows_of_columns(path, columns)
     if isinstance(value, dict) and not is_row(value):
         lists = {name: inner for name, inner in value.items() if isinstance(inner, list)}
         if len(lists) > 1:
@@ -232,13 +253,49 @@ def _list_of_rows(path: Path, value: object, is_row: Callable[[Collection[str]],
     return value
 
 
+def _columns_of(value: dict[str, Any], is_row: bool) -> dict[str, list[object]] | None:
+    """The columns of an object that holds a table: lists, or objects by row number as pandas writes them.
+
+    Turns are lists too, but of objects; and one list alone is a column only where it is a field of a row.
+    """
+    inner = list(value.values())
+    if len(inner) > 1 and all(isinstance(each, dict) and each.keys() == inner[0].keys() for each in inner):
+        return {name: list(each.values()) for name, each in value.items()} if inner[0] else None
+    if not inner or not all(isinstance(each, list) for each in inner):
+        return None
+    if not is_row and not usual(USUAL_NAMES, value):
+        return None
+    if any(isinstance(cell, dict) for column in inner for cell in column):
+        return None
+    if len(inner) == 1 and not (is_row and _is_column(*value.items())):
+        return None
+    return dict(value)
+
+
+def _is_column(named: tuple[str, list[object]]) -> bool:
+    """Whether an object's only list is a column. A conversation is a list itself, a column of them a list of lists."""
+    name, cells = named
+    return bool(cells) and (name not in ("conversations", "messages") or all(isinstance(cell, list) for cell in cells))
+
+
+def _rows_of_columns(path: Path, columns: dict[str, list[object]]) -> Sequence[object]:
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{excerpt(name)} {length}" for name, length in list(lengths.items())[:20])
+        raise refusal(path, f"has columns of different lengths: {told}", "Give every column a value for each row")
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    if not rows:
+        raise refusal(path, "has columns without a row", "Write rows into it, or download it again")
+    return rows
+
+
 def _scalar(value: object) -> str:
     return "null" if value is None else "string" if isinstance(value, str) else "number or truth value"
 
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines with their ends. A line ends at a line feed only, so that other separators stay inside texts."""
-    with told(path), path.open("rb") as file:
+    with told(path), opened(path) as file:
         number, offset = 1, 0
         while line := file.readline(LINE_LIMIT + 1):
             if len(line) > LINE_LIMIT:
@@ -317,16 +374,8 @@ def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
     if len(header) == 1 and other:
         what = f"has one column, {excerpt(header[0])}, which seems to be parted by {other!r}"
         raise refusal(path, what, "Save it with commas as .csv, or with tabs as .tsv")
-    _check_columns_differ(path, header)
+    check_columns_differ(path, header)
     return header
-
-
-def _check_columns_differ(path: Path, names: Sequence[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if name and count > 1]
-    if twice:
-        raise refusal(
-            path, f"has several columns of the same name: {enumerated(twice)}", "Rename or delete all but one"
-        )
 
 
 def _cells(header: list[str], cells: list[str], delimiter: str) -> object:
@@ -340,36 +389,3 @@ def _cells(header: list[str], cells: list[str], delimiter: str) -> object:
         else f"Add the missing ones; empty cells are parted by {mark} too"
     )
     return Flaw("", f"has {len(cells)} cells where the header has {len(header)}", remedy)
-
-
-def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import torch
-
-    from huarizo.machine import available_memory
-
-    free = available_memory(torch.device("cpu"))
-    remedy = "It may be cut off or damaged: download or write it again"
-    try:
-        with bounded_memory(min(PARQUET_MEMORY, free)), pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _check_columns_differ(path, names)
-            chosen = [name for name in names if name in wanted]
-            empty = dict.fromkeys(names)
-            if not chosen and file.metadata.num_rows:
-                yield 1, empty
-                return
-            number = 0
-            for batch in file.iter_batches(batch_size=BATCH, columns=chosen):
-                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    number += 1
-                    yield number, empty | dict(zip(batch.schema.names, values, strict=True))
-    except MemoryError:
-        what = "takes more memory to unpack than there is"
-        raise refusal(path, what, "Write it with smaller row groups, or check that this is a file of rows") from None
-    except UnicodeDecodeError:
-        raise refusal(path, "has a text column with bytes that are not UTF-8", "Decode it before writing it") from None
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        what = f"can't be read as Parquet: {excerpt(str(error), 120)}"
-        raise refusal(path, what, remedy) from None

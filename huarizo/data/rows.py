@@ -1,6 +1,6 @@
 """Files of rows become conversations that can be trained on, and a list of what is wrong with the rest.
 
-In goes a path: a JSON, JSON-lines, CSV or Parquet file, or a folder of them, in Alpaca, ShareGPT, messages or
+In go paths: JSON, JSON-lines, CSV, Parquet or Arrow files, or folders of them, in Alpaca, ShareGPT, messages or
 prompt/completion format, detected by its fields. Out come `Row`s, texts kept byte for byte, and `Problem`s that name
 file, row, field and remedy; all rows are judged before anything loads, so that a user mends all mistakes at once.
 """
@@ -8,13 +8,12 @@ file, row, field and remedy; all rows are judged before anything loads, so that 
 import difflib
 import itertools
 import json
-import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from huarizo.data.files import data_files, enumerated, excerpt, printable, refusal, shown
+from huarizo.data.files import data_files, enumerated, excerpt, refusal, shown
 from huarizo.data.formats import (
     FORMATS,
     OUR_FIELDS,
@@ -25,18 +24,15 @@ from huarizo.data.formats import (
     kind_of,
     report_doubled,
 )
+from huarizo.data.notes import NO_INPUT, Notes, mapped, usual
 from huarizo.data.records import Flaw, Record, read_records
 from huarizo.errors import DataError, listed
 from huarizo.files import write_whole
+from huarizo.hub.data_files import suffix_of
 
 MAX_PROBLEMS = 10_000  # kept; further ones are only counted
 MAX_LISTED = 20  # problems told in an error
 PEEK = 1000  # rows whose fields decide on the format
-
-USUAL_NAMES = {  # of columns in the wild, for a suggested mapping
-    "instruction": ("instruction", "question", "query", "prompt", "problem", "input", "text"),
-    "output": ("output", "answer", "response", "completion", "reply", "solution", "target"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +66,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was read. format: alpaca | sharegpt | messages | prompt-completion.
+    """What was read. format: alpaca | sharegpt | messages | prompt-completion, or several, parted by commas.
 
+    notes: what is worth knowing of the rows that can be used.
     problems: the first 10,000; problem_count and bad_row_count count all of them.
     """
 
@@ -79,6 +76,7 @@ class Rows:
     problems: list[Problem]
     format: str
     files: list[Path]
+    notes: list[str] = field(default_factory=list)
     problem_count: int = 0
     bad_row_count: int = 0
 
@@ -118,19 +116,24 @@ def _no_format(path: Path, fields: Collection[str], columns: Mapping[str, str]) 
         if name not in fields:
             what = f"has no column {excerpt(name)} (data.columns.{ours}).{_near(name, fields)}"
             return DataError(f"{shown(path)}: {what} The columns are: {enumerated(fields)}.")
-    guesses = {ours: next((name for name in names if name in fields), None) for ours, names in USUAL_NAMES.items()}
-    mapping = " ".join(
-        shlex.quote(f"data.columns.{ours}={printable(name)}") for ours, name in guesses.items() if name and name != ours
-    )
-    if None in guesses.values() or not mapping:
-        mapping = "data.columns.instruction=question data.columns.output=answer"
-    header = "Name them in the first line" if path.suffix.lower() in (".csv", ".tsv") else "Rename the fields"
+    mapping = _mapping(fields)
+    header = "Name them in the first line" if suffix_of(path.name).startswith((".csv", ".tsv")) else "Rename the fields"
     known = "; ".join(f"{name}: {' and '.join(each.required)}" for name, each in FORMATS.items())
     return refusal(
         path,
         f"fits no format. Its fields are: {enumerated(fields)}. Needed are, for {known}",
         f"{header}, or say which is which, like: {mapping}",
     )
+
+
+def _mapping(fields: Collection[str]) -> str:
+    """Overrides that would make a format of these columns, or an example of them."""
+    guesses = usual(("instruction", "output", "input", "system"), fields)
+    if not guesses.keys() >= {"instruction", "output"}:
+        turns = usual(("messages", "system"), fields)
+        guesses = turns if "messages" in turns else {}
+    guesses = {ours: name for ours, name in guesses.items() if name != ours}
+    return mapped(guesses or {"instruction": "question", "output": "answer"})
 
 
 @dataclass
@@ -140,6 +143,7 @@ class _Reading:
     columns: Mapping[str, str]
     formats: Mapping[str, Format]
     rows: list[Row] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
     problems: list[Problem] = field(default_factory=list)
     problem_count: int = 0
     bad_row_count: int = 0
@@ -158,9 +162,27 @@ class _Reading:
         format = self.format_of(fields)
         if format is None or not fields.keys() >= set(self.columns.values()):
             raise _no_format(path, fields, self.columns)
+        chosen = self.formats[format]
+        ours = (*chosen.required, *chosen.optional)
+        used = [names[each] for each in ours if each in names]
+        self.notes.columns(fields, used, [each for each in ours if names.get(each) not in fields])
         for number, value in itertools.chain(first, records):
-            self.record(file, number, value, names, self.formats[format].read)
+            if isinstance(value, dict):
+                value = self.without_no_input(file, number, value, names.get("input"))
+                self.notes.row(file, number, value, used)
+            self.record(file, number, value, names, chosen.read)
         return format
+
+    def without_no_input(
+        self, file: str, number: int, record: dict[str, object], name: str | None
+    ) -> dict[str, object]:
+        """The record; where its input only says that there is none, that becomes "" and is noted."""
+        text = record.get(name) if name is not None else None
+        if name is None or not isinstance(text, str) or text.strip().lower() != NO_INPUT:
+            return record
+        self.notes.no_input.add(file, number)
+        record[name] = ""
+        return record
 
     def format_of(self, fields: Collection[str]) -> str | None:
         return _fitting(fields, self.columns, self.formats)
@@ -206,25 +228,28 @@ def _peek(records: Iterator[Record]) -> tuple[list[Record], dict[str, None] | No
     return first, fields
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None, formats: Mapping[str, Format] = FORMATS) -> Rows:
-    """Read all rows of a file or folder. Bad rows become problems; nothing is said of them yet (see `require_good`).
+def read_rows(
+    path: Path | Sequence[Path], columns: Mapping[str, str] | None = None, formats: Mapping[str, Format] = FORMATS
+) -> Rows:
+    """Read all rows of a file or folder, or of several, each file in its own format.
+
+    Bad rows become problems; nothing is said of them yet (see `require_good`).
 
     columns: our field name -> its name in the file, where they differ.
     formats: `QUESTIONS` also takes rows without an answer.
 
     Raises:
-        DataError: a file can't be read at all, no format fits, the files of a folder differ in format, or `columns`
-            names what is not there.
+        DataError: a file can't be read at all, no format fits it, or `columns` names what is not there.
     """
     reading = _Reading(dict(columns or {}), formats)
     _check_columns(reading.columns)
-    files = data_files(Path(path))
-    format = reading.file(files[0])
-    for file in files[1:]:
-        if (other := reading.file(file)) != format:
-            what = f"is in {other} format, but {shown(files[0])} in {format}"
-            raise refusal(file, what, "Put files of different formats into different folders")
-    return Rows(reading.rows, reading.problems, format, files, reading.problem_count, reading.bad_row_count)
+    paths = [path] if isinstance(path, Path) else path
+    files = [file for each in paths for file in data_files(each)]
+    found = dict.fromkeys(reading.file(file) for file in files)
+    return Rows(
+        reading.rows, reading.problems, ", ".join(found), files,
+        reading.notes.told(), reading.problem_count, reading.bad_row_count,
+    )  # fmt: skip
 
 
 def require_good(rows: Rows, on_bad_row: Literal["fail", "skip"]) -> list[Row]:

@@ -6,6 +6,7 @@ message and no log line holds it.
 """
 
 import errno
+import io
 import os
 import re
 import shutil
@@ -20,19 +21,23 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from huarizo.errors import HuarizoError, HubError, MachineError
+from huarizo.sandbox.reading import read_bytes
 
 try:  # the client that huggingface_hub itself speaks through
     import httpx2 as httpx
 except ImportError:
     import httpx  # pyright: ignore[reportMissingImports]
 
+LARGEST_DOTENV = 100_000  # bytes
 LOG_IN = (
     "make a token with read right at {endpoint}/settings/tokens, then run `hf auth login`, or set the environment "
     "variable HF_TOKEN, or write HF_TOKEN=... into a file .env in this folder"
 )
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-FAILURES = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError)
+NO_HUB = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What huggingface_hub raises when what answers is not in the form of a hub's answers."""
+FAILURES = (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, *NO_HUB)
 """What huggingface_hub raises when the hub, the network or the disk fails (RuntimeError: from its Xet client)."""
 
 
@@ -63,28 +68,39 @@ class Repository:
 
 
 def log_in() -> Login | None:
-    """The token for the hub, from HF_TOKEN, a file .env in the current folder, or `hf auth login`; None without one.
+    """The token for the hub, from HF_TOKEN, `hf auth login`, or a file .env in the current folder; None without one.
+
+    The user's own login comes first, and a .env counts only where file and folder are the user's own: a folder from
+    elsewhere doesn't decide as whom they act.
 
     Raises:
         HubError: what was found there can't be a token.
     """
     token, origin = (os.environ.get("HF_TOKEN") or "").strip(), "the environment variable HF_TOKEN"
     if not token:
-        token, origin = _token_in_dotenv(), str(Path(".env").absolute())
-    if not token:
         token, origin = get_token() or "", "what `hf auth login` stored"
+    if not token:
+        token, origin = _token_in_dotenv(), str(Path(".env").absolute())
     if token and not re.fullmatch(r"[!-~]+", token):
         raise HubError(f"The token in {origin} holds a blank or a letter that no token has. Copy it again, whole")
     return Login(token, origin) if token else None
 
 
 def _token_in_dotenv() -> str:
+    file = Path(".env")
     try:
-        values = dotenv.dotenv_values(".env", encoding="utf-8-sig") if Path(".env").is_file() else {}
-    except (OSError, UnicodeDecodeError) as error:
-        cause = type(error).__name__
-        raise HubError(f".env can't be read as UTF-8 text ({cause}). Save it anew, or remove it") from None
-    return (values.get("HF_TOKEN") or "").strip()
+        if not file.is_file() or not all(map(_is_own, (file, file.parent))):
+            return ""
+        text = read_bytes(file, LARGEST_DOTENV).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise HubError(
+            f"{file.absolute()} can't be read as UTF-8 text ({type(error).__name__}). Save it anew, or remove it"
+        ) from None
+    return (dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False).get("HF_TOKEN") or "").strip()
+
+
+def _is_own(path: Path) -> bool:
+    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
 
 
 def check_login(login: Login) -> dict[str, Any]:
@@ -94,7 +110,9 @@ def check_login(login: Login) -> dict[str, Any]:
         HubError: the token is not valid, or the hub could not be asked.
     """
     try:
-        return HfApi(token=login.token).whoami(cache=True)
+        identity = HfApi(token=login.token).whoami(cache=True)
+        _check_identity(identity)
+        return identity
     except HfHubHTTPError as error:
         if error.response.status_code in (404, 429):
             return {}
@@ -107,6 +125,16 @@ def check_login(login: Login) -> dict[str, Any]:
         ) from None
     except FAILURES as error:
         raise HubError(f"The token in {login.origin} could not be checked: {reason(error, login)}") from None
+
+
+def _check_identity(identity: dict[str, Any]) -> None:
+    """Raises one of NO_HUB: it is not of the form that `may_read` and `may_write` look into."""
+    for org in identity.get("orgs") or []:
+        org.get("name")
+    scopes = identity.get("auth", {}).get("accessToken", {}).get("fineGrained", {}).get("scoped", [])
+    for scope in scopes:
+        scope.get("entity", {}).get("name")
+        set(scope["permissions"])
 
 
 def may_read(identity: dict[str, Any], repository: Repository, gated: bool) -> bool:
@@ -189,7 +217,7 @@ def explain(error: Exception, repository: Repository, login: Login | None) -> Hu
             "Try again later, or give a local folder instead of a hub id"
         )
     if unreachable(error):
-        cause = "what answers there is no hub" if isinstance(error, ValueError) else reason(error, login)
+        cause = "what answers there is no hub" if isinstance(error, NO_HUB) else reason(error, login)
         return HubError(
             f"{name}: {constants.ENDPOINT} could not be reached ({cause}), and no whole copy is in the cache. Check "
             "the network, the proxy and HF_ENDPOINT, or give a local folder instead of a hub id"
@@ -251,7 +279,7 @@ def unreachable(error: Exception) -> bool:
     """Whether no hub answered: no network, a time-out, an overloaded server, or a page that is no hub's answer."""
     if isinstance(error, HfHubHTTPError):
         return _status(error) in (408, 429) or _status(error) >= 500
-    return isinstance(error, httpx.TransportError | httpx.InvalidURL | OSError | ValueError)
+    return isinstance(error, (httpx.TransportError, httpx.InvalidURL, OSError, *NO_HUB))
 
 
 def reason(error: BaseException, login: Login | None) -> str:

@@ -6,9 +6,14 @@ and pickles (`*.bin`, `*.pt`) are never opened, because opening one can run any 
 """
 
 import json
+import math
+import re
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from huarizo.sandbox.reading import MOST_JSON, odd_entry, read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -40,9 +45,19 @@ FORBIDDEN = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "c
 """Fields by which a configuration names code to run."""
 HARMLESS_PATHS = ("special_tokens_map_file", "name_or_path")
 """Ends of fields that tools wrote with their own paths for years, and that nothing reads."""
-LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file; the format's own limit
+LARGEST_HEADER = MOST_JSON  # bytes, of a safetensors file; TinyLlama's has 23,000
 LARGEST = {"tokenizer.json": 200_000_000, "tokenizer.model": 100_000_000, INDEX: 50_000_000}  # bytes
-LARGEST_OTHER = 10_000_000  # bytes; TinyLlama's others have under 2,000
+LARGEST_OTHER = MOST_JSON  # bytes; TinyLlama's others have under 2,000
+DTYPE = re.compile(r"(BOOL|(?:BF|C|F|I|U)(\d+)(?:_\w+)?)")
+"""A tensor's type in safetensors; the number is its bits."""
+LARGEST_CARD = 100_000  # characters of it that are looked at
+QUANTISED_NAME = re.compile(
+    r"([-_.](unsloth|bnb|nf4|gptq|awq|hqq|eetq|aqlm|exl2|marlin|quantized|dynamic|nv?fp[48]|mxfp4|fp8|int[48]|[2-8]-?bits?|"
+    r"w\d+a\d+|\d+g|v\d+-gptq))+$",
+    re.IGNORECASE,
+)
+"""What tools append to a model's name when they quantise it."""
+BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)  # of a card's front matter
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -50,7 +65,7 @@ def weight_files(folder: Path) -> list[str]:
     """Names of the files with a model's weights: the one, or those that its index names."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
-    return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    return sorted(set(read_json(folder / INDEX)["weight_map"].values()))
 
 
 def lacking(names: Iterable[str]) -> str | None:
@@ -97,30 +112,75 @@ def broken(folder: Path) -> str | None:
     if problem:
         return problem
     if (folder / WEIGHTS).exists():
-        return _broken_weights(folder / WEIGHTS)
+        return broken_weights(folder / WEIGHTS)
     try:
-        parts = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        parts = set(read_json(folder / INDEX)["weight_map"].values())
+        if not all(isinstance(part, str) and part for part in parts):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{INDEX} can't be read as JSON with a `weight_map`. Fetch or save the model again"
     missing = sorted(part for part in parts if Path(part).name != part or not (folder / part).exists())
     if missing:
         return f"weights are missing: {', '.join(missing[:5])} (named in {INDEX}). Fetch or save the model again"
-    return next((problem for part in sorted(parts) if (problem := _broken_weights(folder / part))), None)
+    return next((problem for part in sorted(parts) if (problem := broken_weights(folder / part))), None)
+
+
+def quantised(folder: Path, name: str) -> str | None:
+    """How a model's weights are quantised by its config.json, with the name of the float one where something tells it.
+
+    None where they are in floats. name: what the user calls the model.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        found = config.get("quantization_config") or config.get("compression_config")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # told where it is read
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if isinstance(found, dict) and method is None:
+        method = "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else None
+    original = _float_name(folder, name, config)
+    return (
+        f"its weights are quantised already ({method or 'quantization_config in config.json'}), and LoRA is trained on "
+        f"and added to float weights. Give the original model{f', {original}' if original else ''}; Huarizo quantises "
+        "it by itself with precision=int8"
+    )
+
+
+def _float_name(folder: Path, name: str, config: dict[str, Any]) -> str | None:
+    """The model that a quantised one was made of, as its card, its config.json or its name says."""
+    card, plain = folder / CARD, name.partition("@")[0]
+    text = card.read_text(encoding="utf-8", errors="replace")[:LARGEST_CARD] if card.is_file() else ""
+    front = text.split("---")[1] if text.startswith("---") else ""
+    told = [match[1] for match in BASE_MODEL.finditer(front)]
+    written = config.get("_name_or_path")
+    told += [written] if isinstance(written, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", written) else []
+    told += [QUANTISED_NAME.sub("", plain)]
+    return next((other for other in told if other != plain and not QUANTISED_NAME.search(other)), None)
 
 
 def hostile(folder: Path) -> str | None:
     """What in a model's configuration would run code or reach outside its folder, with the remedy; None for nothing."""
+    if odd := odd_entry(folder):
+        return odd
     for file in sorted(folder.iterdir()):
+        if file.is_dir():
+            if any(fnmatch(file.name, pattern) for pattern in FILES):
+                return f"{file.name} is a folder, not a file. Fetch or save the model again"
+            continue
         if file.suffix not in (".json", ".model", ".txt", ".jinja"):
             continue
         if file.stat().st_size > LARGEST.get(file.name, LARGEST_OTHER):
             return f"{file.name} has {file.stat().st_size:,} bytes, too many for it. Fetch or save the model again"
-        if file.suffix != ".json" or file.name in (*LARGEST, "vocab.json", "added_tokens.json"):
+        if file.suffix != ".json" or file.name in (*LARGEST, INDEX, "vocab.json", "added_tokens.json"):
             continue
         try:
-            found = _forbidden(json.loads(file.read_bytes()))
-        except (ValueError, RecursionError):
+            found = _forbidden(read_json(file))
+        except ValueError:
             continue  # told where it is read
+        except RecursionError:
+            return f"{file.name} is nested too deeply. Fetch or save the model again"
         if found:
             return f"{file.name} sets {found}. Huarizo runs no code of a model; where you trust it, delete that field"
     return None
@@ -145,21 +205,54 @@ def _forbidden(value: Any) -> str | None:
     return None
 
 
-def _broken_weights(file: Path) -> str | None:
-    """Compares a safetensors file's length with what its header says: 8 bytes of header length, JSON header, data."""
+def broken_weights(file: Path) -> str | None:
+    """What is wrong with a safetensors file, by its header and its length; None where it is whole."""
+    try:
+        tensors_in(file)
+    except ValueError as error:
+        return f"{file.name} {error}"
+    return None
+
+
+def tensors_in(file: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in a safetensors file: 8 bytes of header length, a JSON header, and the data.
+
+    Raises:
+        ValueError: the header and the length of the file don't say the same.
+    """
+    not_whole = ValueError("is not a whole safetensors file. Fetch or save the model again")
     with file.open("rb") as handle:
         start = handle.read(len(LFS_POINTER))
         if start == LFS_POINTER:
-            return f"{file.name} is only a Git LFS pointer, not the weights. Run `git lfs pull` in that folder"
+            raise ValueError("is only a Git LFS pointer, not the weights. Run `git lfs pull` in that folder")
         handle.seek(8)
-        header_length = int.from_bytes(start[:8], "little")
+        length = int.from_bytes(start[:8], "little")
         size = file.stat().st_size
         try:
-            header = json.loads(handle.read(header_length) if header_length < min(size, LARGEST_HEADER) else b"")
-            ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return f"{file.name} is not a whole safetensors file. Fetch or save the model again"
-    whole = 8 + header_length + max(ends, default=0)
-    if size != whole:
-        return f"{file.name} has {size:,} bytes instead of {whole:,}: it was cut off. Fetch or save the model again"
-    return None
+            header = json.loads(handle.read(length) if length < min(size, LARGEST_HEADER) else b"")
+            header.pop("__metadata__", None)
+            spans = sorted(_span(tensor) for tensor in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise not_whole from None
+    end = 0
+    for first, last in spans:
+        if first != end:
+            raise not_whole
+        end = last
+    if size != 8 + length + end:
+        raise ValueError(
+            f"has {size:,} bytes instead of {8 + length + end:,}: it was cut off. Fetch or save the model again"
+        )
+    return {name: tensor["shape"] for name, tensor in header.items()}
+
+
+def _span(tensor: Any) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end behind the header. Raises ValueError: its shape and type take others."""
+    first, last = tensor["data_offsets"]
+    shape, bits = tensor["shape"], DTYPE.fullmatch(tensor["dtype"])
+    numbers = [first, last, *shape]
+    if not bits or not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+        raise ValueError
+    if math.prod(shape) * (8 if bits[1] == "BOOL" else int(bits[2])) != 8 * (last - first):
+        raise ValueError
+    return first, last

@@ -9,15 +9,16 @@ import difflib
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import (
     HfApi,
     constants,
+    hf_hub_download,
     is_offline_mode,
     snapshot_download,
     try_to_load_from_cache,
@@ -28,7 +29,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from huarizo.errors import DataError, HubError, ModelError, UserError
 from huarizo.files import sha256_of
-from huarizo.hub import model_files
+from huarizo.hub import data_files, model_files
 from huarizo.hub.access import (
     FAILURES,
     Login,
@@ -41,6 +42,7 @@ from huarizo.hub.access import (
     reason,
     unreachable,
 )
+from huarizo.hub.data_files import Part, choose, inside, parted
 from huarizo.hub.quickstart import quickstart_digests, quickstart_model
 
 logger = logging.getLogger(__name__)
@@ -49,11 +51,10 @@ QUICKSTART = "quickstart"
 QUICKSTART_DATA = Path(__file__).parents[1] / "data" / "quickstart"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA1_OR_SHA256 = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-NO_ROWS = (
-    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"),
-    *("manifest.json", "metadata.json", "package.json", "croissant.json"),
-)  # descriptions of data sets
 TIMEOUT = 20.0  # seconds, for the hub's list of files
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,27 @@ class Source:
     """Commit hash of what came from the hub."""
     sha256: dict[str, str]
     """Files to use -> hex digest; names are relative to `path`, or are `path`'s own name where it is a file."""
+    files: tuple[Path, ...] = ()
+    """A data set's files of rows, in the order in which they are read."""
+    part: Part = WHOLE
+    """The config and split of a data set that has several."""
+    note: str = ""
+    """What was chosen of several configs or splits."""
 
     @property
     def pinned(self) -> str:
-        """The name by which exactly this is found again: `id@commit`, an absolute path, or `quickstart`."""
+        """The name by which exactly this is found again: `id@commit`, an absolute path, or `quickstart`.
+
+        A data set's config and split follow: `id@commit:config[split]`.
+        """
         if self.revision:
-            return f"{self.name.partition('@')[0]}@{self.revision}"
-        return QUICKSTART if self.name == QUICKSTART else str(self.path)
+            return f"{parted(self.name)[0].partition('@')[0]}@{self.revision}{self.part}"
+        return QUICKSTART if self.name == QUICKSTART else f"{self.path}{self.part}"
 
     @property
     def reference(self) -> str:
         """What other tools load it by: the hub id, or the absolute path."""
-        return self.name.partition("@")[0] if self.revision else str(self.path)
+        return parted(self.name)[0].partition("@")[0] if self.revision else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,9 @@ class _Kind:
     broken: Callable[[Path], str | None]
     beside: tuple[str, ...] = ()
     """Patterns of files that are fetched too, and not used."""
+    unfit: Callable[[Path, str], str | None] = lambda folder, name: None
+    """What rules a folder out, with the remedy, by the files in `first` alone; `name` is the user's."""
+    first: tuple[str, ...] = ()
 
     def used(self, names: Iterable[str]) -> list[str]:
         """Those of `names` (relative, with /) that are used."""
@@ -123,6 +136,8 @@ MODEL = _Kind(
     lacking=model_files.lacking,
     broken=model_files.broken,
     beside=model_files.BESIDE,
+    unfit=model_files.quantised,
+    first=("config.json", model_files.CARD),
 )
 ADAPTER = _Kind(
     repo_type="model",
@@ -137,8 +152,8 @@ ADAPTER = _Kind(
 DATA_SET = _Kind(
     repo_type="dataset",
     noun="data set",
-    files=("*.json", "*.jsonl", "*.ndjson", "*.csv", "*.tsv", "*.parquet"),
-    except_files=(*NO_ROWS, *(f"*/{file}" for file in NO_ROWS), ".*", "*/.*"),
+    files=tuple(f"*{suffix}" for suffix in data_files.SUFFIXES),
+    except_files=(*data_files.NO_ROWS, *(f"*/{file}" for file in data_files.NO_ROWS), ".*", "*/.*"),
     error=DataError,
     lacking=_no_data,
     broken=lambda folder: _no_data(DATA_SET.used_in(folder)),
@@ -150,14 +165,16 @@ def resolve_model(name: str) -> Source:
 
     Raises:
         HubError: no such name, no access, no network, or damaged on the way.
-        ModelError: not a model in safetensors with its tokenizer.
+        ModelError: not a model in safetensors with its tokenizer, or one that is quantised already.
         MachineError: no space on the disk.
     """
     if name == QUICKSTART:
         folder = quickstart_model()
         return Source(name, folder, None, quickstart_digests(folder))
     local = _local(name, MODEL)
-    return _local_model(name, local) if local else _from_hub(name, MODEL)
+    source = _local_model(name, local) if local else _from_hub(name, MODEL)
+    _require_fit(name, source.path, MODEL)
+    return source
 
 
 def resolve_adapter(name: str) -> Source:
@@ -175,29 +192,71 @@ def resolve_adapter(name: str) -> Source:
 def resolve_data(name: str, heldout: bool = False) -> Source:
     """Find a data set: its file, or the folder of its files, fetching it where it is not on this machine.
 
-    `heldout` asks for the held-out rows of `quickstart`.
+    name: may end in `:config[split]`, of a folder too; `heldout` asks for rows that are not for training where the
+        name says no split, and for the held-out rows of `quickstart`.
 
     Raises:
         HubError: no such name, no access, no network, or damaged on the way.
-        DataError: a folder or repository without files of rows.
+        DataError: a folder or repository without files of rows, or with several configs or splits and none chosen.
         MachineError: no space on the disk.
     """
     if name == QUICKSTART:
-        return _local_data(name, QUICKSTART_DATA / ("eval.json" if heldout else "train.json"))
-    local = _local(name, DATA_SET)
-    return _local_data(name, local) if local else _from_hub(name, DATA_SET)
+        return _local_data(name, QUICKSTART_DATA / ("eval.json" if heldout else "train.json"), WHOLE, heldout)
+    base, part = parted(name)
+    if _is_there(name):
+        base, part = name, WHOLE
+    local = _local(base, DATA_SET)
+    if local:
+        return _local_data(base, local, part, heldout)
+    source = _from_hub(base, DATA_SET, lambda files: choose(base, files, part, heldout, published=True))
+    return _chosen(source, choose(base, source.sha256, part, heldout, published=True))
 
 
-def check_pinned(role: str, source: Source, pinned: dict[str, str]) -> None:
-    """Are the files of a model or data set those that a recipe was resolved with?
+def _chosen(source: Source, chosen: data_files.Chosen) -> Source:
+    """A data set's folder, of which only the chosen files are used."""
+    return replace(
+        source,
+        sha256={file: source.sha256[file] for file in chosen.files if file in source.sha256},
+        files=tuple(source.path / file for file in chosen.files),
+        part=chosen.part,
+        note=chosen.note,
+    )
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).exists()
+    except OSError:  # too long for a name
+        return False
+
+
+def files_of(sources: Iterable[Source]) -> list[Path]:
+    """The files of rows of data sets, in the order in which they are read."""
+    return [file for source in sources for file in source.files]
+
+
+def pins(sources: Sequence[Source]) -> dict[str, str]:
+    """File -> hex digest, of a model or data set, or of several, whose files are told apart by their place in the list.
+
+    The place of a source on the disk is not part of a file's name, so that a data set may be moved.
+    """
+    if len(sources) == 1:
+        return sources[0].sha256
+    return {f"{place}/{file}": digest for place, source in enumerate(sources) for file, digest in source.sha256.items()}
+
+
+def check_pinned(role: str, sources: Sequence[Source], pinned: dict[str, str]) -> None:
+    """Are the files of a model or of data sets those that a recipe was resolved with?
 
     Raises:
         UserError: one differs or is missing.
     """
+    now = pins(sources)
+    places = ", ".join(str(source.path) for source in sources)
     for file, digest in pinned.items():
-        if source.sha256.get(file) != digest:
+        if now.get(file) != digest:
             raise UserError(
-                f"{source.path}: {file} is not the file that this recipe was made with (its sha256 differs). Put the "
+                f"{places}: {file} is not the file that this recipe was made with (its sha256 differs). Put the "
                 f"file back, or remove pinned.{role} from the recipe to start a new run with what is there"
             )
 
@@ -255,12 +314,17 @@ def _local_model(name: str, path: Path) -> Source:
     return _hashed(name, path, None, MODEL)
 
 
-def _local_data(name: str, path: Path) -> Source:
+def _local_data(name: str, path: Path, part: Part, heldout: bool) -> Source:
     """What the path holds is judged where the rows are read; a pipe or device is not even opened here."""
-    if path.is_dir():
-        return _hashed(name, path, None, DATA_SET)
     with _told(name, DataError):
-        return Source(name, path, None, {path.name: sha256_of(path)} if path.is_file() else {})
+        if not path.is_dir():
+            if part != WHOLE:
+                raise DataError(f"{name}: is a file, which has no configs or splits. Leave out {part}")
+            return Source(name, path, None, {path.name: sha256_of(path)} if path.is_file() else {}, (path,))
+        chosen = choose(name, inside(path), part, heldout)
+        files = {file: path / file for file in chosen.files}
+        digests = {file: sha256_of(found) for file, found in files.items() if found.is_file()}
+    return Source(name, path, None, digests, tuple(files.values()) or (path,), chosen.part, chosen.note)
 
 
 def _hashed(name: str, folder: Path, revision: str | None, kind: _Kind) -> Source:
@@ -268,7 +332,8 @@ def _hashed(name: str, folder: Path, revision: str | None, kind: _Kind) -> Sourc
         return Source(name, folder, revision, {file: sha256_of(folder / file) for file in kind.used_in(folder)})
 
 
-def _from_hub(name: str, kind: _Kind) -> Source:
+def _from_hub(name: str, kind: _Kind, check: Callable[[Iterable[str]], object] = list) -> Source:
+    """Fetch what is not in the cache. `check` raises where the names of the files on the hub are not as they should."""
     repo_id, _, revision = name.partition("@")
     repository = Repository(repo_id, revision or None, kind.repo_type)
     if is_offline_mode() or COMMIT.fullmatch(revision):
@@ -286,6 +351,7 @@ def _from_hub(name: str, kind: _Kind) -> Source:
         info = api.repo_info(
             repo_id, repo_type=kind.repo_type, revision=repository.revision, files_metadata=True, timeout=TIMEOUT
         )
+        _check_listing(info)
     except FAILURES as error:
         source = _from_cache(name, repository, kind) if unreachable(error) else None
         if source is None:
@@ -294,7 +360,16 @@ def _from_hub(name: str, kind: _Kind) -> Source:
         logger.warning("%s: no answer from the hub (%s). Using the copy in the cache, %s", name, cause, source.pinned)
         return source
     assert isinstance(info, ModelInfo | DatasetInfo)
-    return _fetch(name, repository, kind, info, login)
+    return _fetch(name, repository, kind, info, login, check)
+
+
+def _check_listing(info: Any) -> None:
+    """Raises ValueError: what the hub says of a repository's files is not in the form of a hub's answer."""
+    files = info.siblings or []
+    texts = [info.sha, *(file.rfilename for file in files), *(file.lfs.sha256 for file in files if file.lfs)]
+    numbers = [file.size for file in files if file.size is not None]
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+        raise ValueError("not in the form of a hub's answer")
 
 
 def _from_cache(name: str, repository: Repository, kind: _Kind) -> Source | None:
@@ -325,17 +400,24 @@ def _snapshot(repository: Repository, kind: _Kind, token: str | bool = False, lo
 
 
 def _fetch(
-    name: str, repository: Repository, kind: _Kind, info: ModelInfo | DatasetInfo, login: Login | None
+    name: str,
+    repository: Repository,
+    kind: _Kind,
+    info: ModelInfo | DatasetInfo,
+    login: Login | None,
+    check: Callable[[Iterable[str]], object],
 ) -> Source:
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
     if problem := kind.lacking(siblings):
         raise kind.error(f"{name}: {problem}")
     wanted = {file: siblings[file] for file in kind.used(siblings)}
+    check(wanted)
     missing = [file for file in wanted if not _in_cache(repository, info.sha, file)]
     try:
         if missing:
             check_access(repository, info, missing[0], login)
             check_space(repository, sum(wanted[file].size or 0 for file in missing))
+            _look_first(name, repository, kind, info, login)
         folder = _snapshot(repository, kind, token=login.token if login else False)
     except FAILURES as error:
         raise explain_download(error, repository, login) from error
@@ -346,6 +428,22 @@ def _fetch(
     if problem := kind.broken(folder):
         raise kind.error(f"{name}: {problem}")
     return source
+
+
+def _look_first(
+    name: str, repository: Repository, kind: _Kind, info: ModelInfo | DatasetInfo, login: Login | None
+) -> None:
+    """Fetch the few small files that can rule out the rest, and judge by them."""
+    there = {sibling.rfilename for sibling in info.siblings or []}
+    token = login.token if login else False
+    for file in (file for file in reversed(kind.first) if file in there):
+        found = hf_hub_download(repository.repo_id, file, repo_type=kind.repo_type, revision=info.sha, token=token)
+        _require_fit(name, Path(found).parent, kind)
+
+
+def _require_fit(name: str, folder: Path, kind: _Kind) -> None:
+    if problem := kind.unfit(folder, name):
+        raise kind.error(f"{name}: {problem}")
 
 
 def _in_cache(repository: Repository, commit: str | None, file: str) -> bool:

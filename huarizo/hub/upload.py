@@ -15,7 +15,7 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from huarizo.errors import HuarizoError, HubError, MachineError
-from huarizo.hub.access import FAILURES, LOG_IN, Login, check_login, log_in, reason, unreachable
+from huarizo.hub.access import FAILURES, LOG_IN, NO_HUB, Login, check_login, log_in, reason, unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,13 @@ def full_name(repo_id: str) -> str:
         HubError: no hub id, no token, no right to write there, or the hub can't be asked.
     """
     return _sender(repo_id)[1]
+
+
+def account(repo_id: str) -> str:
+    """As whom, and by which token, files would be sent to a repository, in words. Raises as `full_name`."""
+    login, full = _sender(repo_id)
+    user = check_login(login).get("name") or "the owner of the token"
+    return f"to {full} as {user}, by the token in {login.origin}"
 
 
 def _sender(repo_id: str) -> tuple[Login, str]:
@@ -192,12 +199,12 @@ def _explained(error: Exception, repo_id: str, login: Login) -> HuarizoError:
         )
     if refusal:
         return HubError(f"{repo_id}: the hub refuses the files ({said}); nothing was committed. Its page may say why")
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and not isinstance(error, NO_HUB):
         return HubError(
             f"{repo_id}: the upload broke off ({said}); nothing was committed. Run the same command again: files that "
             "arrived whole are not sent twice"
         )
-    cause = "what answers there is no hub" if isinstance(error, ValueError) else said
+    cause = "what answers there is no hub" if isinstance(error, NO_HUB) else said
     return HubError(
         f"{repo_id}: {constants.ENDPOINT} could not be reached, or the connection broke ({cause}). Check the network, "
         "the proxy and HF_ENDPOINT, and run again: a commit arrives whole or not at all"

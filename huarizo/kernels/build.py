@@ -1,8 +1,9 @@
 """Compiles a C source of this package at its first use and loads it; says in words why, where that can't be.
 
 The library is made for this very CPU by the machine's own compiler and kept in the cache folder under a name that
-changes with all that it depends on, so no binary is shipped and none is used where it doesn't belong. Every kernel is
-beside a way in plain torch: a reason instead of a library is no error.
+changes with all that it depends on, so no binary is shipped and none is used where it doesn't belong. Its digest lies
+beside it, in a folder that nobody else can write: what was damaged is made anew, and what others may have put there is
+not loaded. Every kernel is beside a way in plain torch: a reason instead of a library is no error.
 """
 
 import ctypes
@@ -11,16 +12,20 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch  # noqa: F401  # and with it the OpenMP runtime to share
 
+from huarizo.errors import MachineError
+from huarizo.files import sha256_of, write_whole
 from huarizo.host import cache_folder, cpu_flags
 
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 TIME_LIMIT = 120  # seconds for one compilation
 REQUIRED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})  # of every kernel
 
@@ -46,19 +51,60 @@ def load(name: str) -> ctypes.CDLL | str:
 def _compiled(source: Path, compiler: str) -> Path:
     """The library's file: as an earlier process left it, or new and put in its place in one step."""
     folder = cache_folder() / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_own(folder)
     # the runtime that torch has loaded comes first, so that the compiler's own isn't needed
     flags = [*FLAGS, "-Wl,--as-needed", *_openmp_runtimes()[:1]]
     version = _run([compiler, "--version"], folder)
     sources = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
     parts = (*sources, *flags, version, *sorted(cpu_flags()))
     library = folder / f"{source.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
-    if not library.exists():
+    if not _is_whole(library):
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as made:
             new = Path(made) / library.name
             _run([compiler, *flags[: len(FLAGS)], str(source), "-o", str(new), *flags[len(FLAGS) :], "-lm"], Path(made))
-            new.replace(library)
+            content = new.read_bytes()
+        # another process may do the same, with the same bytes or others: the digest is of whichever library it follows
+        _put(library, content)
+        _put(_digest_of(library), hashlib.sha256(content).hexdigest())
     return library
+
+
+def _put(path: Path, content: bytes | str) -> None:
+    try:
+        write_whole(path, content)
+    except MachineError as error:
+        raise OSError(str(error)) from None
+
+
+def _digest_of(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there, as it was written."""
+    try:
+        return sha256_of(library) == _digest_of(library).read_text()
+    except (OSError, ValueError):
+        return False
+
+
+def _make_own(folder: Path) -> None:
+    """Make the folder one that nobody else can write, or put another in the place of; what others may have put goes.
+
+    Raises:
+        OSError: it, or the folder above, is another user's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not hasattr(os, "getuid"):
+        return
+    for place in (folder.parent, folder):
+        found = place.stat()
+        if found.st_uid != os.getuid():
+            raise OSError(f"{place} belongs to another user. Set XDG_CACHE_HOME to a folder of your own")
+        if found.st_mode & OTHERS_WRITE:
+            place.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS_WRITE)
+            for library in folder.glob("*.so"):
+                library.unlink()
 
 
 def _run(command: list[str], scratch: Path) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 from huarizo.errors import ModelError
 from huarizo.files import fault_in, manifest_of
+from huarizo.hub.model_files import tensors_in
+from huarizo.sandbox.reading import odd_entry, read_json, without_panics
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LARGEST_CONFIG = 1_000_000  # bytes
@@ -22,6 +24,7 @@ PREFIX = "base_model.model."  # of the names in an adapter's file
 BASE_LAYER = ".base_layer.weight"
 """How names end of embeddings and heads that PEFT writes beside the LoRA on them, as the base had them."""
 PLAIN_NAME = re.compile(r"[\w.]{1,200}")
+OF_TRANSFORMERS = re.compile(r"(transformers|unsloth)\.[\w.]{1,200}$")
 REWRITING = re.compile(r"olora|pissa")
 INITS = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")
 """Initialisations that change the base model, or do nothing, when an adapter is loaded; all without code or data."""
@@ -40,7 +43,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
     made_for = config.base_model_name_or_path or "a model that it does not name"
     wrong_base = f"{folder}: this adapter was made for {made_for}, not for {model.name_or_path}"
     try:
-        tuned = PeftModel.from_pretrained(model, str(folder), config=config).eval()
+        with without_panics():
+            tuned = PeftModel.from_pretrained(model, str(folder), config=config).eval()
     except Exception as error:  # whatever a broken or foreign adapter sets off
         if "size mismatch" in str(error):
             raise ModelError(f"{wrong_base}: the sizes of its layers differ") from None
@@ -97,6 +101,8 @@ def check_adapter(folder: Path) -> Any:
                 "once with PEFT and call save_pretrained, which writes safetensors"
             )
         raise ModelError(f"{folder}: no adapter here ({WEIGHTS})")
+    if odd := odd_entry(folder):
+        raise ModelError(f"{folder}: {odd}")
     try:
         fault = fault_in(folder, manifest_of(folder))
     except ValueError as error:
@@ -120,14 +126,12 @@ def _read_config(folder: Path) -> Any:
 
     path = folder / CONFIG
     try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
-        values = json.loads(path.read_bytes())
+        values = read_json(path, LARGEST_CONFIG)
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
     except FileNotFoundError:
         raise ModelError(f"{folder}: {CONFIG} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be read: {error}") from None
     defaults = dataclasses.asdict(LoraConfig())
     for name, value in values.items():
@@ -139,7 +143,7 @@ def _read_config(folder: Path) -> Any:
     taken = {name: value for name, value in values.items() if name in CHECKS and value is not None}
     if isinstance(taken.get("target_modules"), str):
         del taken["target_modules"]  # the matrices in the file say the same, and no pattern has to be compiled
-    for name in ("peft_type", "task_type"):
+    for name in ("peft_type", "task_type", "auto_mapping"):
         taken.pop(name, None)
     taken |= {"task_type": "CAUSAL_LM", "inference_mode": True}
     try:
@@ -183,7 +187,18 @@ def _is_layers(value: Any) -> bool:
     return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
 
 
+def _is_note_of_class(value: Any) -> bool:
+    """PEFT's note of a base's class, which it writes where no task is set; the names are not followed."""
+    return value is None or (
+        isinstance(value, dict)
+        and value.keys() <= {"base_model_class", "parent_library", "unsloth_fixed"}
+        and bool(OF_TRANSFORMERS.match(str(value.get("parent_library"))))
+        and all(isinstance(name, str | bool) for name in value.values())
+    )
+
+
 CHECKS = {
+    "auto_mapping": _is_note_of_class,
     "peft_type": lambda value: value == "LORA",
     "task_type": lambda value: value in (None, "CAUSAL_LM"),
     "r": _is_rank,
@@ -212,14 +227,11 @@ CHECKS = {
 
 def _shapes(folder: Path, config: Any) -> dict[str, list[int]]:
     """The file's tensors, after a check that the configuration's rank is theirs: no memory is taken for more."""
-    from safetensors import SafetensorError, safe_open
-
     allowed = {config.r, *(config.rank_pattern or {}).values()}
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: not a whole safetensors file: {first_line(error)}") from None
+        shapes = tensors_in(folder / WEIGHTS)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{folder / WEIGHTS}: {error}") from None
     matrices = {name: shape for name, shape in shapes.items() if "lora_A" in name or "lora_embedding_A" in name}
     wrong = next((name for name, shape in matrices.items() if shape[:1] and shape[0] not in allowed), None)
     if wrong or not matrices:

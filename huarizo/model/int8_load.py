@@ -6,7 +6,6 @@ stands in memory, and no layer sees what quantisation did to the ones before it.
 dtype.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch import nn
 from huarizo.errors import ModelError
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 from huarizo.model.int8 import quantise
+from huarizo.model.load import read_config
+from huarizo.model.weights import HEAD, check_weights, tensors_of
 
 # Linears of a decoder layer that read the same activations.
 GROUPS = (
@@ -33,28 +34,16 @@ class _Weights:
     """The tensors of a model folder by name, each read when it is asked for."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        index = folder / "model.safetensors.index.json"
-        single = folder / "model.safetensors"
-        if index.is_file():
-            self.files = {n: folder / f for n, f in json.loads(index.read_text())["weight_map"].items()}
-        else:
-            with safe_open(single, "pt") as file:
-                self.files = dict.fromkeys(file.keys(), single)
+        self.files = {name: folder / file for file, names in tensors_of(folder).items() for name in names}
         self.folder, self.dtype, self.device = folder, dtype, device
 
     def fill(self, module: nn.Module, prefix: str) -> None:
         """Give every parameter of `module` the tensor of its name behind `prefix`."""
         tensors = {}
-        for name, parameter in module.named_parameters():
+        for name, _ in module.named_parameters():
             full = f"{prefix}.{name}"
-            if full not in self.files:
-                raise ModelError(f"{self.folder}: the weights have no {full}")
             with safe_open(self.files[full], "pt", device=str(self.device)) as file:
-                tensor = file.get_tensor(full)
-            if tensor.shape != parameter.shape:
-                shapes = f"{list(tensor.shape)}, where config.json wants {list(parameter.shape)}"
-                raise ModelError(f"{self.files[full]}: {full} has the shape {shapes}")
-            tensors[name] = tensor.to(self.dtype)
+                tensors[name] = file.get_tensor(full).to(self.dtype)
         module.load_state_dict(tensors, assign=True)
 
 
@@ -89,12 +78,14 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
     training rows. The same rows give the same int8 weights.
 
     Raises:
-        ModelError: missing, broken or pickled weights.
+        ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = LlamaConfig.from_pretrained(folder)
+    read_config(folder)
+    check_weights(folder)
+    config = LlamaConfig.from_pretrained(folder, local_files_only=True)
     config._attn_implementation = PACKED_ATTENTION
     config.use_cache = False
     config.dtype = dtype
@@ -114,10 +105,10 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
             with _peaks(layer) as peaks:
                 hidden = layer(hidden, position_embeddings=embeddings, cu_seqlens=cu_seqlens)
             quantise_layer(layer, peaks)
-        if config.tie_word_embeddings:
-            model.tie_weights()
-        else:
+        if HEAD in weights.files:
             weights.fill(model.lm_head, "lm_head")
+        else:
+            model.tie_weights()
         with _peaks(model) as peaks:
             model.lm_head(inner.norm(hidden))
         model.lm_head = quantise([model.lm_head], peaks[model.lm_head])[0]

@@ -4,7 +4,6 @@ Only the Llama architecture is taken, only safetensors are read, and no code of 
 between Llama checkpoints (a tied head, grouped queries, rope scaling, attention bias) is Transformers' own business.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,17 @@ from typing import Any
 import torch
 
 from huarizo.errors import MachineError, ModelError
+from huarizo.hub.model_files import quantised, tensors_in
 from huarizo.machine import is_out_of_memory, spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
+from huarizo.model.weights import check_weights
+from huarizo.sandbox.reading import read_json, without_panics
+from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 
+TOKENIZER_TIME, TOKENIZER_MEMORY = 60.0, 4 * 2**30  # seconds and bytes, for tokenizer.json
+_TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)
+LIMITS = {"head_dim": 2**16, "max_position_embeddings": 2**31, "num_labels": 10_000}
+"""What else config.json may say of sizes, at most: Transformers makes a table of `num_labels` names."""
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 NO_ROOM = (
     "there is not enough memory for this model. Close other programs, use a smaller model, or train with precision=int8"
@@ -25,14 +32,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder, checked to be a Llama.
 
     Raises:
-        ModelError: no or broken config.json, or another architecture.
+        ModelError: no or broken config.json, another architecture, or weights that are quantised already.
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise ModelError(f"{folder}: no config.json here, so this is no model folder") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be read: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
@@ -41,6 +48,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: the architecture is {found!r} ({', '.join(names or ['no class named'])}). Huarizo trains "
             "the Llama architecture (model_type 'llama'): TinyLlama, Llama 2 and 3, SmolLM2, Vicuna and others"
         )
+    if problem := quantised(folder, folder.name):
+        raise ModelError(f"{folder}: {problem}")
     _check_sizes(path, config)
     return config
 
@@ -55,20 +64,60 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
     there = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
     if expected > there:
         raise ModelError(f"{path}: a model of these sizes has more weights than the {there:,} bytes beside it can be")
+    for name, most in LIMITS.items():
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise ModelError(f"{path}: {name} is no size of a model")
+    _check_layers(path, config)
+
+
+def _check_layers(path: Path, config: dict[str, Any]) -> None:
+    """The weights have as many layers as the config says; `check_weights` compares the rest, layer by layer."""
+    names: set[str] = set()
+    for file in sorted(path.parent.glob("*.safetensors")):
+        try:
+            names |= tensors_in(file).keys()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file}: {error}") from None
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    if len(layers) < config["num_hidden_layers"]:
+        raise ModelError(
+            f"{path}: it has {config['num_hidden_layers']:,} layers, but in the weights are {len(layers):,}"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer.
+    """The model's tokenizer. Of several chat templates it has the default one alone, so that all use the same.
 
     Raises:
         ModelError: none there, or broken.
     """
     from transformers import AutoTokenizer
 
+    file = folder / "tokenizer.json"
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if file.is_file():
+            _TOKENIZERS.call("check", TOKENIZER_TIME, path=str(file.absolute()))
+    except TooCostlyError as error:
+        raise ModelError(f"{file}: it takes {error} to read and try it. Fetch or save the model again") from None
+    except FailedError as error:
+        raise ModelError(f"{file}: the tokenizer can't be loaded: {error}") from None
+    try:
+        with without_panics():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a broken tokenizer file sets off
         raise ModelError(f"{folder}: the tokenizer can't be loaded: {_first_line(error)}") from None
+    tokenizer.chat_template = default_template(tokenizer.chat_template)
+    return tokenizer
+
+
+def default_template(found: Any) -> str | None:
+    """The chat template to use of those that a tokenizer has: one text, or several by name, as a list or a mapping."""
+    if isinstance(found, list):
+        found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+    if isinstance(found, dict):
+        found = found.get("default", next(iter(found.values())) if len(found) == 1 else None)
+    return found if isinstance(found, str) else None
 
 
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -78,30 +127,25 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     Raises:
         MachineError: there is not enough memory for it.
-        ModelError: another architecture, missing, broken or pickled weights.
+        ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
     from transformers import LlamaForCausalLM
 
-    config = read_config(folder)
-    needed = weight_bytes(config, "float", dtype)
+    needed = weight_bytes(read_config(folder), "float", dtype)
+    check_weights(folder)
     try:
-        model: Any = LlamaForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map="auto" if spread(needed, device) else {"": device},
-            attn_implementation=PACKED_ATTENTION,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        with without_panics():
+            model: Any = LlamaForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map="auto" if spread(needed, device) else {"": device},
+                attn_implementation=PACKED_ATTENTION,
+                use_safetensors=True,
+                local_files_only=True,
+            )
     except Exception as error:  # whatever broken weights set off
         if is_out_of_memory(error):
             raise MachineError(f"{folder}: {NO_ROOM}") from None
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        if pickled and not list(folder.glob("*.safetensors")):
-            raise ModelError(
-                f"{folder}: the weights are pickle files ({pickled[0]}), which are never read. Convert them to "
-                "safetensors: load the model once with Transformers, where you trust it, and call save_pretrained"
-            ) from None
         raise ModelError(f"{folder}: the weights can't be loaded: {_first_line(error)}") from None
     if not {"cpu", "disk"}.isdisjoint(map(str, getattr(model, "hf_device_map", {}).values())) and device.type == "cuda":
         raise MachineError(f"{folder}: {NO_ROOM}")

@@ -3,15 +3,51 @@
 The adapter is an ordinary PEFT adapter: stock `peft` loads it on the stock model.
 """
 
+import dataclasses
 import difflib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from huarizo.errors import RecipeError
+from huarizo.errors import RecipeError, listed
+from huarizo.model.adapter import CHECKS
 from huarizo.model.int8 import Int8Linear
 from huarizo.model.int8_lora import register
+from huarizo.model.weights import skeleton
 from huarizo.recipe import LoraRecipe
+
+BY_HUARIZO = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version")
+NO_BIAS = "chat, merge and export load changes of weights alone, and most Llamas have no biases"
+WITH_ROWS = "it begins from gradients or activations of rows; pissa and olora begin from the weights alone"
+REASONS = {
+    **dict.fromkeys(BY_HUARIZO, "Huarizo sets it"),
+    "bias": NO_BIAS,
+    "lora_bias": NO_BIAS,
+    "fan_in_fan_out": "a Llama's linear layers are kept as [out, in]",
+    "exclude_modules": "give a list of plain names, not a pattern",
+    "rank_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and ranks, not patterns",
+    "alpha_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and numbers, not patterns",
+    "modules_to_save": "give a list of names, such as [embed_tokens, lm_head]",
+    "init_lora_weights": "give true, false, gaussian, orthogonal, pissa or olora. eva, corda and lora_ga begin from "
+    "gradients or activations of rows; what loftq and pissa_niter_N leave of the base is another at each loading",
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), WITH_ROWS),
+    "layer_replication": "the result has other layers than the base, so that no GGUF or merged base fits it",
+    "target_parameters": "it is for mixtures of experts, and a Llama has none",
+    "trainable_token_indices": "name the layers as a whole: modules_to_save: [embed_tokens, lm_head]",
+    "ensure_weight_tying": "train the embedding or the head, not both, or neither",
+    "use_qalora": "it is for GPTQ bases, and Huarizo adds LoRA to float ones",
+}
+"""Why options that PEFT knows are not taken, and what to write instead."""
+ALSO_REFUSED: dict[str, Callable[[Any], bool]] = {
+    "lora_bias": lambda value: value is True,
+    "init_lora_weights": lambda value: isinstance(value, str) and value.startswith("pissa_"),
+    "exclude_modules": lambda value: isinstance(value, str),
+    "modules_to_save": lambda value: isinstance(value, str),
+}
+"""Values that an adapter from elsewhere may have, but with which nothing is trained here."""
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
@@ -19,6 +55,51 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Int8Linear)]
     names = [name.rpartition(".")[2] for name in linears]
     return list(dict.fromkeys(names))
+
+
+def check_lora(folder: Path, recipe: LoraRecipe, precision: str) -> None:
+    """A recipe's LoRA fits a model and is one that chat, merge, export and stock PEFT load; nothing heavy is loaded.
+
+    folder: the model's. precision: of the frozen base.
+
+    Raises:
+        RecipeError: naming what does not.
+    """
+    model = skeleton(folder)
+    _check_options(recipe.options)
+    if precision == "int8" and recipe.options.get("use_dora"):
+        raise RecipeError("lora.options.use_dora: not supported with precision int8. Set precision=bf16 or fp32")
+    plain = {name: value for name, value in recipe.options.items() if name != "init_lora_weights"}
+    with warnings.catch_warnings(record=True) as told, torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("always")
+        add_lora(model, recipe.model_copy(update={"options": plain}), 0)
+    for warning in told:
+        if "did not match any" in str(warning.message):
+            raise RecipeError(f"lora.options: {warning.message}")
+    modules = dict(model.named_modules())
+    for name in recipe.options.get("modules_to_save") or []:
+        found = [module for path, module in modules.items() if path == name or path.endswith(f".{name}")]
+        if not found:
+            raise RecipeError(f"lora.options.modules_to_save: the model has no {name!r}")
+        wrapped = any(isinstance(part, torch.nn.Linear) for module in found for part in module.modules())
+        if precision == "int8" and wrapped:
+            raise RecipeError(
+                f"lora.options.modules_to_save: with precision int8 {name} is frozen in 8 bit. Set precision=bf16 or "
+                "fp32"
+            )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    from peft import LoraConfig
+
+    defaults, problems = dataclasses.asdict(LoraConfig()), []
+    for name, value in options.items():
+        fits = name not in BY_HUARIZO and (value == defaults.get(name) or (name in CHECKS and CHECKS[name](value)))
+        if not fits or (name in ALSO_REFUSED and ALSO_REFUSED[name](value)):
+            reason = REASONS.get(name, "what it makes is no plain LoRA, and chat, merge and export load no other")
+            problems.append(f"lora.options.{name}={value!r}"[:100] + f": {reason}")
+    if problems:
+        raise RecipeError(f"lora.options: not every setting of PEFT is taken\n{listed(problems)}")
 
 
 def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
@@ -40,6 +121,7 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
             raise RecipeError(
                 f"lora.target_modules: the model has no linear layer {name!r}{hint} It has {', '.join(known)}"
             )
+    _check_options(recipe.options)
     torch.manual_seed(seed)
     try:
         config = LoraConfig(
@@ -51,7 +133,7 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
             **{"bias": "none", **recipe.options},
         )
         return get_peft_model(model, register(config))
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, LookupError) as error:
         raise RecipeError(f"lora: peft refuses these settings: {str(error).strip().splitlines()[0]}") from None
 
 

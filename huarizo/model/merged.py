@@ -14,13 +14,11 @@ from safetensors import safe_open
 from torch import nn
 
 from huarizo.errors import ModelError
-from huarizo.hub.model_files import weight_files
 from huarizo.model.adapter import BASE_LAYER, CONFIG, PREFIX, check_adapter, first_line
 from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from huarizo.model.load import read_config
+from huarizo.model.weights import EMBEDDING, HEAD, check_weights, tensors_of
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
 LINEAR_PARTS = {"lora_A.weight", "lora_B.weight"}
 EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B"}
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
@@ -33,18 +31,15 @@ class MergedWeights:
     parts by module (`lora_A.weight` [r, in], `lora_B.weight` [out, r] ...), `replaced` the tensors that it has whole.
 
     Raises:
-        ModelError: a broken adapter, or one of another model; the message names both.
+        ModelError: a base without all its weights; a broken adapter, or one of another model, where the message names
+            both.
     """
 
     def __init__(self, base: Path, adapter: Path | None) -> None:
         self.base, self.adapter = base, adapter
         self.config = read_config(base)
-        if self.config.get("quantization_config"):
-            raise ModelError(
-                f"{base}: this base is quantised, and an adapter is added to float weights. Name the original model in "
-                "the adapter's base_model_name_or_path"
-            )
-        self.shards = _shards(base)
+        check_weights(base)
+        self.shards = tensors_of(base)
         self._file_of = {name: file for file, names in self.shards.items() for name in names}
         self.changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         self.replaced: dict[str, torch.Tensor] = {}
@@ -183,15 +178,6 @@ def _named(key: str) -> str:
     if part.startswith("lora_embedding"):
         return f"{part}.default"
     return f"{part}.default.{rest}" if rest else f"{part}.default.weight"
-
-
-def _shards(base: Path) -> dict[str, list[str]]:
-    """The base's weight files and the tensors in each."""
-    found: dict[str, list[str]] = {}
-    for name in weight_files(base):
-        with safe_open(base / name, framework="pt") as file:
-            found[name] = [key for key in file.keys() if not key.endswith(COMPUTED)]  # noqa: SIM118
-    return found
 
 
 def merged_shards(weights: MergedWeights) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

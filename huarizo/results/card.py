@@ -17,10 +17,12 @@ from huggingface_hub import try_to_load_from_cache
 from huarizo.errors import UserError
 from huarizo.hub.model_files import CARD, LICENCES
 from huarizo.hub.names import QUICKSTART
-from huarizo.recipe import Recipe
+from huarizo.recipe import Recipe, names_of
+from huarizo.recipe_file import parse_yaml
 from huarizo.results.gguf import is_adapter
 from huarizo.results.report import Sample, fenced, heldout_change, samples_from_text
 from huarizo.runs import Run
+from huarizo.sandbox.reading import read_bytes
 
 What = Literal["adapter", "merged", "gguf"]
 KIND = {"adapter": ("peft", "adapter"), "merged": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}
@@ -59,11 +61,15 @@ tags: [lora, huarizo]
 ---
 # LoRA adapter
 
-{card_facts(recipe, base, recipe.data.train.rpartition("/")[2], metrics)}
+{card_facts(recipe, base, _data_names(recipe, lambda name: name.rpartition("/")[2]), metrics)}
 {peft_usage(base, "path/to/this/folder")}
 
 Trained with Huarizo.
 """
+
+
+def _data_names(recipe: Recipe, name_of: Callable[[str], str]) -> str:
+    return ", ".join(name_of(name) for name in names_of(recipe.data.train))
 
 
 def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any]]) -> str:
@@ -98,7 +104,7 @@ def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: Sequence
         front |= {"base_model": hub_id, "base_model_relation": relation}
     front |= {"license": licence} if licence else {}
     front |= {"pipeline_tag": "text-generation", "tags": ["lora", "huarizo"]}
-    data = recipe.data.train if recipe.data.train == QUICKSTART else public_name(recipe.data.train)
+    data = _data_names(recipe, lambda name: name if name == QUICKSTART else public_name(name))
     metrics = _read(run.metrics, _metrics_from_text)
     samples = [sample for sample in _read(run.samples, samples_from_text) if sample.after is not None][:SAMPLES]
     name = repo_id.split("/")[1]
@@ -171,14 +177,14 @@ def _licence(model: str) -> str | None:
     texts = [file for pattern in LICENCES[:2] for file in sorted(Path(model).glob(pattern)) if file.is_file()]
     if not texts:
         return None
-    start = texts[0].read_bytes()[:5000].decode("utf-8", "replace")
+    start = texts[0].open("rb").read(5000).decode("utf-8", "replace")
     return next((name for name, words in LICENCE_TEXTS.items() if re.search(words, start, re.IGNORECASE)), "other")
 
 
 def _licence_of_card(card: Path) -> str | None:
     try:
-        front = re.match(r"---\r?\n(.*?)\n---", card.read_bytes()[:100_000].decode("utf-8"), re.DOTALL)
-        said = yaml.safe_load(front[1])["license"] if front else None
+        front = re.match(r"---\r?\n(.*?)\n---", read_bytes(card)[:100_000].decode("utf-8"), re.DOTALL)
+        said = parse_yaml(front[1])["license"] if front else None
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
         return None
     return said if isinstance(said, str) and re.fullmatch(r"[a-z0-9.+-]{1,40}", said) else None

@@ -16,15 +16,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from huarizo.console import without_controls
 from huarizo.data.prepare import prepare_data
 from huarizo.data.rows import Row, read_rows, require_good
 from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, whole_folder
 from huarizo.host import cache_folder
-from huarizo.hub.names import check_pinned, resolve_data
+from huarizo.hub.names import check_pinned, files_of, resolve_data
+from huarizo.recipe import names_of
 from huarizo.results.generate import Assistant, answers
 from huarizo.results.losses import Losses, Mean, measure
 from huarizo.results.report import Sample, sample_of
@@ -77,13 +76,13 @@ def heldout_rows(tuned: Tuned) -> list[Row]:
     if tuned.run is None:
         raise UserError("an adapter from elsewhere has no held-out rows. Name rows: huarizo eval ADAPTER DATA")
     recipe = tuned.recipe
-    train = resolve_data(recipe.data.train)
+    train = [resolve_data(name) for name in names_of(recipe.data.train)]
     check_pinned("train", train, recipe.pinned.get("train", {}))
-    heldout = resolve_data(recipe.data.eval, heldout=True) if isinstance(recipe.data.eval, str) else None
-    if heldout is not None:
+    heldout = [resolve_data(name, heldout=True) for name in names_of(recipe.data.eval)]
+    if heldout:
         check_pinned("eval", heldout, recipe.pinned.get("eval", {}))
     data = prepare_data(
-        recipe.data, recipe.training.seed, train.path, heldout.path if heldout else None,
+        recipe.data, recipe.training.seed, files_of(train), files_of(heldout),
         tuned.encoder.tokenizer, cache_folder() / "tokens",
     )  # fmt: skip
     if not data.heldout_rows:
@@ -98,8 +97,11 @@ def rows_of(tuned: Tuned, name: str) -> list[Row]:
         UserError: not found, or rows that can't be used.
     """
     data = tuned.recipe.data
-    read = read_rows(resolve_data(name, heldout=True).path, data.columns)
+    source = resolve_data(name, heldout=True)
+    read = read_rows(source.files, data.columns)
     good = require_good(read, data.on_bad_row)
+    if source.note:
+        logger.warning("%s", source.note)
     if read.bad_row_count:
         logger.warning("%s: %d bad rows are left out", name, read.bad_row_count)
     return good
@@ -207,7 +209,7 @@ def show(console: Console, evaluation: Evaluation) -> None:
         before, after = (part[index] / losses.tokens[index] for part in (losses.before, losses.after))
         first = " ".join(row.exchanges[0].instruction.split())[:60]
         place = f"  {after:.3f} (before {before:.3f})  {row.file}, row {row.number}: {first}"
-        console.print(Text(without_controls(place)))
+        console.print(place)
 
 
 def _interval(mean: Mean) -> str:

@@ -20,7 +20,8 @@ from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.files import make_parent, require_space, whole_file
 from huarizo.model.adapter import check_adapter
-from huarizo.model.merged import HEAD, MergedWeights
+from huarizo.model.merged import MergedWeights
+from huarizo.model.weights import HEAD
 from huarizo.results.target import check_file
 from huarizo.results.tuned import Tuned
 from huarizo.results.vocabulary import add_vocabulary, read_vocabulary

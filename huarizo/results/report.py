@@ -112,7 +112,7 @@ def show_samples(console: Console, samples: list[Sample]) -> None:
     for column in ("prompt", "before", "after"):
         table.add_column(column, ratio=1, overflow="fold")
     for sample in samples:
-        table.add_row(*(Text(without_controls(text)) for text in (sample.prompt, sample.before, sample.after or "")))
+        table.add_row(*(Text(text) for text in (sample.prompt, sample.before, sample.after or "")))
     console.print(table)
 
 

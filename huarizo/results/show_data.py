@@ -10,8 +10,13 @@ from huarizo.data.tokens import IGNORED
 
 
 def show_examples(console: Console, data: Data, count: int) -> None:
-    """Print the first `count` rows, learnt text in green; where there are no colours it stands between « and »."""
+    """Print what is to be known of the data, then the first `count` rows.
+
+    Learnt text is green; where there are no colours it stands between « and ».
+    """
     tokenizer = data.encoder.tokenizer
+    for note in data.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     console.print(
         Text.assemble("read by the model, ", ("learnt by the model", "green"), " (between « and » without colours)")
     )

@@ -5,17 +5,18 @@ A result is named by a run folder or its name, by the folder of any PEFT adapter
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huarizo.data.prompts import prompt_format
 from huarizo.data.tokens import Encoder
-from huarizo.errors import ModelError, RecipeError, UserError
+from huarizo.errors import HubError, ModelError, RecipeError, UserError
 from huarizo.hub.model_files import TEMPLATES, hostile
 from huarizo.hub.names import check_pinned, resolve_adapter, resolve_model
 from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
-from huarizo.model.load import load_tokenizer
+from huarizo.model.load import default_template, load_tokenizer
 from huarizo.recipe import Recipe, make_recipe, with_overrides
 from huarizo.runs import Run, find_run, open_run
 
@@ -65,32 +66,33 @@ def read_otherwise(tuned: Tuned, overrides: Sequence[str]) -> Tuned:
     return dataclasses.replace(tuned, recipe=recipe, encoder=longer)
 
 
-def find_tuned(name: str, prompt: str | None = None) -> Tuned:
+def find_tuned(name: str, prompt: str | None = None, base: str | None = None) -> Tuned:
     """A result by its name.
 
     name: a run, or the folder or hub id of a PEFT adapter.
     prompt: the prompt format, where it is not the run's; an adapter from elsewhere is taken to use the chat template
         beside it, or that of its base, or Alpaca's prompt where there is none.
+    base: folder or hub id of the base model, where it is no longer where the result says.
 
     Raises:
         UserError: nothing of that name, no adapter yet, or its base can't be found or is no longer the one it was.
     """
     run = find_run(name)
     if run is not None:
-        return open_tuned(run, prompt)
+        return open_tuned(run, prompt, base)
     local = Path(name).expanduser()
     if (local / CONFIG).is_file():
         folder = local.resolve()
         beside = find_run(folder.parent)
         if beside is not None and folder.name == beside.adapter.name:
-            return open_tuned(beside, prompt)
-        return open_adapter(folder, prompt)
+            return open_tuned(beside, prompt, base)
+        return open_adapter(folder, prompt, base)
     if local.exists() or "/" not in name or name.startswith((".", "/", "~")):
-        return open_tuned(open_run(name), prompt)  # says what there is
-    return open_adapter(resolve_adapter(name).path, prompt)
+        return open_tuned(open_run(name), prompt, base)  # says what there is
+    return open_adapter(resolve_adapter(name).path, prompt, base)
 
 
-def open_tuned(run: Run, prompt: str | None = None) -> Tuned:
+def open_tuned(run: Run, prompt: str | None = None, base: str | None = None) -> Tuned:
     """The parts of a finished run; nothing heavy is loaded.
 
     Raises:
@@ -98,24 +100,41 @@ def open_tuned(run: Run, prompt: str | None = None) -> Tuned:
     """
     if not (run.adapter / WEIGHTS).is_file():
         raise UserError(f"{run.path}: this run has no adapter yet. Go on with it: huarizo resume {run.path}")
-    return dataclasses.replace(_with_base(run.recipe(), run.adapter, prompt), run=run)
+    recipe = run.recipe()
+    recipe.model = base or recipe.model
+    with _told(run.recipe_file, "model", base):
+        return dataclasses.replace(_with_base(recipe, run.adapter, prompt), run=run)
 
 
-def open_adapter(folder: Path, prompt: str | None = None) -> Tuned:
+def open_adapter(folder: Path, prompt: str | None = None, base: str | None = None) -> Tuned:
     """The parts of a PEFT adapter that some other tool may have made.
 
     Raises:
         UserError: it is no plain LoRA, does not name its base, or that can't be found.
     """
     config = check_adapter(folder)
-    base = config.base_model_name_or_path
-    if not base:
+    named = base or config.base_model_name_or_path
+    if not named:
         raise UserError(
-            f"{folder / CONFIG}: base_model_name_or_path is empty. Write the base model's hub id or folder there"
+            f"{folder / CONFIG}: base_model_name_or_path is empty. Write the base model's hub id or folder there, or "
+            "give it as --base-model"
         )
-    revision = f"@{config.revision}" if config.revision and not Path(base).exists() else ""
-    recipe = make_recipe(model=base + revision, data={"train": "quickstart"})
-    return _with_base(recipe, folder, prompt, _own_template(folder))
+    revision = f"@{config.revision}" if config.revision and not base and not Path(named).exists() else ""
+    recipe = make_recipe(model=named + revision, data={"train": "quickstart"})
+    with _told(folder / CONFIG, "base_model_name_or_path", base):
+        return _with_base(recipe, folder, prompt, _own_template(folder))
+
+
+@contextmanager
+def _told(file: Path, field: str, base: str | None) -> Iterator[None]:
+    """A base that can't be found is told with the file that names it, unless the user did."""
+    try:
+        yield
+    except HubError as error:
+        if base is not None:
+            raise
+        where = "Where the base is elsewhere, give --base-model FOLDER_OR_ID"
+        raise HubError(f"{file}: {field}: {error}. {where}") from None
 
 
 def _own_template(adapter: Path) -> str | None:
@@ -133,12 +152,12 @@ def _own_template(adapter: Path) -> str | None:
         found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{adapter}: the tokenizer's settings can't be read ({error}). Mend or remove them") from None
-    return found if isinstance(found, str) else None
+    return default_template(found)
 
 
 def _with_base(recipe: Recipe, adapter: Path, prompt: str | None, template: str | None = None) -> Tuned:
     source = resolve_model(recipe.model)
-    check_pinned("model", source, recipe.pinned.get("model", {}))
+    check_pinned("model", [source], recipe.pinned.get("model", {}))
     tokenizer = load_tokenizer(source.path)
     tokenizer.chat_template = template or tokenizer.chat_template
     data = recipe.data

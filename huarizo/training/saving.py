@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TrainerCallback
 
+from huarizo.console import PlainConsole
 from huarizo.errors import MachineError
 from huarizo.host import world_size
 from huarizo.recipe import Recipe, to_yaml
@@ -87,6 +88,8 @@ class SaveAndStop(TrainerCallback):
     def _reason_to_stop(self, now: float) -> str | None:
         if self.signals.received:
             return f"by {self.signals.received}"
+        if isinstance(self.console, PlainConsole) and self.console.closed:
+            return "because standard output was closed"
         limit = self.recipe.training.max_minutes
         needed = self.longest_step + 2 * self.last_cost
         if limit is not None and now - self.began + needed >= limit * 60:

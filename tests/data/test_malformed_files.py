@@ -1,6 +1,7 @@
 """Each kind of file that can't be read has its message, at once and without reading more than is needed."""
 
 import codecs
+import gzip
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from huarizo.data import records
+from huarizo.data.files import KNOWN
 from huarizo.data.rows import read_rows, require_good
 from huarizo.errors import DataError
 
@@ -21,7 +23,7 @@ SHORT = {
     "<MAPPING>": "data.columns.instruction=question data.columns.output=answer.",
     "<ROWS>": 'Write a list of rows: [{"instruction": "...", "output": "..."}].',
     "<CUT>": "The download may be incomplete: fetch it again.",
-    "<KNOWN>": ".json, .jsonl, .ndjson, .csv, .tsv, .parquet",
+    "<KNOWN>": KNOWN,
     "<QUOTING>": "Put cells with line breaks or quotation marks between quotation marks, and double those inside: "
     '"a ""b""".',
 }
@@ -150,7 +152,7 @@ FILES = [
         "a.json",
         '[{"instruction": "Q", "context": "", "response": "A"}]',
         "a.json: fits no format. Its fields are: 'instruction', 'context', 'response'. <NEEDED> Rename the "
-        "fields, or say which is which, like: data.columns.output=response.",
+        "fields, or say which is which, like: data.columns.output=response data.columns.input=context.",
     ),
     (
         "strange names",
@@ -286,7 +288,19 @@ FILES = [
         "data: has no extension. Huarizo reads <KNOWN>; rename it if it is one of these, or convert it.",
     ),
     ("ext zip", "a.zip", "x", "a.zip: is packed (.zip). Unpack it first; Huarizo reads <KNOWN>."),
-    ("ext gz", "a.json.gz", "x", "a.json.gz: is packed (.gz). Unpack it first; Huarizo reads <KNOWN>."),
+    ("ext gz", "a.gz", "x", "a.gz: is packed (.gz). Unpack it first; Huarizo reads <KNOWN>."),
+    ("packed parquet", "a.parquet.gz", "x", "a.parquet.gz: is packed (.gz). Unpack it first; Huarizo reads <KNOWN>."),
+    ("no gzip", "a.json.gz", "x" * 20, "a.json.gz: can't be unpacked as gzip: 'zlib inflate failed: incorrect header"),
+    ("no zstd", "a.jsonl.zst", "x" * 20, "a.jsonl.zst: can't be unpacked as zstd: 'ZSTD decompress failed"),
+    ("cut gzip", "a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "a.jsonl.gz: can't be unpacked as gzip: 'Truncated"),
+    ("nothing packed", "a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: is empty (0 bytes)."),
+    ("no arrow", "a.arrow", "x" * 20, "a.arrow: can't be read as Arrow: "),
+    (
+        "columns of different lengths",
+        "a.json",
+        '{"instruction": ["Q", "R"], "output": ["A"]}',
+        "a.json: has columns of different lengths: 'instruction' 2, 'output' 1. Give every column a value for each",
+    ),
     ("ext xlsx", "a.xlsx", "x", "a.xlsx: is a spreadsheet (.xlsx). Save it as CSV (UTF-8); Huarizo reads <KNOWN>."),
 ]
 
@@ -442,7 +456,7 @@ def test_parquet(tmp_path: Path) -> None:
 def test_folders(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
-    known = "Put .json, .jsonl, .ndjson, .csv, .tsv, .parquet files there."
+    known = f"Put {KNOWN} files there."
     assert complaint(folder) == f"data: is a folder without data files. {known}"
     (folder / "README.md").write_text("x")
     (folder / "dataset_infos.json").write_text("{}")
@@ -452,9 +466,5 @@ def test_folders(tmp_path: Path) -> None:
     (folder / "a.zip").write_text("x")
     assert complaint(folder).endswith("Unpack the archive first.")
     (folder / "a.json").write_text(f"[{GOOD}]")
-    (folder / "b.json").write_text('[{"prompt": "Q", "completion": "A"}]')
-    message = complaint(folder).replace(f"{folder}/", "")
-    expected = "b.json: is in prompt-completion format, but a.json in alpaca. "
-    assert message.replace("data/", "") == f"{expected}Put files of different formats into different folders."
     (folder / "b.json").write_text("[]")
     assert complaint(folder).endswith("b.json: is an empty list. Write rows into it, or download it again.")

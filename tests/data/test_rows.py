@@ -24,6 +24,7 @@ from huarizo.errors import DataError
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 SUFFIXES = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"]
+SUFFIXES += [".arrow", ".jsonl.gz", ".json.zst", ".csv.gz"]
 KOREAN = "세종대왕은 1443년에 훈민정음을 만들었다. 🦙👩🏽‍🚀"
 TURNS = [
     ("system", "간결하게"),
@@ -37,7 +38,17 @@ TURNS = [
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
     """Records in the container that the suffix says. In tables, lists are written as JSON."""
     suffix = path.suffix
-    if suffix == ".json":
+    if suffix in (".gz", ".zst"):
+        plain = write(path.with_suffix(""), records)
+        packing = {".gz": "gzip", ".zst": "zstd"}[suffix]
+        with pa.CompressedOutputStream(str(path), packing) as file:
+            file.write(plain.read_bytes())
+        plain.unlink()
+    elif suffix == ".arrow":
+        table = pa.Table.from_pylist(records)
+        with pa.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+    elif suffix == ".json":
         path.write_bytes(json.dumps(records, ensure_ascii=False).encode())
     elif suffix in (".jsonl", ".ndjson"):
         path.write_bytes("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
@@ -149,6 +160,60 @@ def test_shapes_of_json(tmp_path: Path, data: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes((data % ('{"instruction": "Q1", "output": "A"}', '{"instruction": "Q2", "output": "A"}')).encode())
     assert [row.exchanges[0].instruction for row in require_good(read_rows(path), "fail")] == ["Q1", "Q2"]
+
+
+TURN_LISTS = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]] * 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"instruction": ["Q", "Q"], "input": ["", ""], "output": ["A", "A"]},
+        {"instruction": {"0": "Q", "1": "Q"}, "output": {"0": "A", "1": "A"}},
+        {"messages": TURN_LISTS},
+        {"messages": TURN_LISTS, "id": [1, 2]},
+    ],
+    ids=["columns", "pandas", "one column", "turns"],
+)
+def test_json_by_columns(tmp_path: Path, value: dict[str, Any]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(value))
+    assert conversations(read_rows(path)) == [("", (Exchange("Q", "", "A"),))] * 2
+    assert [row.number for row in read_rows(path).rows] == [1, 2]
+
+
+def test_columns_under_other_names_are_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"question": ["Q"], "answer": ["A"]}))
+    with pytest.raises(DataError, match="data.columns.instruction=question data.columns.output=answer"):
+        read_rows(path)
+    rows = read_rows(path, {"instruction": "question", "output": "answer"})
+    assert conversations(rows) == [("", (Exchange("Q", "", "A"),))]
+
+
+def test_what_save_to_disk_leaves(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    one = Dataset.from_list([{"instruction": "Q", "output": "A", "id": 1}] * 3)
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    assert conversations(read_rows(tmp_path / "one")) == [("", (Exchange("Q", "", "A"),))] * 3
+    DatasetDict({"train": one.select([0]), "test": one}).save_to_disk(tmp_path / "several")
+    assert len(read_rows(tmp_path / "several").rows) == 1, "the training split only"
+    table = one.data.table
+    with pa.ipc.new_file(str(tmp_path / "footer.arrow"), table.schema) as file:
+        file.write_table(table)
+    assert len(read_rows(tmp_path / "footer.arrow").rows) == 3
+
+
+def test_a_packed_file_does_not_unpack_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huarizo.data.unpack.UNPACKED", 2**20)
+    for suffix in (".jsonl.gz", ".jsonl.zst", ".json.gz"):
+        path = tmp_path / f"a{suffix}"
+        with pa.CompressedOutputStream(str(path), "gzip" if suffix.endswith("gz") else "zstd") as file:
+            for _ in range(40):
+                file.write(b"\n" * 2**18)
+        with pytest.raises(DataError, match="unpacks to more than 200 times its size"):
+            read_rows(path)
 
 
 def test_one_object_is_one_row_and_json_under_the_name_of_lines(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,14 @@ from safetensors.torch import save_file
 from huarizo.data.prompts import ChatFormat, prompt_format
 from huarizo.data.rows import read_rows
 from huarizo.errors import DataError, ModelError, RecipeError, UserError
+from huarizo.hub.model_files import tensors_in
 from huarizo.hub.names import resolve_model
 from huarizo.model.adapter import check_adapter, load_adapter
 from huarizo.model.load import load_tokenizer, read_config
 from huarizo.model.lora import add_lora
+from huarizo.model.weights import check_weights
 from huarizo.recipe import load_recipe, make_recipe
+from huarizo.results.card import _licence
 from tests.tiny import CHATML, make_model, make_tokenizer
 
 TOKEN = "hf_" + "plantedTokenThatNobodyMayTell" + "0123"
@@ -64,13 +69,16 @@ def test_fields_that_tools_wrote_for_years_are_no_attack(tiny_model_folder: Path
 @pytest.mark.parametrize(
     "sizes",
     [{"num_hidden_layers": 10**9}, {"hidden_size": 10**7}, {"vocab_size": -5}, {"vocab_size": "many"},
-     {"num_attention_heads": 0}, {"num_key_value_heads": 10**9}, {"intermediate_size": 1.5}],
+     {"num_attention_heads": 0}, {"num_key_value_heads": 10**9}, {"intermediate_size": 1.5}, {"head_dim": 10**9},
+     {"head_dim": 32}, {"head_dim": "x"}, {"num_hidden_layers": 3}, {"vocab_size": 100}, {"num_labels": 10**9},
+     {"max_position_embeddings": 10**18}, {"num_attention_heads": 2}],
 )  # fmt: skip
 def test_sizes_that_the_weights_can_not_have_take_no_memory(tiny_model_folder: Path, sizes: dict[str, Any]) -> None:
     path = tiny_model_folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
-    with pytest.raises(ModelError, match="no size of a model|more weights than"):
+    with pytest.raises(ModelError, match="no size of a model|more weights than|in the weights|weights are not those"):
         read_config(tiny_model_folder)
+        check_weights(tiny_model_folder)
 
 
 @pytest.mark.parametrize("header", [2**63, 10**12, 200_000_000, 0])
@@ -81,6 +89,90 @@ def test_a_safetensors_header_of_any_length_takes_no_memory(tiny_model_folder: P
         handle.truncate(300_000_000)  # sparse
     with pytest.raises(ModelError, match="not a whole safetensors file|bytes instead of"):
         resolve_model(str(tiny_model_folder))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"dtype": "F32", "shape": [3, 1], "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}, {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
+        {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}, {"dtype": 4, "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [2**62, 4, 0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": {}, "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [2], "data_offsets": [0]}, [], 3,
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_odd_headers_of_safetensors_are_told(tmp_path: Path, tensor: Any) -> None:
+    header = json.dumps({"a": tensor}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        tensors_in(tmp_path / "a.safetensors")
+
+
+def test_a_nested_header_of_safetensors_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        tensors_in(tmp_path / "a.safetensors")
+
+
+FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+    "generation_config.json",
+    "other",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_in_a_models_folder_is_told(tiny_model_folder: Path, name: str) -> None:
+    (tiny_model_folder / name).unlink(missing_ok=True)
+    os.mkfifo(tiny_model_folder / name)
+    with pytest.raises(ModelError, match=f"{name} is a pipe or a device"):
+        resolve_model(str(tiny_model_folder))
+
+
+@pytest.mark.parametrize("name", FILES[:-1])
+def test_a_folder_or_a_dead_link_in_place_of_a_file_is_told(tiny_model_folder: Path, name: str) -> None:
+    (tiny_model_folder / name).unlink(missing_ok=True)
+    (tiny_model_folder / name).symlink_to("nowhere")
+    with pytest.raises(ModelError, match=name):
+        resolve_model(str(tiny_model_folder))
+    (tiny_model_folder / name).unlink()
+    (tiny_model_folder / name).mkdir()
+    with pytest.raises(ModelError, match=name):
+        resolve_model(str(tiny_model_folder))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[]", "3", '{"model": null}'])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
+)
+def test_odd_json_in_a_models_folder_is_told(tiny_model_folder: Path, name: str, text: str) -> None:
+    if name == "model.safetensors.index.json":
+        (tiny_model_folder / "model.safetensors").unlink()
+    (tiny_model_folder / name).write_text(text)
+    try:
+        folder = resolve_model(str(tiny_model_folder)).path
+        read_config(folder)
+        load_tokenizer(folder)
+    except ModelError as error:
+        assert str(tiny_model_folder) in str(error)
+    else:
+        assert name == "tokenizer_config.json" and text == '{"model": null}'
+
+
+def test_a_pattern_that_never_ends_in_a_tokenizer_is_told(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_model_folder / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    file.write_text(json.dumps(spec | {"pre_tokenizer": pattern}))
+    monkeypatch.setattr("huarizo.model.load.TOKENIZER_TIME", 1.0)
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        load_tokenizer(tiny_model_folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "config.json", "chat_template.jinja"])
@@ -106,33 +198,35 @@ def test_names_in_an_index_can_not_leave_the_folder(tiny_model_folder: Path) -> 
     ("template", "message"),
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
-        ("{{ 'a' * 10**10 }}", "computes powers"),
+        ("{{ 'a' * 10**10 }}", "takes more memory"),
         ("{{ 'a' * 10000000000 }}", "takes more memory"),
         ("{{ '%9999999999d' % 1 }}", "takes more memory"),
         ("{{ 'a'|center(9999999999) }}", "takes more memory"),
-        ("{{ 9**(9**9) }}", "computes powers"),
+        ("{{ 9**(9**9) }}", "takes more than"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this conversation"),
         ("{{ cycler.__init__.__globals__.os.system('id') }}", "refuses this conversation"),
         ("{{ self._TemplateReference__context }}", "refuses|rewrites"),
         ("{% include '/etc/passwd' %}", "refuses|fails"),
-        ("{{ 1/0 }}", "fails: division"),
+        ("{{ 1/0 }}", "fails: ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),
+        ("{{ " + "(" * 5000, "nested too deeply"),
         ("x" * 300_000, "300,000 characters"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else None,
 )
 def test_chat_templates_run_in_bounds(template: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huarizo.data.prompts.LONGEST_RENDERING", 0.3)
+    monkeypatch.setattr("huarizo.data.templates.LONGEST_RENDERING", 0.3)
     with pytest.raises(UserError, match=message):
         ChatFormat(make_tokenizer(chat_template=template))
 
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ instruction }}{{ ''.__class__.__base__ }}", "{{ instruction }}{{ 9**9**9 }}", "{{ instruction * 9999999999 }}",
+    ["{{ instruction }}{{ ''.__class__.__base__ }}", "{{ instruction }}{{ 9**(9**9) }}", "{{ instruction * 9999999999 }}",
      "{{ instruction }}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"],
 )  # fmt: skip
 def test_a_recipes_template_runs_in_bounds(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huarizo.data.prompts.LONGEST_RENDERING", 0.3)
+    monkeypatch.setattr("huarizo.data.templates.LONGEST_RENDERING", 0.3)
     with pytest.raises(RecipeError, match=r"data\.prompt"):
         prompt_format(template, make_tokenizer())
 
@@ -175,6 +269,14 @@ def test_an_adapter_that_asks_for_more_is_refused(adapter: Path, field: str, val
     change(adapter, **{field: value})
     with pytest.raises(ModelError, match=f"{field}"):
         load_adapter(make_model(), adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "other"])
+def test_a_pipe_in_an_adapters_folder_is_told(adapter: Path, name: str) -> None:
+    (adapter / name).unlink(missing_ok=True)
+    os.mkfifo(adapter / name)
+    with pytest.raises(ModelError, match="is a pipe or a device|no adapter here"):
+        check_adapter(adapter)
 
 
 def test_a_pattern_of_target_modules_is_not_compiled(adapter: Path) -> None:
@@ -237,12 +339,36 @@ def test_a_parquet_file_that_unfolds_is_refused(tmp_path: Path, monkeypatch: pyt
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("huarizo.data.records.PARQUET_MEMORY", 300 * 2**20)
+    monkeypatch.setattr("huarizo.data.columnar.MEMORY", 300 * 2**20)
     column = pa.array(["a" * 100_000_000] * 12)
     pq.write_table(pa.table({"instruction": column, "output": column}), tmp_path / "bomb.parquet", compression="zstd")
     assert (tmp_path / "bomb.parquet").stat().st_size < 2_000_000
     with pytest.raises(DataError, match=r"bomb\.parquet.*memory"):
         read_rows(tmp_path / "bomb.parquet", {})
+
+
+@pytest.mark.parametrize("item", ["[]", "{}", '""', "0", '{"a":0}', "[0]"])
+def test_json_that_fills_the_memory_is_refused_by_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, item: str
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text("[" + ",".join([item] * 20_000) + "]")
+    tracemalloc.start()
+    kept = json.loads(file.read_text())
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(kept) == 20_000
+    monkeypatch.setattr("huarizo.machine.available_memory", lambda _: used)
+    with pytest.raises(DataError, match=r"rows\.json.*too large to load at once"):
+        read_rows(file, {})
+
+
+def test_merge_keys_of_a_foreign_card_do_not_unfold(tmp_path: Path) -> None:
+    bomb = "a: &a {x: 1}\n" + "".join(
+        f"{b}: &{b} {{<<: [{','.join(['*' + a] * 9)}]}}\n" for a, b in pairwise("abcdefghijk")
+    )
+    (tmp_path / "README.md").write_text(f"---\n{bomb}license: mit\n---\n")
+    assert _licence(str(tmp_path)) is None
 
 
 # Tokens

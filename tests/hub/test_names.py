@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 
-from huarizo.data.files import MANIFESTS, SUFFIXES
 from huarizo.errors import HubError, ModelError
-from huarizo.hub.names import DATA_SET, NO_ROWS, Source, resolve_data, resolve_model
+from huarizo.hub import access
+from huarizo.hub.data_files import are_rows
+from huarizo.hub.model_files import quantised
+from huarizo.hub.names import DATA_SET, Source, resolve_data, resolve_model
 from tests.hub.server import HubServer, Repo, User, commit_of
 from tests.tiny import make_model, make_tokenizer
 
@@ -58,6 +60,7 @@ for case in json.load(open(sys.argv[1])):
     try:
         source = getattr(hub, case["call"])(case["name"])
         out = {"path": str(source.path), "revision": source.revision, "sha256": source.sha256, "pinned": source.pinned}
+        out["note"] = source.note
     except HuarizoError as error:
         out = {"error": type(error).__name__, "exit_code": error.exit_code, "message": str(error)}
     print(json.dumps({"case": case["case"]} | out), flush=True)
@@ -141,6 +144,8 @@ def hub_server(model_bytes: dict[str, bytes]) -> Iterator[HubServer]:
     other = model | {"generation_config.json": b'{"eos_token_id": 2}'}
     rows = json.dumps([ROW]).encode()
     read_here = {"entity": {"type": "user", "name": "bob"}, "permissions": ["repo.content.read"]}
+    config = json.loads(model["config.json"]) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    quantised = model | {"config.json": json.dumps(config).encode(), "README.md": b"---\nbase_model: a/b\n---\n# x"}
     repos = {
         "alpaca/tiny": Repo(model | extras, branches={"dev": other | terms}),
         "alpaca/pinned": Repo(dict(model)),
@@ -154,6 +159,7 @@ def hub_server(model_bytes: dict[str, bytes]) -> Iterator[HubServer]:
         "alpaca/mute": Repo({name: model[name] for name in ("config.json", "model.safetensors")}),
         "alpaca/huge": Repo(dict(model), claimed_sizes={"model.safetensors": 10**16}),
         "alpaca/enospc": Repo(dict(model)),
+        "alpaca/tiny-GPTQ": Repo(quantised),
         "alpaca/down": Repo(dict(model), status=503),
         "alpaca/busy": Repo(dict(model), status=429),
         "alpaca/portal": Repo(dict(model), status=0),
@@ -171,6 +177,15 @@ def hub_server(model_bytes: dict[str, bytes]) -> Iterator[HubServer]:
             },
             kind="dataset",
         ),
+        "alpaca/sums": Repo(
+            {
+                f"{config}/{split}-00000-of-00001.json": rows
+                for config in ("main", "socratic")
+                for split in ("train", "test")
+            },
+            kind="dataset",
+        ),
+        "alpaca/versions": Repo({"rows.json": rows, "rows_cleaned.json": rows}, kind="dataset"),
         "alpaca/pictures": Repo({"cat.png": b"PNG"}, kind="dataset"),
     }
     users = {
@@ -207,6 +222,13 @@ def online(hub_server: HubServer, home: Path) -> Outcome:
         case("commit again", f"alpaca/pinned@{commit}", token="unknown"),
         case("rows", "alpaca/rows", call="resolve_data"),
         case("pictures", "alpaca/pictures", call="resolve_data"),
+        case("configs", "alpaca/sums", call="resolve_data"),
+        case("config", "alpaca/sums:main", call="resolve_data"),
+        case("config and split", "alpaca/sums@main:socratic[test]", call="resolve_data"),
+        case("no config", "alpaca/sums:mian", call="resolve_data"),
+        case("no split", "alpaca/sums:main[validation]", call="resolve_data"),
+        case("versions", "alpaca/versions", call="resolve_data"),
+        case("version", "alpaca/versions:rows_cleaned.json", call="resolve_data"),
         case("no revision", "alpaca/tiny@nope"),
         case("misspelt", "alpaca/tinny"),
         case("misspelt, logged in", "alpaca/tinny", token="ann"),
@@ -231,6 +253,7 @@ def online(hub_server: HubServer, home: Path) -> Outcome:
         case("mute", "alpaca/mute"),
         case("huge", "alpaca/huge"),
         case("enospc", "alpaca/enospc", disk_full=True),
+        case("quantised", "alpaca/tiny-GPTQ"),
         case("down", "alpaca/down"),
         case("busy", "alpaca/busy"),
         case("portal", "alpaca/portal"),
@@ -254,6 +277,8 @@ def offline(online: Outcome, hub_server: HubServer, home: Path, tiny_model: Path
         case("offline, public", "alpaca/tiny", token="unknown"),
         case("offline, commit", f"alpaca/pinned@{commit_of('alpaca/pinned main')}", token="blank"),
         case("offline, rows", "alpaca/rows", call="resolve_data"),
+        case("offline, configs", "alpaca/sums", call="resolve_data"),
+        case("offline, split", f"alpaca/sums@{commit_of('alpaca/sums main')}:main[test]", call="resolve_data"),
         case("offline, half", "alpaca/cut"),
         case("offline, half without a list", "alpaca/enospc"),
         case("offline, never seen", "alpaca/never"),
@@ -267,7 +292,7 @@ def offline(online: Outcome, hub_server: HubServer, home: Path, tiny_model: Path
         )
     half = home / "hf" / "hub" / "models--alpaca--enospc"
     commit = commit_of("alpaca/enospc main")
-    shutil.rmtree(half / "trees")  # the client's list of what a whole copy holds
+    shutil.rmtree(half / "trees", ignore_errors=True)  # the client's list of what a whole copy holds
     (half / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
     (half / "snapshots" / commit / "config.json").write_text("{}")
     blob = (Path(online.ok("shaky")["path"]) / "model.safetensors").resolve()
@@ -326,6 +351,11 @@ def test_only_listed_files_are_fetched(online: Outcome, hub_server: HubServer) -
     assert all(token is None for _, _, token in hub_server.asked_in("public"))
 
 
+def test_of_a_quantised_model_no_weights_are_fetched(online: Outcome, hub_server: HubServer) -> None:
+    online.failure("quantised", "ModelError", "alpaca/tiny-GPTQ: ", "(gptq)", "Give the original model, a/b;")
+    assert hub_server.files_sent("quantised") == {"config.json", "README.md"}
+
+
 def test_a_second_call_fetches_nothing(online: Outcome, hub_server: HubServer) -> None:
     assert online.ok("again") == online.ok("public") | {"case": "again"}
     assert not hub_server.files_sent("again")
@@ -348,11 +378,29 @@ def test_a_pinned_commit_in_the_cache_asks_nobody(online: Outcome, hub_server: H
 
 def test_a_data_set_is_a_folder_of_rows(online: Outcome) -> None:
     found = online.ok("rows")
-    contents = {"data/train.json": json.dumps([ROW]).encode(), "more.csv": b"instruction,output\n"}
+    contents = {"data/train.json": json.dumps([ROW]).encode()}
     assert found["sha256"] == digests(contents)
     assert {name: (Path(found["path"]) / name).read_bytes() for name in found["sha256"]} == contents
     assert not (Path(found["path"]) / "run.py").exists()
     online.failure("pictures", "DataError", "alpaca/pictures", ".jsonl")
+
+
+def test_a_data_set_with_several_configs_or_splits_is_not_mixed(online: Outcome, offline: Outcome) -> None:
+    for outcome, configs in ((online, "configs"), (offline, "offline, configs")):
+        outcome.failure(configs, "DataError", "several configs (main, socratic)", "Write alpaca/sums:main, or a list")
+    chosen = {"config": ("main", "train"), "config and split": ("socratic", "test")}
+    for case, (config, split) in chosen.items():
+        found = online.ok(case)
+        assert list(found["sha256"]) == [f"{config}/{split}-00000-of-00001.json"]
+        assert found["pinned"] == f"alpaca/sums@{found['revision']}:{config}[{split}]"
+    assert online.ok("config")["note"] == "alpaca/sums: config main, split train, not read: split test"
+    assert list(offline.ok("offline, split")["sha256"]) == ["main/test-00000-of-00001.json"]
+    online.failure("no config", "DataError", "no config 'mian'", "There are: main, socratic")
+    online.failure("no split", "DataError", "no split 'validation'", "There are: test, train")
+    online.failure(
+        "versions", "DataError", "rows.json, rows_cleaned.json", "Write alpaca/versions:rows.json, or a list"
+    )
+    assert list(online.ok("version")["sha256"]) == ["rows_cleaned.json"]
 
 
 # Names that lead nowhere
@@ -428,7 +476,9 @@ def test_where_the_token_is_looked_for(online: Outcome, hub_server: HubServer) -
     online.failure(".env is no text", "HubError", ".env can't be read")
 
 
-def test_the_stored_token_comes_last(online: Outcome, hub_server: HubServer, home: Path, tmp_path: Path) -> None:
+def test_the_stored_token_comes_before_a_file_in_the_folder(
+    online: Outcome, hub_server: HubServer, home: Path, tmp_path: Path
+) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text(TOKENS["bob"] + "\n")
     cases = [
@@ -438,7 +488,35 @@ def test_the_stored_token_comes_last(online: Outcome, hub_server: HubServer, hom
     outcome = run_cases(cases, tmp_path, hub_server.url, mark=hub_server.url)
     outcome.ok("stored"), outcome.ok("stored and .env")
     assert {token for _, _, token in hub_server.asked_in("stored")} == {TOKENS["bob"]}
-    assert {token for _, _, token in hub_server.asked_in("stored and .env")} == {TOKENS["ann"]}
+    assert {token for _, _, token in hub_server.asked_in("stored and .env")} == {TOKENS["bob"]}
+
+
+@pytest.mark.parametrize("owned", [".env", "."])
+def test_a_dotenv_that_is_not_the_users_own_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owned: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(access, "get_token", lambda: None)
+    Path(".env").write_text("HF_TOKEN=hf_own\n")
+    assert access.log_in() == access.Login("hf_own", str(tmp_path / ".env"))
+    monkeypatch.setattr(access, "_is_own", lambda path: path != Path(owned))
+    assert access.log_in() is None
+
+
+def test_a_dotenv_that_is_no_file_is_ignored_and_a_huge_one_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(access, "get_token", lambda: None)
+    os.mkfifo(".env")
+    assert access.log_in() is None
+    Path(".env").unlink()
+    with Path(".env").open("wb") as file:
+        file.truncate(10**10)  # sparse
+    with pytest.raises(HubError, match="can't be read"):
+        access.log_in()
 
 
 def test_no_token_is_ever_shown_or_sent_elsewhere(
@@ -619,6 +697,36 @@ def test_a_local_folder_that_is_no_whole_model(damage: str, folder: Path) -> Non
     assert said in str(error.value)
 
 
+BNB = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+QUANTISED = {
+    "x/tiny-bnb-4bit": (BNB, None, "", "bitsandbytes", "x/tiny"),
+    "tiny-unsloth-bnb-4bit": (BNB, "unsloth/tiny-bnb-4bit", "", "bitsandbytes", "tiny"),
+    "TheBloke/Tiny-v1.0-GPTQ": ({"quant_method": "gptq"}, "x/Tiny-v1.0", "", "gptq", "x/Tiny-v1.0"),
+    "a/Tiny-AWQ-4bit": ({"quant_method": "awq"}, None, "---\nbase_model:\n- o/Tiny\n---\n", "awq", "o/Tiny"),
+    "a/Tiny-FP8-Dynamic": ({"quant_method": "compressed-tensors"}, "/home/x/t", "", "compressed-tensors", "a/Tiny"),
+    "a/tiny": ({"quant_method": "mxfp4"}, None, "---\nbase_model: a/tiny\n---\n", "mxfp4", None),
+    "b/tiny": ([1], None, "base_model: o/Tiny", "quantization_config", None),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_model_is_refused_with_the_name_of_the_float_one(name: str, tmp_path: Path) -> None:
+    settings, written, card, method, original = QUANTISED[name]
+    config = {"model_type": "llama", "quantization_config": settings, "_name_or_path": written}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "README.md").write_text(card)
+    said = quantised(tmp_path, name)
+    assert said and f"quantised already ({method}" in said
+    assert f"Give the original model{', ' + original if original else ''};" in said
+
+
+def test_a_quantised_folder_is_refused_before_its_weights_are_read(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ModelError, match=rf"^{folder}: its weights are quantised already \(fp8\)"):
+        resolve_model(str(folder))
+
+
 NO_NAMES = {
     "./nowhere": "no such file or folder",
     "../nowhere": "no such file or folder",
@@ -680,8 +788,11 @@ def test_pipes_are_not_opened(tmp_path: Path, no_network: None) -> None:
 
 
 def test_files_are_fetched_that_the_reader_of_rows_takes() -> None:
-    assert set(DATA_SET.files) == {f"*{suffix}" for suffix in SUFFIXES}
-    assert set(NO_ROWS) == set(MANIFESTS)
+    names = ["a.json", "B.json", "b/c.jsonl.gz", "b/c.csv.zst", "d.parquet", "e.arrow"]
+    none = ["a.py", "a.pkl", "x.parquet.gz", "b/state.json", "dataset_info.json", "cache-1.arrow", ".a.json"]
+    assert (
+        DATA_SET.used([*names, *none]) == [name for name in sorted([*names, *none]) if are_rows(name)] == sorted(names)
+    )
 
 
 def test_the_quickstart_data(no_network: None) -> None:

@@ -1,5 +1,6 @@
 """Kernels are compiled once, by whichever process comes first; where they can't be, a reason says so."""
 
+import hashlib
 import multiprocessing
 import shutil
 import subprocess
@@ -87,14 +88,61 @@ def test_a_cache_that_cannot_be_written_is_a_reason(cache: Path, programs: Path)
 
 def test_the_second_load_does_not_compile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_c(torch.float32, 32)
-    (library,) = cache.iterdir()
-    made = library.stat()
+    made = {file: file.stat() for file in cache.iterdir()}
+    assert sorted(file.suffix for file in made) == [".sha256", ".so"]
     commands = []
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: commands.append(command) or run(command, **kwargs))
     assert not isinstance(load("attention"), str)
     assert [command[1:] for command in commands] == [["--version"]]
-    assert [file.stat() for file in cache.iterdir()] == [made]
+    assert {file: file.stat() for file in cache.iterdir()} == made
+
+
+@pytest.fixture
+def made(programs: Path) -> Path:
+    """A compiler whose library is a few bytes, and a log of its calls."""
+    log = programs / "log"
+    script = f'case "$1" in --version) echo 1.0; exit;; esac; echo x >> {log}\n'
+    compiler(programs, script + 'while [ "$1" != -o ]; do shift; done; printf library > "$2"')
+    return log
+
+
+@pytest.mark.parametrize("damage", ["the library", "the digest", "no digest", "cut"])
+def test_a_damaged_library_is_made_anew(cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setattr(build, "_loaded", lambda library: library)
+    library = load("attention")
+    assert load("attention") == library and made.read_text() == "x\n"
+    digest = library.with_suffix(".sha256")
+    if damage == "the library":
+        library.write_bytes(b"another")
+    elif damage == "the digest":
+        digest.write_bytes(b"\xff")
+    elif damage == "no digest":
+        digest.unlink()
+    else:
+        library.write_bytes(b"")
+    assert load("attention") == library and made.read_text() == "x\nx\n"
+    assert library.read_bytes() == b"library"
+    assert load("attention") == library and made.read_text() == "x\nx\n"
+
+
+@pytest.mark.parametrize("above", [False, True], ids=["the folder", "the one above"])
+def test_what_others_could_write_is_not_loaded(
+    cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch, above: bool
+) -> None:
+    monkeypatch.setattr(build, "_loaded", lambda library: library)
+    library = load("attention")
+    (cache.parent if above else cache).chmod(0o775)
+    library.write_bytes(b"planted")
+    library.with_suffix(".sha256").write_text(hashlib.sha256(b"planted").hexdigest())
+    assert load("attention").read_bytes() == b"library"
+    assert not (cache.stat().st_mode | cache.parent.stat().st_mode) & 0o022
+
+
+def test_another_users_folder_is_a_reason(cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.os, "getuid", lambda: 12345)
+    assert "belongs to another user" in load("attention")
+    assert not made.exists(), "nothing is compiled there"
 
 
 def test_another_source_is_another_library(cache: Path, tmp_path: Path) -> None:
@@ -102,7 +150,7 @@ def test_another_source_is_another_library(cache: Path, tmp_path: Path) -> None:
     other = tmp_path / "attention.c"
     other.write_text("int one(void) { return 1; }")
     library = build._compiled(other, str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")))
-    assert len(list(cache.iterdir())) == 2 and library.parent == cache
+    assert len(list(cache.glob("*.so"))) == 2 and library.parent == cache
 
 
 def test_no_second_openmp_runtime_is_loaded() -> None:
@@ -125,4 +173,4 @@ def test_two_processes_build_at_once(cache: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         first, second = (pool.apply_async(_build_and_attend) for _ in range(2))
         assert first.get(300) == second.get(300) == _build_and_attend()
-    assert [file.suffix for file in cache.iterdir()] == [".so"]
+    assert sorted(file.suffix for file in cache.iterdir()) == [".sha256", ".so"]

@@ -264,6 +264,7 @@ def test_a_card_gets_enough_rows_and_the_layout_it_wants(monkeypatch: pytest.Mon
 
 def test_an_index_that_is_no_json_is_a_message(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weights": {}})[:5])
     with pytest.raises(ModelError, match=str(tmp_path)):
         load_int8_base(tmp_path, torch.float32, CPU, calibration())

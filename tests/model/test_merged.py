@@ -103,7 +103,11 @@ def test_what_peft_itself_saved_is_merged(tmp_path: Path, options: dict[str, Any
 
 
 def test_lora_on_biases_is_refused_in_words(tmp_path: Path) -> None:
-    base, adapter = make_pair(tmp_path, {"lora_bias": True}, ["q_proj"], attention_bias=True)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = make_model(attention_bias=True)
+    model.save_pretrained(base)
+    lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], lora_bias=True)
+    get_peft_model(model, lora).save_pretrained(str(adapter))
     with pytest.raises(ModelError, match="lora_bias can't be merged"):
         MergedWeights(base, adapter)
 
@@ -185,7 +189,7 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     base, adapter = make_pair(tmp_path, {}, ["q_proj"])
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ModelError, match="this base is quantised.*Name the original model"):
+    with pytest.raises(ModelError, match=r"quantised already \(fp8\).*Give the original model"):
         MergedWeights(base, adapter)
 
 

@@ -240,7 +240,7 @@ def test_settings_of_generation_that_a_base_brings_have_no_say(tmp_path: Path) -
     assert assistant.model.generation_config.num_beams == 4
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "gaussian", True])
+@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", True])
 def test_the_untuned_model_is_the_base_as_it_was(tmp_path: Path, init: Any) -> None:
     tuned = make_tuned(tmp_path, options={"init_lora_weights": init})
     plain = LlamaForCausalLM.from_pretrained(tuned.base)

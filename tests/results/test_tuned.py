@@ -10,8 +10,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from huarizo.data.prompts import OpenExchange
-from huarizo.errors import HuarizoError, ModelError, UserError
-from huarizo.model.load import load_tokenizer
+from huarizo.errors import HuarizoError, HubError, ModelError, UserError
+from huarizo.model.load import default_template, load_tokenizer
 from huarizo.recipe import make_recipe, to_yaml
 from huarizo.results.merge import merge
 from huarizo.results.tuned import find_tuned
@@ -121,3 +121,49 @@ def test_an_adapter_comes_from_the_hub(tmp_path: Path, foreign: Path) -> None:
 
 def test_a_recipe_of_an_adapter_needs_no_data() -> None:
     assert make_recipe(model="a/b", data={"train": "quickstart"}).data.prompt == "auto"
+
+
+def test_an_adapter_of_a_base_that_has_moved(foreign: Path) -> None:
+    moved = foreign.parent / "moved"
+    (foreign.parent / "base").rename(moved)
+    with pytest.raises(HubError, match=r"adapter_config.json: base_model_name_or_path: .*base.*--base-model") as error:
+        find_tuned(str(foreign))
+    assert str(error.value).startswith(str(foreign))
+    assert find_tuned(str(foreign), base=str(moved)).base == moved
+    with pytest.raises(HubError, match="^./nowhere: there is no such"):
+        find_tuned(str(foreign), base="./nowhere")
+
+
+def test_a_run_whose_base_has_moved(tmp_path: Path) -> None:
+    made = make_tuned(tmp_path)
+    recipe = made.recipe.model_copy(update={"model": str(tmp_path / "gone")})
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    with pytest.raises(HubError, match=r"recipe.yaml: model: .*gone.*--base-model"):
+        find_tuned(str(tmp_path))
+    assert find_tuned(str(tmp_path), base=str(made.base)).base == made.base
+
+
+def test_what_unsloth_writes_is_taken(foreign: Path) -> None:
+    file = foreign / "adapter_config.json"
+    note = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+    changed = {"auto_mapping": note | {"unsloth_fixed": True}, "task_type": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    assert find_tuned(str(foreign)).adapter == foreign
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["of the base", "of the adapter"])
+def test_of_several_chat_templates_the_default_one_is_used_and_saved(beside: bool, foreign: Path) -> None:
+    default = CHATML.replace("<|im_start|>", "<s>")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": default, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(foreign if beside else foreign.parent / "base")
+    tuned = find_tuned(str(foreign))
+    assert tuned.encoder.prompt.pieces("", [OpenExchange("Hi")])[0].text == "<s>user\nHi<|im_end|>\n<s>assistant\n"
+    assert load_tokenizer(merge(tuned, foreign.parent / "merged")).chat_template == default
+
+
+def test_templates_by_name_in_a_tokenizers_settings() -> None:
+    pair = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
+    assert default_template(pair) == default_template({"rag": "b", "default": "a"}) == default_template("a") == "a"
+    assert default_template({"rag": "b"}) == "b"
+    assert default_template({"rag": "b", "tool_use": "c"}) is default_template(None) is None

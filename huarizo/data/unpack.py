@@ -1,0 +1,57 @@
+"""The bytes of a file, unpacked where its name ends in `.gz` or `.zst`, without ever holding more than is asked for.
+
+A few packed bytes can stand for terabytes. Reading stops where the unpacked bytes are out of all proportion.
+"""
+
+import io
+from pathlib import Path
+from typing import IO, Literal
+
+from huarizo.data.files import excerpt, refusal, told
+
+CODECS: dict[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}
+UNPACKED = 2**30  # bytes that any file may unpack to
+RATIO = 200  # how many times its size a file may unpack to beyond that; text seldom exceeds 20
+
+
+def is_packed(path: Path) -> bool:
+    return path.suffix.lower() in CODECS
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file's bytes as a stream.
+
+    Raises:
+        DataError: there is no such file, or, on the way, it can't be unpacked or unpacks to too much.
+    """
+    with told(path):
+        return io.BufferedReader(_Unpacked(path), 2**16) if is_packed(path) else path.open("rb")
+
+
+class _Unpacked(io.RawIOBase):
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self.path, self.codec = path, CODECS[path.suffix.lower()]
+        self.room = max(UNPACKED, RATIO * path.stat().st_size)
+        self.stream = pa.CompressedInputStream(pa.OSFile(str(path), "rb"), self.codec)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            data = self.stream.read(len(buffer))
+        except (OSError, ValueError) as error:
+            what = f"can't be unpacked as {self.codec}: {excerpt(str(error), 120)}"
+            raise refusal(self.path, what, "It may be cut off or damaged: download or pack it again") from None
+        self.room -= len(data)
+        if self.room < 0:
+            what = f"unpacks to more than {RATIO} times its size"
+            raise refusal(self.path, what, "Unpack it yourself, and look whether it is a file of rows")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()

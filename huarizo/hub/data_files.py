@@ -1,0 +1,229 @@
+"""Which files of a data set are its rows, and which of its configs and splits they belong to, told by their names.
+
+In go names as they lie in a folder or on the hub, out come the files that are read and a line that says what was
+chosen. What is not plain from the names is not mixed: it is an error that lists what there is and what to write.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from huarizo.errors import DataError
+
+TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+PACKINGS = (".gz", ".zst")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", *(text + packing for text in TEXT_SUFFIXES for packing in PACKINGS))
+NO_ROWS = (
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"),
+    *("manifest.json", "metadata.json", "package.json", "croissant.json", "cache-*.arrow"),
+)
+"""Descriptions of data sets, and what the `datasets` library keeps beside the rows that it has read."""
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+    "eval": ("eval", "evaluation", "heldout"),
+}
+SHARD = re.compile(r"(.+?)[-_.]\d{5}-of-\d{5}\b.*")
+PART = re.compile(r"(?P<base>.+?)(?P<config>:[^\[\]:@/][^\[\]:@]*)?(?P<split>\[[^\[\]]+\])?", re.DOTALL)
+MAX_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is wanted of a data set: a config and a split, "" where the name does not say."""
+
+    config: str = ""
+    split: str = ""
+
+    def __str__(self) -> str:
+        return (f":{self.config}" if self.config else "") + (f"[{self.split}]" if self.split else "")
+
+
+def parted(name: str) -> tuple[str, Part]:
+    """`name:config[split]` -> name and part; either of the two may be absent."""
+    found = PART.fullmatch(name)
+    if found is None:
+        return name, Part()
+    return found["base"], Part((found["config"] or "")[1:], (found["split"] or "")[1:-1])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The files of a data set that are read. `note` says what was chosen of several, or is ""."""
+
+    files: list[str]
+    part: Part
+    note: str
+
+
+def suffix_of(name: str) -> str:
+    """`.json`, or `.json.gz` of a packed file, in lower case."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes[-2:]]
+    return "".join(suffixes) if suffixes and suffixes[-1] in PACKINGS else "".join(suffixes[-1:])
+
+
+def are_rows(name: str) -> bool:
+    """Whether a file's name is that of a file of rows, not hidden and no description."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and suffix_of(name) in SUFFIXES and not any(fnmatchcase(path.name.lower(), no) for no in NO_ROWS)
+
+
+def inside(folder: Path) -> Iterator[str]:
+    """All files below a folder but hidden ones, by relative name. Links are followed, each folder is entered once.
+
+    Raises:
+        OSError: a folder can't be listed.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    entered: set[Path] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        place = Path(parent).resolve()
+        if place in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name).relative_to(folder).as_posix() for name in names if not name.startswith("."))
+
+
+def _family(word: str) -> str:
+    """The split that a name speaks of as a word of its own, or ""."""
+    for split, words in SPLITS.items():
+        if any(re.search(rf"(?<![a-z]){each}(?![a-z])", word.lower()) for each in words):
+            return split
+    return ""
+
+
+def _split_of(name: str) -> str:
+    path = PurePosixPath(name)
+    shard = SHARD.fullmatch(path.name)
+    if path.suffix == ".arrow" and len(path.parts) > 1:  # written by save_to_disk: a folder is a split
+        return _family(path.parts[-2]) or path.parts[-2]
+    if shard and _family(shard[1]):
+        return next((split for split, words in SPLITS.items() if shard[1].lower() in words), shard[1])
+    return next((split for part in reversed(path.parts) if (split := _family(part))), "")
+
+
+def _config_of(name: str) -> str:
+    """The folders of a file that speak of no split, without the `data` in which all of them may lie."""
+    path = PurePosixPath(name)
+    folders = path.parts[:-2] if path.suffix == ".arrow" else path.parts[:-1]
+    return "/".join(folder for folder in folders if folder.lower() != "data" and not _family(folder))
+
+
+def choose(name: str, files: Iterable[str], part: Part, heldout: bool = False, published: bool = False) -> Chosen:
+    """The files of a data set that are read.
+
+    name: of the data set, for messages.
+    files: relative names, with /; those that are no rows are left out.
+    heldout: without a split in `part`, take the one that is not for training.
+    published: it is a data set of the hub, in which files that lie beside each other may be different data sets.
+
+    Raises:
+        DataError: there is no such config or split, or several and `part` does not say which.
+    """
+    rows = sorted(file for file in files if are_rows(file))
+    config, within = _choose_config(name, rows, part.config, published)
+    split, chosen, others = _choose_split(name, Part(config), within, part.split, heldout)
+    if published and not part.config:
+        _require_one(name, chosen)
+    several = len(within) < len(rows)
+    notes = [f"config {config}"] if several else []
+    notes += [f"split {split}"] if others and split else []
+    notes += [f"not read: split {_shown([other or 'without a name' for other in others])}"] if others else []
+    told = Part(config if several else part.config, split if others else part.split)
+    return Chosen(chosen, told, f"{name}: {', '.join(notes)}" if notes else "")
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]).encode("unicode_escape").decode() + more
+
+
+def _choose_config(name: str, rows: list[str], wanted: str, published: bool) -> tuple[str, list[str]]:
+    configs: dict[str, list[str]] = {}
+    for file in rows:
+        configs.setdefault(_config_of(file), []).append(file)
+    if wanted:
+        found = configs.get(wanted) or [file for file in rows if wanted in (file, *_short_names(file))]
+        if found:
+            return wanted, found
+        there = list(configs) if len(configs) > 1 else [PurePosixPath(file).name for file in rows]
+        raise DataError(f"{name}: there is no config {wanted!r} in it. There are: {_shown([c for c in there if c])}")
+    split = [config for config, files in configs.items() if all(_split_of(file) for file in files)]
+    if len(configs) <= 1 or (len(split) <= 1 and not published):
+        return "", rows
+    if "default" in configs:
+        return "default", configs["default"]
+    raise DataError(
+        f"{name}: has several configs ({_shown([config for config in configs if config])}), which are not mixed "
+        f"unasked. Write {name}:{next(filter(None, configs))}, or a list of those that you want"
+    )
+
+
+def _short_names(file: str) -> tuple[str, str]:
+    path = PurePosixPath(file)
+    return path.name, path.name.removesuffix(suffix_of(file))
+
+
+def _choose_split(
+    name: str, part: Part, rows: list[str], wanted: str, heldout: bool
+) -> tuple[str, list[str], list[str]]:
+    """The split's name, its files, and the names of the others."""
+    splits: dict[str, list[str]] = {}
+    for file in rows:
+        splits.setdefault(_split_of(file), []).append(file)
+    split = _wanted_split(splits, wanted) if wanted else _usual_split(list(splits), heldout)
+    others = [each for each in splits if each != split]
+    if split is not None and split in splits:
+        return split, splits[split], others
+    if not splits:
+        return "", [], []
+    there = _shown([each for each in splits if each])
+    if wanted:
+        raise DataError(f"{name}: there is no split {wanted!r} in it. There are: {there or 'no splits'}")
+    example = next(filter(None, others))
+    raise DataError(
+        f"{name}: has several splits ({there}), which are not mixed unasked. Write {name}{part}[{example}], or a list "
+        "of those that you want"
+    )
+
+
+def _wanted_split(splits: dict[str, list[str]], wanted: str) -> str | None:
+    return wanted if wanted in splits else next((s for s, words in SPLITS.items() if wanted.lower() in words), None)
+
+
+def _usual_split(splits: list[str], heldout: bool) -> str | None:
+    """Which split is meant where none is named; None where that is not plain."""
+    if heldout and len(splits) > 1:
+        rest = [split for split in splits if split and _family(split) != "train"]
+        return rest[0] if len(rest) == 1 else None
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else splits[0]
+    training = [split for split in splits if _family(split) == "train"]
+    if training:
+        return training[0] if len(training) == 1 else None
+    return "" if "" in splits else None
+
+
+def _require_one(name: str, files: list[str]) -> None:
+    """Whether files that lie beside each other are pieces of one: they differ in numbers only."""
+    kinds: dict[str, str] = {}
+    for file in files:
+        stem = _short_names(file)[1]
+        shard = SHARD.fullmatch(stem)
+        kinds.setdefault(re.sub(r"[\W\d_]", "", shard[1] if shard else stem), file)
+    if len(kinds) > 1:
+        different = list(kinds.values())
+        raise DataError(
+            f"{name}: has files that may be different data sets ({_shown(different)}), which are not mixed unasked. "
+            f"Write {name}:{different[0]}, or a list of those that you want"
+        )

@@ -1,0 +1,144 @@
+"""The parent's side: a child process that does jobs on foreign text, and is killed when one takes too much.
+
+It works from any thread, one job at a time. The child is started at the first job and kept for the next ones, because
+tens of thousands of rows are rendered; whatever ends a job before its answer, Ctrl-C too, ends the child with it.
+"""
+
+import atexit
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huarizo.sandbox.child import RefusedError, frame, read_frame
+
+STARTING = 60.0  # seconds
+MEMORY = "more memory than it may"
+CODE = "import sys; sys.path[:] = sys.argv[1:]; from huarizo.sandbox.child import serve; serve()"
+
+
+class TooCostlyError(Exception):
+    """A job takes more time or memory than it may; the message says which."""
+
+
+class FailedError(Exception):
+    """A job ends in an exception; the message is the exception's."""
+
+
+__all__ = ["FailedError", "RefusedError", "TooCostlyError", "Worker"]
+
+
+class Worker:
+    """A child for the jobs of `huarizo.sandbox.{module}`, with `memory` bytes for them."""
+
+    def __init__(self, module: str, memory: int) -> None:
+        self.module, self.memory = module, memory
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # the process that started the child: one that was forked from it has none
+
+    def call(self, job: str, seconds: float, **arguments: Any) -> Any:
+        """What the job returns, within so many seconds.
+
+        Raises:
+            TooCostlyError: it takes longer, or more memory.
+            RefusedError: the text or file says itself that it refuses this.
+            FailedError: any other exception.
+        """
+        (result,) = self._answers(job, seconds, arguments)
+        return result
+
+    def stream(self, job: str, seconds: float, most: int, **arguments: Any) -> Iterator[Any]:
+        """The items that a job yields, within so many seconds each and `most` bytes in all. Raises as `call` does."""
+        yield from self._answers(job, seconds, arguments, most)
+
+    def close(self) -> None:
+        """End the child."""
+        child, self._child = self._child, None
+        if child is not None and self._owner == os.getpid():
+            self._channel.close()
+            child.kill()
+            child.wait()
+
+    def _answers(self, job: str, seconds: float, arguments: dict[str, Any], most: int | None = None) -> Iterator[Any]:
+        request = frame({"job": job, "seconds": seconds, "arguments": arguments})
+        with self._lock:
+            whole = False
+            try:
+                if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
+                    self.close()
+                    self._start()
+                self._received = 0
+                self._channel.settimeout(seconds)
+                self._channel.sendall(request)
+                while True:
+                    kind, value = self._answer()
+                    if most is not None and self._received > most:
+                        kind = "memory"
+                    if kind == "item":
+                        yield value
+                        continue
+                    whole = kind != "memory"  # what has no memory left starts anew
+                    break
+            except TimeoutError:
+                raise TooCostlyError(f"more than {seconds:g} seconds") from None
+            except ConnectionError:
+                raise self._end(seconds) from None
+            finally:
+                if not whole:
+                    self.close()
+        if kind == "memory":
+            raise TooCostlyError(MEMORY)
+        if kind == "refused":
+            raise RefusedError(value)
+        if kind == "failed":
+            raise FailedError(value)
+        if most is None:
+            yield value
+
+    def _start(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._owner = os.getpid()
+        atexit.unregister(self.close)
+        atexit.register(self.close)
+        root = str(Path(__file__).parents[2])
+        command = [sys.executable, "-I", "-S", "-c", CODE, root, *sys.path]
+        with theirs:
+            self._child = subprocess.Popen(
+                command,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,  # so that Ctrl-C reaches the parent alone
+            )
+        self._stream = self._channel.makefile("rb")
+        self._received = 0  # bytes, of the job's answers
+        self._channel.settimeout(STARTING)
+        self._channel.sendall(frame({"module": self.module, "memory": self.memory}))
+        self._answer()
+
+    def _answer(self) -> tuple[str, Any]:
+        """The next answer's kind and value. Raises TimeoutError, or ConnectionError where the child has ended."""
+        answer = read_frame(self._stream)
+        if answer is None:
+            raise ConnectionError
+        self._received += len(answer)
+        (pair,) = json.loads(answer).items()
+        return pair
+
+    def _end(self, seconds: float) -> Exception:
+        """Why the child has ended, by the signal that ended it."""
+        child = self._child
+        number = -child.wait() if child is not None else 0
+        if number == signal.SIGXCPU:
+            return TooCostlyError(f"more than {seconds:g} seconds")
+        if number in (signal.SIGABRT, signal.SIGKILL):  # what libraries do without memory, and the system
+            return TooCostlyError(MEMORY)
+        return FailedError(f"it crashes the process that reads it (exit {-number})")

@@ -1,0 +1,82 @@
+"""A base whose files are not the weights that its config.json describes is refused, in every precision and use."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from huarizo.data.packing import pack
+from huarizo.errors import ModelError
+from huarizo.model.int8_load import load_int8_base
+from huarizo.model.load import load_base
+from huarizo.model.merged import MergedWeights
+from huarizo.model.weights import check_weights
+from tests.tiny import make_model
+
+CPU = torch.device("cpu")
+UP = "model.layers.1.mlp.up_proj.weight"
+USES: dict[str, Callable[[Path], Any]] = {
+    "float": lambda folder: load_base(folder, torch.float32, CPU),
+    "int8": lambda folder: load_int8_base(folder, torch.float32, CPU, pack([{"input_ids": [1], "labels": [1]}])),
+    "merging": lambda folder: MergedWeights(folder, None),
+    "before data is read": check_weights,
+}
+Tensors = dict[str, torch.Tensor]
+WRONG: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "no head": (lambda t: t.pop("lm_head.weight"), "have no lm_head.weight .looked for in model.safetensors"),
+    "no tensor": (lambda t: t.pop(UP), f"have no {UP} "),
+    "seven gone": (lambda t: [t.pop(n) for n in list(t)[:7]], "and 2 more"),
+    "shape": (lambda t: t.update({UP: t[UP][:5].clone()}), f"model.safetensors: {UP} has the shape .5, 64., where"),
+    "a bias that is not used": (lambda t: t.update({"lm_head.bias": torch.ones(260)}), "lm_head.bias has no place"),
+    "integers": (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP} is kept as I8, so this base is quantised"),
+    "fp8": (lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), "F8_E4M3, so this base is quantised"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_missing_or_odd_is_named(wrong: str, use: str, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change, said = WRONG[wrong]
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=f"(?s)^{tmp_path}: .*{said}"):
+        USES[use](tmp_path)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_shard_without_one_of_its_tensors(use: str, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path, max_shard_size="60KB")
+    place = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"][UP]
+    tensors = load_file(tmp_path / place)
+    del tensors[UP]
+    save_file(tensors, tmp_path / place)
+    with pytest.raises(ModelError, match=rf"have no {UP} \(looked for in the \d files that model.safetensors.index"):
+        USES[use](tmp_path)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_harmless_differences_are_taken(use: str, tmp_path: Path) -> None:
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    USES[use](tmp_path)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, tmp_path / "model.safetensors")
+    USES[use](tmp_path)
+
+
+def test_a_head_of_its_own_in_a_tied_model_is_the_one_that_is_quantised(tmp_path: Path) -> None:
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    head = USES["int8"](tmp_path).lm_head.dequantised()
+    assert float((head - tensors["lm_head.weight"]).abs().max()) < 1e-3
+    assert torch.equal(USES["float"](tmp_path).lm_head.weight, tensors["lm_head.weight"])
