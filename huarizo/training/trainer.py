@@ -23,6 +23,7 @@ from huarizo.model.dropout import DropoutMasks
 from huarizo.model.fast import uncompiled
 from huarizo.model.lora import count_weights
 from huarizo.model.loss import PackedLoss
+from huarizo.model.neftune import EmbeddingNoise
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, generators
@@ -100,6 +101,8 @@ class LoraTrainer(Trainer):
             self.add_callback(saving)
         self.num_weights = count_weights(model)
         self.masks = DropoutMasks(model, recipe.training.seed, budget)
+        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # the Trainer's own takes a pack for one row
+        self.noise = EmbeddingNoise(model.get_base_model(), alpha, recipe.training.seed) if alpha else None
         self.packed_loss = PackedLoss(model.get_base_model(), compiled)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -187,6 +190,8 @@ class LoraTrainer(Trainer):
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             self.masks.draw(self.state.global_step, batch["places"])
+            if self.noise is not None:
+                self.noise.draw(self.state.global_step, batch["places"], batch["cu_seqlens"])
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, batch, num_items_in_batch=step.num_labels)
                 self.accelerator.backward(loss)
