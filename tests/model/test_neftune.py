@@ -1,13 +1,16 @@
 """Noise on the embeddings is each example's own, and does not depend on what it is packed with."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from huarizo.data.packing import pack
 from huarizo.model.neftune import EmbeddingNoise
+from huarizo.recipe import make_recipe
 from tests.tiny import make_model
+from tests.training.test_parity import lora_model, make_trainer, packed_loss_and_gradients, random_examples
 
 ALPHA, WIDTH = 5.0, 64
 
