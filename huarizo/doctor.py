@@ -33,5 +33,9 @@ def diagnosis() -> dict[str, str]:
     }
     for precision, rate in rates.items():
         limit = rate * 1e9 / FLOP_PER_TOKEN
-        lines[f"{precision} products"] = f"{rate:,.0f} GFLOP/s: at most {limit:,.0f} tokens/s of TinyLlama"
+        lines[f"{precision} products"] = f"{_shown(rate)} GFLOP/s: at most {_shown(limit)} tokens/s of TinyLlama"
     return lines
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"

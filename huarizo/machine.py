@@ -82,7 +82,7 @@ def gemm_rate(precision: FixedPrecision, on: torch.device, budget: float = MEASU
     for rows in (32, 128, 512) if on.type == "cpu" else (512, 4096):
         left = torch.ones(rows, size, dtype=dtype, device=on)
         taken = seconds(partial(product, left, right), on)
-        if taken > budget / 20:
+        if taken > budget / 8:
             break
     while time.perf_counter() + taken < ends:
         taken = min(taken, seconds(partial(product, left, right), on))
