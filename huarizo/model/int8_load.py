@@ -75,6 +75,7 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
     training rows. The same rows give the same int8 weights.
 
     Raises:
+        MachineError: there is not enough memory for it.
         ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -96,7 +97,7 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
         weights.fill(inner.norm, "model.norm")
         hidden = inner.embed_tokens(calibration["input_ids"].to(device))
         embeddings = inner.rotary_emb(hidden, calibration["position_ids"].to(device))
-        cu_seqlens = calibration["cu_seqlens"].to(device)
+        cu_seqlens = calibration["cu_seqlens"]
         for number, layer in enumerate(inner.layers):
             weights.fill(layer, f"model.layers.{number}")
             with _peaks(layer) as peaks:

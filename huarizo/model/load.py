@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from huarizo.errors import ModelError
+from huarizo.errors import MachineError, ModelError
 from huarizo.hub.model_files import quantised
 from huarizo.machine import spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
-from huarizo.model.weights import check_weights, first_line, tensors_of, unloadable
+from huarizo.model.weights import NO_ROOM, check_weights, first_line, tensors_of, unloadable
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 
@@ -115,22 +115,22 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The frozen base model in `dtype` on `device`, with packed attention.
 
     Its generation_config.json is not read: beams, penalties and stop strings that a base brings along have no say.
-    One process that sees several cards spreads the model over them (Accelerate's `device_map="auto"`); under torchrun
-    each process has the whole model on its own card.
+    Where several cards are seen and one can't hold it, it is spread over them (Accelerate's `device_map="auto"`).
 
     Raises:
+        MachineError: there is not enough memory for it.
         ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    read_config(folder)
+    needed = weight_bytes(read_config(folder), "float", dtype)
     check_weights(folder)
     try:
         with without_panics():
-            model = LlamaForCausalLM.from_pretrained(
+            model: Any = LlamaForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map="auto" if spread(device) else {"": device},
+                device_map="auto" if spread(needed, device) else {"": device},
                 attn_implementation=PACKED_ATTENTION,
                 use_safetensors=True,
                 generation_config=GenerationConfig(),
@@ -138,6 +138,8 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             )
     except Exception as error:  # whatever broken weights set off
         raise unloadable(folder, error) from None
+    if not {"cpu", "disk"}.isdisjoint(map(str, getattr(model, "hf_device_map", {}).values())) and device.type == "cuda":
+        raise MachineError(f"{folder}: {NO_ROOM}")
     model.requires_grad_(False)
     model.config.use_cache = False
     return model

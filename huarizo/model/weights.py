@@ -21,6 +21,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
 FLOATS = ("F64", "F32", "F16", "BF16")
 MOST_NAMED = 5
+NO_ROOM = (
+    "there is not enough memory for this model. Close other programs, use a smaller model, or train with precision=int8"
+)
 
 
 def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -58,10 +61,7 @@ def read_tensor(file: Path, name: str, device: torch.device | None = None) -> to
 def unloadable(path: Path, error: Exception) -> ModelError | MachineError:
     """What a library says of weights that it can't load, in words."""
     if is_out_of_memory(error):
-        return MachineError(
-            f"{path}: there is not enough memory for this model. Close other programs, use a smaller model, or "
-            "train with precision=int8"
-        )
+        return MachineError(f"{path}: {NO_ROOM}")
     return ModelError(f"{path}: the weights can't be loaded: {first_line(error)}")
 
 
