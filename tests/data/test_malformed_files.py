@@ -389,7 +389,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.json").write_text(f"[{GOOD}]")
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("huarizo.data.unpack.open_file", refuse)
     assert complaint(tmp_path / "a.json").startswith("a.json: may not be read by this user. Allow it: chmod u+r ")
 
 
