@@ -96,7 +96,7 @@ def _config(value: Any) -> tuple[str, Config]:
         paths = path if isinstance(path, list) else [path]
         if not _are_texts([split, *paths]):
             raise CardError(f"{CARD}: {SHAPE}")
-        splits[str(split)] = (*splits.get(str(split), ()), *paths)
+        splits[str(split)] = (*splits.get(str(split), ()), *map(str, paths))
     if not _are_texts([name, folder]):
         raise CardError(f"{CARD}: {SHAPE}")
     folder = str(folder).removeprefix("./").strip("/")
