@@ -56,7 +56,8 @@ class Encoder:
         labels: Literal["auto", "response", "all"] = "auto",
         max_length: int = 512,
     ) -> None:
-        self.tokenizer, self.prompt, self.labels, self.max_length = tokenizer, prompt, labels, max_length
+        self.tokenizer, self.prompt, self.max_length = tokenizer, prompt, max_length
+        self.labels: Literal["auto", "response", "all"] = labels
         self.stop_id: int | None = tokenizer.convert_tokens_to_ids(prompt.stop) if prompt.stop else None
         first = tokenizer("a")["input_ids"][0]
         self._bos = first if first == tokenizer.bos_token_id else None
