@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import sys
 import time
 from contextlib import suppress
@@ -61,6 +62,8 @@ def ask(
     if not text:
         raise UserError("the prompt is empty. Give one: huarizo ask RUN PROMPT, or on standard input")
     assistant = open_assistant(find_tuned(run, prompt, base_model))
+    if unheard := assistant.unheard(system):
+        logging.getLogger(__name__).warning("%s", unheard)
     with assistant.untuned(base):
         answer = stream_answer(
             assistant, [OpenExchange(text)], (lambda _: None) if as_json else write, system, sampling

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from huarizo.data.prepare import Data, prepare_data
-from huarizo.errors import DataError, ModelError
+from huarizo.errors import DataError
 from huarizo.files import sha256_of
 from huarizo.host import cache_folder, rank
 from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
@@ -27,7 +27,7 @@ from huarizo.machine import (
     nearest_precision,
     spread,
 )
-from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
+from huarizo.model.load import activation_bytes_per_token, load_tokenizer, positions, read_config, weight_bytes
 from huarizo.model.lora import check_lora
 from huarizo.model.measure import int8_gain
 from huarizo.model.weights import check_weights
@@ -64,14 +64,15 @@ def prepare(recipe: Recipe, resumed: bool = False) -> Prepared:
     for role, sources in used.items():
         check_pinned(role, sources, recipe.pinned.get(role, {}))
     config = read_config(model.path)
+    recipe, cut = _within_positions(recipe, config)
     check_weights(model.path)
     check_lora(model.path, recipe.lora, choice.precision)
     data = prepare_data(
         recipe.data, recipe.training.seed, files_of(train), files_of(heldout),
         load_tokenizer(model.path), cache_folder() / "tokens",
     )  # fmt: skip
-    _check_vocabulary(data, config)
-    data = replace(data, notes=[*(source.note for source in (*train, *heldout) if source.note), *data.notes])
+    chosen = [source.note for source in (*train, *heldout) if source.note]
+    data = replace(data, notes=[*chosen, *cut, *_unused_tokens(data, config), *data.notes])
     for file in changed_files([*train, *heldout]):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
     resolved = recipe.model_copy(deep=True)
@@ -92,16 +93,30 @@ def _pinned(sources: list[Source]) -> str | list[str]:
     return sources[0].pinned if len(sources) == 1 else [source.pinned for source in sources]
 
 
-def _check_vocabulary(data: Data, config: dict[str, Any]) -> None:
-    """Whether the model has an embedding for every token of the data. A tokenizer may have more that are never used."""
-    largest = max(part.largest for part in (data.train, data.heldout) if part is not None)
-    if largest >= config["vocab_size"]:
-        token = data.encoder.tokenizer.convert_ids_to_tokens(largest)
-        raise ModelError(
-            f"the tokenizer has {len(data.encoder.tokenizer):,} tokens, but the model's embedding has only "
-            f"{config['vocab_size']:,}, and the data uses one beyond it ({token!r}). Use the tokenizer that belongs to "
-            "this model, or a model whose embedding was made larger with it"
-        )
+def _unused_tokens(data: Data, config: dict[str, Any]) -> list[str]:
+    """A note of tokens for which the model has no embedding, where there are such and the data uses none.
+
+    Raises:
+        ModelError: the data uses one.
+    """
+    size, encoder = config["vocab_size"], data.encoder
+    encoder.check_embedding(max(part.largest for part in (data.train, data.heldout) if part is not None), size)
+    if encoder.vocabulary <= size:
+        return []
+    return [
+        f"the tokenizer has {encoder.vocabulary:,} tokens, and the model's embedding {size:,}. The rows use none "
+        "beyond it; a prompt that does is refused"
+    ]
+
+
+def _within_positions(recipe: Recipe, config: dict[str, Any]) -> tuple[Recipe, list[str]]:
+    """The recipe with rows no longer than what the model was made for, and a note where that is less than it says."""
+    most, asked = positions(config), recipe.data.max_length
+    if asked <= most:
+        return recipe, []
+    recipe = recipe.model_copy(deep=True)
+    recipe.data.max_length = most
+    return recipe, [f"rows are cut at the {most:,} tokens that the model was made for, not at data.max_length={asked}"]
 
 
 def _choose(recipe: Recipe, on: torch.device, resumed: bool) -> Choice:

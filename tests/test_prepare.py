@@ -70,7 +70,21 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused_where_the_data_uses_it
         prepare(make_recipe(**values, data={"train": str(alpaca_file)}))
     other = tmp_path / "other.json"
     other.write_text('[{"instruction": "Q", "output": "A"}]')
-    assert prepare(make_recipe(**values, data={"train": str(other), "eval": 0})).data.train.largest < 260
+    data = prepare(make_recipe(**values, data={"train": str(other), "eval": 0})).data
+    assert data.train.largest < 260
+    assert data.notes == [
+        "the tokenizer has 262 tokens, and the model's embedding 260. The rows use none beyond it; a prompt that does "
+        "is refused"
+    ]
+
+
+def test_rows_are_cut_at_the_positions_of_the_model(recipe: Recipe) -> None:
+    prepared = prepare(with_overrides(recipe, ["data.max_length=4096"]))
+    assert prepared.recipe.data.max_length == prepared.data.encoder.max_length == 2048
+    assert "rows are cut at the 2,048 tokens that the model was made for, not at data.max_length=4096" in (
+        prepared.data.notes
+    )
+    assert prepare(prepared.recipe).recipe == prepared.recipe
 
 
 def test_the_first_day_is_the_day_of_the_whole_run(

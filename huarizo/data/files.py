@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from huarizo.errors import DataError
+from huarizo.hub.data_card import card_in
 from huarizo.hub.data_files import PACKINGS, TEXT_SUFFIXES, Part, choose, inside
 
 PACKED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z", ".rar")
@@ -93,7 +94,8 @@ def data_files(path: Path) -> list[Path]:
         return [path]
     with told(path):
         found = sorted(inside(path))
-    files = [path / file for file in choose(shown(path), found, Part()).files]
+        card = card_in(path)
+    files = [path / file for file in choose(shown(path), found, Part(), card=card).files]
     if not files:
         names = [PurePosixPath(file).name for file in found]
         others = f" (only {enumerated(names, 5)})" if found else ""

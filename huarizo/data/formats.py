@@ -5,6 +5,7 @@ is wrong and the remedy. Texts are judged and never changed: what the file holds
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from huarizo.data.fields import MISSING, Fields, kind_of, list_of
@@ -45,7 +46,8 @@ def _messages(fields: Fields) -> Conversation:
 
 def _prompt_completion(fields: Fields) -> Conversation:
     if isinstance(fields.get("prompt"), list) or isinstance(fields.get("completion"), list):
-        return conversation_of(fields, [*turns_of(fields, "prompt"), *turns_of(fields, "completion")])
+        read = [replace(turn, learnt=turn.role != "assistant") for turn in turns_of(fields, "prompt")]
+        return conversation_of(fields, [*read, *turns_of(fields, "completion")])
     exchange = Exchange(fields.text("prompt"), "", fields.text("completion"))
     return Conversation(fields.optional("system"), (exchange,), tools_of(fields))
 

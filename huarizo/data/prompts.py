@@ -7,9 +7,11 @@ chat template rewrites earlier turns once later ones come, one row becomes sever
 """
 
 import datetime
+import functools
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +21,9 @@ from huarizo.data.turns import Exchange
 from huarizo.errors import ModelError, RecipeError
 from huarizo.sandbox.worker import FailedError, RefusedError, TooCostlyError
 
+PLACE, VALUE = "Qplaceq5", "Avaluea5"  # texts that no template has of its own
+LOST_THINKING = "the model's chat template leaves out the thinking beside an answer"
+NO_THINKING = "Write it in front of the answer, as <think>...</think>, or delete it"
 NO_TOOLS = "Use a model whose chat template takes tools, or delete the row"
 STANFORD_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -40,6 +45,7 @@ class OpenExchange:
     output: None = None
     calls: str = ""
     results: tuple[str, ...] = ()
+    thinking: str = ""
 
 
 Turn = Exchange | OpenExchange
@@ -101,6 +107,9 @@ class TextFormat:
         if tools or any(turn.calls or turn.results for turn in turns):
             what = "uses tools, and this prompt format has no place for tools"
             raise RefusedRow(what, "Use data.prompt=chat with a model whose chat template takes them", "tools")
+        if any(turn.thinking for turn in turns):
+            what = "has thinking beside an answer, and this prompt format has no place for it"
+            raise RefusedRow(what, NO_THINKING, "reasoning_content")
         pieces: list[Piece] = []
         lead = f"{system}\n\n" if system else ""
         for turn in turns:
@@ -143,9 +152,15 @@ def _asked(turn: Turn) -> list[dict[str, Any]]:
     return [*messages, {"role": "user", "content": text}] if text or not messages else messages
 
 
-def _answered(turn: Turn) -> dict[str, Any]:
-    message = {"role": "assistant", "content": turn.output}
-    return message | {"tool_calls": json.loads(turn.calls)} if turn.calls else message
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as a JSON text."""
+    function = call["function"]
+    return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _thought_in_answer(turn: Turn) -> Turn:
+    """The turn with its thinking written in front of its answer."""
+    return replace(turn, output=f"<think>\n{turn.thinking}\n</think>\n\n{turn.output or ''}", thinking="")
 
 
 class ChatFormat:
@@ -170,6 +185,7 @@ class ChatFormat:
             whole = self._rendered([*probe, {"role": "assistant", "content": ANSWER}])
         except RefusedRow as error:
             raise ModelError(f"{error.flaw.what}. Use data.prompt=alpaca") from None
+        self._thinks = "</think>" in str(tokenizer.chat_template)
         self._shape = shape_of(asked.text, whole.text, specials, str(tokenizer.eos_token))
         self.stop = self._shape.stop
 
@@ -192,7 +208,7 @@ class ChatFormat:
         # Nothing is learnt here, so that the whole may be written in one piece, whatever the answers were.
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
         for turn in turns[:-1]:
-            messages += [*_asked(turn), _answered(turn)]
+            messages += [*_asked(turn), self._answered(turn)]
         known = json.loads(tools) if tools else None
         return [Piece("prompt", self._rendered([*messages, *_asked(turns[-1])], known, answer_next=True).text)]
 
@@ -212,14 +228,74 @@ class ChatFormat:
             examples[-1].append(Piece("prompt", asked[len(done) :]))
             if turn.output is None:
                 break
-            messages.append(_answered(turn))
-            whole = self._rendered(messages, known)
-            answer = self._shape.answer(asked, whole, turn.output, bool(turn.calls))
-            _require_calls(turn.calls, "".join(piece.text for piece in answer))
+            message, answer = self._answer(asked, messages, turn, known)
+            messages.append(message)
             examples[-1] += [replace(piece, learnt=piece.learnt and turn.learnt) for piece in answer]
             written = (piece.text for piece in answer if piece.kind != "stop" or self._shape.writes_stop)
             done = asked + "".join(written)
         return examples
+
+    def _answer(
+        self, asked: str, messages: list[dict[str, Any]], turn: Exchange, tools: Any
+    ) -> tuple[dict[str, Any], list[Piece]]:
+        """The message of an answer, and its pieces behind `asked`.
+
+        Thinking is handed over beside the answer, as most templates that know of it take it, or else in front of it, as
+        the other ones do.
+        """
+        if any(token in turn.thinking for token in self._shape.specials):
+            raise RefusedRow("has a special token written out in its thinking", "Delete the token", "reasoning_content")
+        try:
+            return self._written(asked, messages, turn, tools)
+        except RefusedRow:
+            if not turn.thinking or not self._thinks:
+                raise
+        message, answer = self._written(asked, messages, _thought_in_answer(turn), tools)
+        if sum(piece.text.count("</think>") for piece in answer) > 1:  # the template has written thinking of its own
+            raise RefusedRow(LOST_THINKING, NO_THINKING, "reasoning_content")
+        return message, answer
+
+    def _written(
+        self, asked: str, messages: list[dict[str, Any]], turn: Turn, tools: Any
+    ) -> tuple[dict[str, Any], list[Piece]]:
+        message = self._answered(turn)
+        whole = self._rendered([*messages, message], tools)
+        answer = self._shape.answer(asked, whole, turn.output or "", bool(turn.calls))
+        written = "".join(piece.text for piece in answer)
+        if not came_back(turn.thinking, written):
+            raise RefusedRow(LOST_THINKING, NO_THINKING, "reasoning_content")
+        _require_calls(turn.calls, written)
+        return message, answer
+
+    def _answered(self, turn: Turn) -> dict[str, Any]:
+        """An answer's message, as the template takes it."""
+        message: dict[str, Any] = {"role": "assistant", "content": turn.output}
+        if turn.thinking:
+            message |= {"reasoning_content": turn.thinking, "thinking": turn.thinking}
+        if turn.calls:
+            as_text, no_content = self._calls_taken
+            calls = json.loads(turn.calls)
+            message["tool_calls"] = [_with_text(call) for call in calls] if as_text else calls
+            message["content"] = turn.output or no_content
+        return message
+
+    @functools.cached_property
+    def _calls_taken(self) -> tuple[bool, str | None]:
+        """How the template takes tool calls: whether with their arguments as a JSON text, and with which content where
+        there is no text beside them. The first way in which it writes the arguments as JSON."""
+        arguments = {PLACE: [VALUE, True]}  # Python would write it otherwise than JSON
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
+        wanted = "".join(json.dumps(arguments).split())
+        for no_content, as_text in itertools.product(("", None), (False, True)):
+            calls = [_with_text(call) if as_text else call]
+            answer = {"role": "assistant", "content": no_content, "tool_calls": calls}
+            try:
+                written = self._rendered([{"role": "user", "content": QUESTION}, answer]).text
+            except RefusedRow:
+                continue
+            if wanted in "".join(written.split()):
+                return as_text, no_content
+        return False, ""
 
 
 def _require_all(asked: str, system: str, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> None:
@@ -252,8 +328,25 @@ def _last_word(turn: Turn) -> str:
 
 
 def _require_calls(calls: str, written: str) -> None:
-    if calls and not all(came_back(call["function"]["name"], written) for call in json.loads(calls)):
-        raise RefusedRow("the model's chat template leaves out tool calls", NO_TOOLS, "tool_calls")
+    """The names of all calls and what their arguments hold.
+
+    Raises:
+        RefusedRow: something is not there.
+    """
+    for call in json.loads(calls) if calls else ():
+        for text in (call["function"]["name"], *_texts(call["function"]["arguments"])):
+            if not came_back(text, written) and json.dumps(text)[1:-1] not in written:
+                raise RefusedRow("the model's chat template leaves out tool calls", NO_TOOLS, "tool_calls")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The names and texts in a JSON value, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
 
 
 def prompt_format(name: str, tokenizer: Any, eos: bool = True, date: str | None = None) -> PromptFormat:

@@ -57,7 +57,8 @@ class Encoder:
         labels: Literal["auto", "response", "all"] = "auto",
         max_length: int = 512,
     ) -> None:
-        self.tokenizer, self.prompt, self.labels, self.max_length = tokenizer, prompt, labels, max_length
+        self.tokenizer, self.prompt, self.max_length = tokenizer, prompt, max_length
+        self.labels: Literal["auto", "response", "all"] = labels
         self.stop_id: int | None = tokenizer.convert_tokens_to_ids(prompt.stop) if prompt.stop else None
         (first,) = self._encoded(["a"])
         self._bos = tokenizer.bos_token_id if first[:1] == [tokenizer.bos_token_id] else None
@@ -179,6 +180,26 @@ class Encoder:
         """Ids of a text outside any conversation; special tokens in it are plain text."""
         (ids,) = self._ids([text], literal=True)
         return [self._bos, *ids] if self._bos is not None else ids
+
+    def within(self, positions: int) -> "Encoder":
+        """The same, with rows cut at the model's positions where `max_length` is more."""
+        if self.max_length <= positions:
+            return self
+        return Encoder(self.tokenizer, self.prompt, self.labels, positions)
+
+    def check_embedding(self, largest: int, size: int) -> None:
+        """Raises ModelError: an embedding of `size` rows has none for the token id `largest`."""
+        if largest >= size:
+            raise ModelError(
+                f"the tokenizer has {self.vocabulary:,} tokens, but the model's embedding has only {size:,}, and the "
+                f"data uses one beyond it ({self.tokenizer.convert_ids_to_tokens(largest)!r}). Use the tokenizer that "
+                "belongs to this model, or a model whose embedding was made larger with it"
+            )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many rows an embedding for all tokens of the tokenizer has."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     def fingerprint(self) -> str:
         """A hash of everything but the rows that decides the ids."""

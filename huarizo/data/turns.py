@@ -21,6 +21,7 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 WEIGHTS = ("weight", "loss_weight", "train", "train_on_turn", "loss")
+THINKING = ("reasoning_content", "thinking", "reasoning")
 TEXT_PARTS = ("text", "input_text", "output_text")
 YES, NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 OPEN_END = "the last turn has no answer and is left out"
@@ -34,7 +35,8 @@ class Exchange:
 
     learnt: whether the answer is learnt, or only read. calls: the tool calls of the answer, as a JSON list in OpenAI's
     shape with `arguments` as objects; "" for none. results: what tools gave back, each a JSON message, in front of the
-    user's text or in its place.
+    user's text or in its place. thinking: what the assistant thinks in front of its answer, "" where the row has none
+    of its own.
     """
 
     instruction: str
@@ -43,6 +45,7 @@ class Exchange:
     learnt: bool = True
     calls: str = ""
     results: tuple[str, ...] = ()
+    thinking: str = ""
 
 
 class Conversation(NamedTuple):
@@ -64,6 +67,7 @@ class Turn:
     learnt: bool = True
     calls: tuple[dict[str, Any], ...] = ()
     results: tuple[str, ...] = ()
+    thinking: str = ""
 
 
 def turns_of(fields: Fields, ours: str, role_key: str = "role", text_key: str = "content") -> list[Turn]:
@@ -105,7 +109,14 @@ def _turn(fields: Fields, label: str, value: Mapping[str, object], role_key: str
         message = {"role": "tool", "content": text}
         message |= {key: value[key] for key in ("tool_call_id", "name") if isinstance(value.get(key), str)}
         return Turn(label, role, text, results=(json.dumps(message, ensure_ascii=False),))
-    return Turn(label, role, text, learnt, calls)
+    thinking = _thinking(fields, label, value) if role == "assistant" else ""
+    return Turn(label, role, text, learnt, calls, thinking=thinking)
+
+
+def _thinking(fields: Fields, label: str, value: Mapping[str, object]) -> str:
+    """The thinking that stands beside an answer, under the first of its names that has any."""
+    name = next((name for name in THINKING if value.get(name) not in (None, "")), None)
+    return "" if name is None else fields.checked(f"{label}.{name}", value[name], may_be_empty=True)
 
 
 def _role(fields: Fields, label: str, value: object) -> str:
@@ -258,8 +269,11 @@ def _joined(fields: Fields, turns: Sequence[Turn]) -> list[Turn]:
             fields.flaw(turn.label, what, "Give both the same weight")
         if last.calls and turn.text:
             fields.flaw(turn.label, "follows a tool call without its result", "Put the tool's turn between them")
-        text = "\n\n".join(text for text in (last.text, turn.text) if text)
-        joined[-1] = replace(last, text=text, calls=last.calls + turn.calls, results=last.results + turn.results)
+        text, thinking = (
+            "\n\n".join(filter(None, texts)) for texts in ((last.text, turn.text), (last.thinking, turn.thinking))
+        )
+        calls, results = last.calls + turn.calls, last.results + turn.results
+        joined[-1] = replace(last, text=text, calls=calls, results=results, thinking=thinking)
     return joined
 
 
@@ -272,7 +286,7 @@ def _exchanges(fields: Fields, turns: Sequence[Turn]) -> list[Exchange]:
             user = next((each.text for each in asked if each.role == "user"), "")
             results = next((each.results for each in asked if each.role == "tool"), ())
             calls = json.dumps(turn.calls, ensure_ascii=False) if turn.calls else ""
-            exchanges.append(Exchange(user, "", turn.text, turn.learnt, calls, results))
+            exchanges.append(Exchange(user, "", turn.text, turn.learnt, calls, results, turn.thinking))
             asked = []
         elif wrong := _out_of_order(turn.role, asked, exchanges):
             fields.flaw(turn.label, *wrong)

@@ -1,7 +1,8 @@
-"""Which files of a data set are its rows, and which of its configs and splits they belong to, told by their names.
+"""Which files of a data set are its rows, and which of its configs and splits they belong to.
 
-In go names as they lie in a folder or on the hub, out come the files that are read and a line that says what was
-chosen. What is not plain from the names is not mixed: it is an error that lists what there is and what to write.
+In go names as they lie in a folder or on the hub, and the card beside them, out come the files that are read and a line
+that says what was chosen. The card is followed where it declares configs, else the names tell. What is not plain is not
+mixed: it is an error that lists what there is and what to write.
 """
 
 import os
@@ -12,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from huarizo.errors import DataError
+from huarizo.hub.data_card import CardError, Config, declared
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 PACKINGS = (".gz", ".zst")
@@ -119,28 +121,78 @@ def _config_of(name: str) -> str:
     return "/".join(folder for folder in folders if folder.lower() != "data" and not _family(folder))
 
 
-def choose(name: str, files: Iterable[str], part: Part, heldout: bool = False, published: bool = False) -> Chosen:
+def choose(
+    name: str, files: Iterable[str], part: Part, heldout: bool = False, published: bool = False, card: str = ""
+) -> Chosen:
     """The files of a data set that are read.
 
     name: of the data set, for messages.
     files: relative names, with /; those that are no rows are left out.
     heldout: without a split in `part`, take the one that is not for training.
     published: it is a data set of the hub, in which files that lie beside each other may be different data sets.
+    card: the text of its README.md.
 
     Raises:
         DataError: there is no such config or split, or several and `part` does not say which.
     """
     rows = sorted(file for file in files if are_rows(file))
-    config, within = _choose_config(name, rows, part.config, published)
-    split, chosen, others = _choose_split(name, Part(config), within, part.split, heldout)
-    if published and not part.config:
+    configs = _declared(name, card, part)
+    if configs:
+        config, splits = _declared_config(name, rows, configs, part.config)
+        several = len(configs) > 1
+    else:
+        config, within = _choose_config(name, rows, part.config, published)
+        splits, several = _splits_of(within), len(within) < len(rows)
+    split, chosen, others = _choose_split(name, Part(config if several else part.config), splits, part.split, heldout)
+    if published and not part.config and not configs:
         _require_one(name, chosen)
-    several = len(within) < len(rows)
     notes = [f"config {config}"] if several else []
     notes += [f"split {split}"] if others and split else []
     notes += [f"not read: split {_shown([other or 'without a name' for other in others])}"] if others else []
     told = Part(config if several else part.config, split if others else part.split)
     return Chosen(chosen, told, f"{name}: {', '.join(notes)}" if notes else "")
+
+
+def _declared(name: str, card: str, part: Part) -> dict[str, Config]:
+    """The configs of the card; none where it declares none, or not the one that is wanted, which may be a file."""
+    try:
+        configs = declared(card)
+    except CardError as error:
+        if part.config:
+            return {}
+        raise DataError(f"{name}: {error}. Mend it, or name a file: {name}:FILE") from None
+    return configs if not part.config or part.config in configs else {}
+
+
+def _declared_config(
+    name: str, rows: list[str], configs: dict[str, Config], wanted: str
+) -> tuple[str, dict[str, list[str]]]:
+    """The config's name, and its files by split."""
+    usual = [each for each, config in configs.items() if config.is_default or len(configs) == 1]
+    config = wanted or (usual[0] if len(usual) == 1 else "")
+    if not config:
+        raise _several_configs(name, list(configs))
+    chosen = configs[config]
+    splits = chosen.files(rows) or _splits_of([file for file in rows if file.startswith(chosen.folder)])
+    if not any(splits.values()):
+        raise DataError(f"{name}: of the files that README.md names for the config {config!r} none is a file of rows")
+    return config, {split: files for split, files in splits.items() if files}
+
+
+def _several_configs(name: str, configs: Sequence[str]) -> DataError:
+    named = [config for config in configs if config]
+    return DataError(
+        f"{name}: has several configs ({_shown(named)}), which are not mixed unasked. Write {name}:{named[0]}, or a "
+        "list of those that you want"
+    )
+
+
+def _splits_of(rows: list[str]) -> dict[str, list[str]]:
+    """Files by the split that their names tell."""
+    splits: dict[str, list[str]] = {}
+    for file in rows:
+        splits.setdefault(_split_of(file), []).append(file)
+    return splits
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -163,10 +215,7 @@ def _choose_config(name: str, rows: list[str], wanted: str, published: bool) -> 
         return "", rows
     if "default" in configs:
         return "default", configs["default"]
-    raise DataError(
-        f"{name}: has several configs ({_shown([config for config in configs if config])}), which are not mixed "
-        f"unasked. Write {name}:{next(filter(None, configs))}, or a list of those that you want"
-    )
+    raise _several_configs(name, list(configs))
 
 
 def _short_names(file: str) -> tuple[str, str]:
@@ -175,12 +224,9 @@ def _short_names(file: str) -> tuple[str, str]:
 
 
 def _choose_split(
-    name: str, part: Part, rows: list[str], wanted: str, heldout: bool
+    name: str, part: Part, splits: dict[str, list[str]], wanted: str, heldout: bool
 ) -> tuple[str, list[str], list[str]]:
     """The split's name, its files, and the names of the others."""
-    splits: dict[str, list[str]] = {}
-    for file in rows:
-        splits.setdefault(_split_of(file), []).append(file)
     split = _wanted_split(splits, wanted) if wanted else _usual_split(list(splits), heldout)
     others = [each for each in splits if each != split]
     if split is not None and split in splits:

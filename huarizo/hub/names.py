@@ -42,6 +42,7 @@ from huarizo.hub.access import (
     reason,
     unreachable,
 )
+from huarizo.hub.data_card import CARD, LARGEST_CARD, CardError, card_in
 from huarizo.hub.data_files import Part, choose, inside, parted
 from huarizo.hub.quickstart import quickstart_digests, quickstart_model
 
@@ -208,8 +209,15 @@ def resolve_data(name: str, heldout: bool = False) -> Source:
     local = _local(base, DATA_SET)
     if local:
         return _local_data(base, local, part, heldout)
-    source = _from_hub(base, DATA_SET, lambda files: choose(base, files, part, heldout, published=True))
-    return _chosen(source, choose(base, source.sha256, part, heldout, published=True))
+    source = _from_hub(base, DATA_SET, lambda files, card: choose(base, files, part, heldout, True, card))
+    return _chosen(source, choose(base, source.sha256, part, heldout, True, _card(base, source.path)))
+
+
+def _card(name: str, folder: Path) -> str:
+    try:
+        return card_in(folder)
+    except CardError as error:
+        raise DataError(f"{name}: {error}. Mend or remove it") from None
 
 
 def _chosen(source: Source, chosen: data_files.Chosen) -> Source:
@@ -321,7 +329,7 @@ def _local_data(name: str, path: Path, part: Part, heldout: bool) -> Source:
             if part != WHOLE:
                 raise DataError(f"{name}: is a file, which has no configs or splits. Leave out {part}")
             return Source(name, path, None, {path.name: sha256_of(path)} if path.is_file() else {}, (path,))
-        chosen = choose(name, inside(path), part, heldout)
+        chosen = choose(name, inside(path), part, heldout, card=_card(name, path))
         files = {file: path / file for file in chosen.files}
         digests = {file: sha256_of(found) for file, found in files.items() if found.is_file()}
     return Source(name, path, None, digests, tuple(files.values()) or (path,), chosen.part, chosen.note)
@@ -332,8 +340,9 @@ def _hashed(name: str, folder: Path, revision: str | None, kind: _Kind) -> Sourc
         return Source(name, folder, revision, {file: sha256_of(folder / file) for file in kind.used_in(folder)})
 
 
-def _from_hub(name: str, kind: _Kind, check: Callable[[Iterable[str]], object] = list) -> Source:
-    """Fetch what is not in the cache. `check` raises where the names of the files on the hub are not as they should."""
+def _from_hub(name: str, kind: _Kind, check: Callable[[Iterable[str], str], object] | None = None) -> Source:
+    """Fetch what is not in the cache. `check` takes the names of the files on the hub and the text of the card there,
+    and raises where they are not as they should."""
     repo_id, _, revision = name.partition("@")
     repository = Repository(repo_id, revision or None, kind.repo_type)
     if is_offline_mode() or COMMIT.fullmatch(revision):
@@ -405,17 +414,19 @@ def _fetch(
     kind: _Kind,
     info: ModelInfo | DatasetInfo,
     login: Login | None,
-    check: Callable[[Iterable[str]], object],
+    check: Callable[[Iterable[str], str], object] | None,
 ) -> Source:
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
     if problem := kind.lacking(siblings):
         raise kind.error(f"{name}: {problem}")
     wanted = {file: siblings[file] for file in kind.used(siblings)}
-    check(wanted)
     missing = [file for file in wanted if not _in_cache(repository, info.sha, file)]
     try:
         if missing:
             check_access(repository, info, missing[0], login)
+        if check is not None:
+            check(wanted, _published_card(name, repository, siblings.get(CARD), info.sha, login))
+        if missing:
             check_space(repository, sum(wanted[file].size or 0 for file in missing))
             _look_first(name, repository, kind, info, login)
         folder = _snapshot(repository, kind, token=login.token if login else False)
@@ -428,6 +439,17 @@ def _fetch(
     if problem := kind.broken(folder):
         raise kind.error(f"{name}: {problem}")
     return source
+
+
+def _published_card(
+    name: str, repository: Repository, sibling: RepoSibling | None, commit: str | None, login: Login | None
+) -> str:
+    """The text of the card on the hub, which from then on lies in the cache too; "" where there is none."""
+    if sibling is None or (sibling.size or 0) > LARGEST_CARD:
+        return ""
+    token = login.token if login else False
+    found = hf_hub_download(repository.repo_id, CARD, repo_type=repository.kind, revision=commit, token=token)
+    return _card(name, Path(found).parent)
 
 
 def _look_first(

@@ -67,6 +67,20 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
     _check_layers(path, config)
 
 
+def positions(config: dict[str, Any]) -> int:
+    """The longest text that a model was made for, in tokens. `max_position_embeddings` is that of the training before
+    rope was scaled where the scaling is linear, dynamic or yarn, and counts it in already where it is another one."""
+    most, rope = config.get("max_position_embeddings"), config.get("rope_parameters") or config.get("rope_scaling")
+    most = most if isinstance(most, int) else 2048  # Transformers' own where it is not said
+    if not isinstance(rope, dict):
+        return most
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    original = rope.get("original_max_position_embeddings")
+    if kind not in ("linear", "dynamic", "yarn") or not isinstance(factor, int | float) or not 1 <= factor < 1e6:
+        return most
+    return int(factor * (original if kind == "yarn" and isinstance(original, int) else most))
+
+
 def _check_layers(path: Path, config: dict[str, Any]) -> None:
     """The weights have as many layers as the config says; `check_weights` compares the rest, layer by layer."""
     names = (name for tensors in tensors_of(path.parent).values() for name in tensors)

@@ -57,7 +57,9 @@ class Conversation:
         if name == "/system":
             self.system = rest
             self.turns.clear()
-            return "a new conversation with this system message" if rest else "a new conversation without one"
+            unheard = self.assistant.unheard(rest)
+            said = "a new conversation with this system message" if rest else "a new conversation without one"
+            return f"{said}\n({unheard})" if unheard else said
         if name == "/set":
             return self._set(*rest.split())
         return HELP if name == "/help" else f"{name}: no such command\n{HELP}"
@@ -126,6 +128,8 @@ def checked(sampling: Sampling) -> Sampling:
 
 def converse(conversation: Conversation, read: Callable[[str], str]) -> None:
     """Read and answer until `/exit` or the end of input. `read` shows a prompt and gives the next line."""
+    if unheard := conversation.assistant.unheard(conversation.system):
+        conversation.write(f"({unheard})\n")
     while True:
         try:
             line = read(conversation.prompt)

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,8 +124,16 @@ def evaluate(
 
     Raises:
         DataError: no row has a response within `data.max_length`, or the prompt format refuses one.
+        ModelError: the rows use a token that the model has no embedding for.
         MachineError: out of memory even for one row.
     """
+    encoder = assistant.encoder.within(assistant.positions)
+    if encoder is not assistant.encoder:
+        logger.warning(
+            "rows are cut at the %d tokens that the model was made for, not at data.max_length=%d",
+            encoder.max_length, assistant.encoder.max_length,
+        )  # fmt: skip
+        assistant = replace(assistant, encoder=encoder)
     found = _examples(assistant, rows, on_bad_row)
     if not found:
         raise DataError(
@@ -153,6 +161,8 @@ def _examples(
     if problems:
         require_good(Rows([row for row, _ in good], problems, "", [], [], len(problems), len(problems)), on_bad_row)
         logger.warning("%d rows are left out that the prompt format refuses, such as %s", len(problems), problems[0])
+    every = (token for _, found in good for example in found for token in example.input_ids)
+    assistant.encoder.check_embedding(max(every, default=0), assistant.model.config.vocab_size)
     return [(row, found) for row, found in good if found]
 
 

@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from huarizo.console import tracked
 from huarizo.data.files import excerpt
-from huarizo.data.prompts import Question, Turn
+from huarizo.data.prompts import OpenExchange, Question, Turn
+from huarizo.data.spans import RefusedRow, came_back
 from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
 from huarizo.machine import (
@@ -29,10 +30,11 @@ from huarizo.machine import (
 )
 from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.fast import uncompiled
-from huarizo.model.load import load_base
+from huarizo.model.load import load_base, positions
 from huarizo.results.tuned import Tuned
 
 SHARE = 0.25  # of the free memory, that a batch of answers may take
+UNHEARD = "the model's chat template leaves out the system text, so the model does not see it"
 TOO_LONG = "there is not enough memory for one answer. Close other programs, or shorten the answer or the prompt"
 
 
@@ -50,19 +52,31 @@ class Assistant:
     @property
     def positions(self) -> int:
         """The longest conversation that the model was made for, in tokens, its answer included."""
-        return self.model.config.max_position_embeddings
+        return positions(self.model.config.to_dict())
 
     def prompt_ids(self, system: str, turns: Sequence[Turn]) -> list[int]:
         """Token ids of a conversation whose last turn is to be answered.
 
         Raises:
             UserError: a terminal or a pipe sent bytes that are no letters.
+            ModelError: a token that the tokenizer has and the model does not.
         """
         try:
             "".join((system, *(turn.instruction for turn in turns))).encode("utf-8")
         except UnicodeEncodeError:
             raise UserError("what was typed or sent is not text in UTF-8. Send it again in that encoding") from None
-        return self.encoder.encode_prompt(system, turns)
+        ids = self.encoder.encode_prompt(system, turns)
+        self.encoder.check_embedding(max(ids), self.model.config.vocab_size)
+        return ids
+
+    def unheard(self, system: str) -> str:
+        """What to say where a system text does not reach the model, because the chat template leaves it out or refuses
+        it; "" where it does."""
+        try:
+            pieces = self.encoder.prompt.pieces(system, [OpenExchange("Hi")])
+        except RefusedRow as error:
+            return str(error)
+        return "" if came_back(system, "".join(piece.text for piece in pieces)) else UNHEARD
 
     def fits(self, question: Question) -> bool:
         """Whether a prompt leaves room for an answer in what the model was made for."""

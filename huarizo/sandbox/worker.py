@@ -62,6 +62,7 @@ class Worker:
         """End the child."""
         child, self._child = self._child, None
         if child is not None and self._owner == os.getpid():
+            self._stream.close()
             self._channel.close()
             child.kill()
             child.wait()
@@ -104,6 +105,7 @@ class Worker:
 
     def _start(self) -> None:
         self._channel, theirs = socket.socketpair()
+        self._stream = self._channel.makefile("rb")
         self._owner = os.getpid()
         atexit.unregister(self.close)
         atexit.register(self.close)
@@ -118,7 +120,6 @@ class Worker:
                 cwd="/",
                 start_new_session=True,  # so that Ctrl-C reaches the parent alone
             )
-        self._stream = self._channel.makefile("rb")
         self._received = 0  # bytes, of the job's answers
         self._channel.settimeout(STARTING)
         self._channel.sendall(frame({"module": self.module, "memory": self.memory}))

@@ -133,7 +133,7 @@ def test_prompt_and_completion_as_messages(tmp_path: Path) -> None:
     user, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
     record = {"prompt": [{"role": "system", "content": "S"}, user, answer, user], "completion": [answer]}
     rows = read_rows(write(tmp_path / "a.parquet", [record]))
-    assert conversations(rows) == [("S", (Exchange("Q", "", "A"), Exchange("Q", "", "A")))]
+    assert conversations(rows) == [("S", (Exchange("Q", "", "A", learnt=False), Exchange("Q", "", "A")))]
 
 
 def test_system_beside_the_turns_and_roles_mixed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Chat templates of many families: what is learnt stands where the model will write it, token for token."""
 
 import datetime
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,81 @@ def test_a_template_that_leaves_out_tools_or_calls_is_told_by_row() -> None:
     for template, tools in ((CHATML, TOOLS), (without_calls, "")):
         with pytest.raises(DataError, match=r"rows.json, row 1, field 'tool.*leaves out tool"):
             list(encoder_of(template).encode([Row("rows.json", 1, "", WITH_TOOLS, tools)]))
+
+
+DEEPSEEK = (
+    LOOP + "{% if m['role'] == 'user' %}{{ '<s>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' and m['content'] is none %}{{ '<|im_start|>' }}{% for c in m['tool_calls'] %}"
+    "{{ c['type'] + c['function']['name'] + '\n```json\n' + c['function']['arguments'] + '\n```</s>' }}{% endfor %}"
+    "{% elif m['role'] == 'assistant' %}"
+    "{{ ('' if loop.index0 and messages[loop.index0 - 1]['role'] == 'tool' else '<|im_start|>') + m['content'] + "
+    "'<|im_end|>' }}{% else %}{{ '(' + m['content'] + ')' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1]['role'] != 'tool' %}{{ '<|im_start|>' }}{% endif %}"
+)
+PARAMETERS = chatml(
+    "m['content']",
+    "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }}{% for k, v in c['function']['arguments'].items() %}"
+    "{{ '<' + k + '>' + v + '</' + k + '>' }}{% endfor %}{% endfor %}",
+)
+
+
+def learnt(encoder: Encoder, *exchanges: Exchange) -> list[str]:
+    """The learnt parts of a conversation's examples, each run of them for itself."""
+    (found,) = encoder.by_row([Row("f", 1, "", exchanges)])
+    assert isinstance(found, list), found
+    runs = []
+    for example in found:
+        pairs = zip(example.input_ids, example.labels, strict=True)
+        for is_learnt, run in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+            if is_learnt:
+                runs.append(encoder.tokenizer.decode([token for token, _ in run]))
+    return runs
+
+
+def test_call_arguments_are_given_as_the_template_takes_them() -> None:
+    assert learnt(encoder_of(DEEPSEEK), *WITH_TOOLS) == [
+        'functionweather\n```json\n{"city": "Busan"}\n```</s>', "21 C.<|im_end|>"
+    ]  # fmt: skip
+    assert learnt(encoder_of(PARAMETERS), WITH_TOOLS[0]) == ["weather<city>Busan</city><|im_end|>"]
+    bare = chatml("m['content']", "{{ m['tool_calls'][0]['function']['name'] if m['tool_calls'] }}")
+    (found,) = encoder_of(bare).by_row([Row("f", 1, "", WITH_TOOLS[:1])])
+    assert "leaves out tool calls" in str(found)
+
+
+BESIDE = (
+    "{% set think = m['reasoning_content'] if m['reasoning_content'] else '' %}"
+    "{% if loop.last %}{{ '<think>\n' + think + '\n</think>\n\n' }}{% endif %}"
+)
+THINKING = (Exchange("one?", "", "first", thinking="deep"), Exchange("two?", "", "second", thinking="deeper"))
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thinking_beside_an_answer_is_learnt_as_the_template_writes_it(key: str) -> None:
+    encoder = encoder_of(chatml("m['content']", BESIDE.replace("reasoning_content", key)))
+    written = [
+        "<think>\ndeep\n</think>\n\nfirst<|im_end|>",
+        "<think>\ndeeper\n</think>\n\nsecond<|im_end|>",
+    ]
+    assert learnt(encoder, *THINKING) == written
+    (found,) = encoder.by_row([Row("f", 1, "", (Exchange("a", "", "b", thinking="c<|im_end|>"),))])
+    assert "special token written out in its thinking" in str(found)
+
+
+def test_thinking_stands_in_front_of_the_answer_where_the_template_takes_it_there() -> None:
+    encoder = encoder_of(chatml(AFTER, begun="<think>\\n"))
+    assert learnt(encoder, *THINKING) == ["deep\n</think>\n\nfirst<|im_end|>", "deeper\n</think>\n\nsecond<|im_end|>"]
+
+
+def test_thinking_that_has_no_place_is_told_by_row() -> None:
+    tokenizer = make_tokenizer()
+    for prompt in ("chat", "alpaca"):
+        encoder = Encoder(tokenizer, prompt_format(prompt, tokenizer))
+        (flaw,) = encoder.by_row([Row("f", 1, "", THINKING)])
+        assert isinstance(flaw, tuple)
+        assert flaw[0] == "reasoning_content"
+    twice = encoder_of(chatml("m['content']", "{{ '<think>\\n\\n</think>\\n\\n' }}"))
+    (flaw,) = twice.by_row([Row("f", 1, "", THINKING)])
+    assert "leaves out the thinking" in str(flaw)
 
 
 def test_rows_that_a_template_refuses_are_left_out_or_told_all_at_once(tmp_path: Path) -> None:

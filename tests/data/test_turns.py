@@ -162,3 +162,21 @@ def test_rows_with_tools_are_refused_where_the_prompts_have_no_place_for_them(
     encoder = Encoder(TINY, prompt_format(prompt, TINY))
     with pytest.raises(DataError, match=r"a.json, row 1, field 'tools': .* tools"):
         list(encoder.encode(read(tmp_path, record).rows))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_beside_an_answer_is_read(tmp_path: Path, name: str) -> None:
+    assert exchanges(tmp_path, USER, ANSWER | {name: "deep"})[0].thinking == "deep"
+    for none in (None, ""):
+        assert exchanges(tmp_path, USER, ANSWER | {name: none})[0].thinking == ""
+    joined = exchanges(tmp_path, USER, ANSWER | {name: "a"}, ANSWER | {name: "b"})
+    assert (joined[0].thinking, joined[0].output) == ("a\n\nb", "A\n\nA")
+    with pytest.raises(DataError, match=rf"messages\[1\]\.{name}"):
+        exchanges(tmp_path, USER, ANSWER | {name: 3})
+
+
+def test_answers_inside_a_prompt_are_read_and_not_learnt(tmp_path: Path) -> None:
+    earlier = {"role": "assistant", "content": "EARLIER"}
+    (row,) = read(tmp_path, {"prompt": [USER, earlier, USER], "completion": [ANSWER]}).rows
+    assert [exchange.learnt for exchange in row.exchanges] == [False, True]
+    assert learnt(row, "alpaca") == f"A{TINY.eos_token}"

@@ -185,6 +185,14 @@ def hub_server(model_bytes: dict[str, bytes]) -> Iterator[HubServer]:
             },
             kind="dataset",
         ),
+        "alpaca/declared": Repo(
+            {
+                "README.md": b"---\nconfigs:\n- data_files: [{split: train, path: b.*}, {split: held, path: a.json}]\n---\n",
+                "a.json": rows,
+                "b.json": rows,
+            },
+            kind="dataset",
+        ),
         "alpaca/versions": Repo({"rows.json": rows, "rows_cleaned.json": rows}, kind="dataset"),
         "alpaca/pictures": Repo({"cat.png": b"PNG"}, kind="dataset"),
     }
@@ -226,6 +234,9 @@ def online(hub_server: HubServer, home: Path) -> Outcome:
         case("config", "alpaca/sums:main", call="resolve_data"),
         case("config and split", "alpaca/sums@main:socratic[test]", call="resolve_data"),
         case("no config", "alpaca/sums:mian", call="resolve_data"),
+        case("declared", "alpaca/declared", call="resolve_data"),
+        case("declared split", "alpaca/declared[held]", call="resolve_data"),
+        case("no declared split", "alpaca/declared[dev]", call="resolve_data"),
         case("no split", "alpaca/sums:main[validation]", call="resolve_data"),
         case("versions", "alpaca/versions", call="resolve_data"),
         case("version", "alpaca/versions:rows_cleaned.json", call="resolve_data"),
@@ -279,6 +290,7 @@ def offline(online: Outcome, hub_server: HubServer, home: Path, tiny_model: Path
         case("offline, rows", "alpaca/rows", call="resolve_data"),
         case("offline, configs", "alpaca/sums", call="resolve_data"),
         case("offline, split", f"alpaca/sums@{commit_of('alpaca/sums main')}:main[test]", call="resolve_data"),
+        case("offline, declared", "alpaca/declared", call="resolve_data"),
         case("offline, half", "alpaca/cut"),
         case("offline, half without a list", "alpaca/enospc"),
         case("offline, never seen", "alpaca/never"),
@@ -401,6 +413,14 @@ def test_a_data_set_with_several_configs_or_splits_is_not_mixed(online: Outcome,
         "versions", "DataError", "rows.json, rows_cleaned.json", "Write alpaca/versions:rows.json, or a list"
     )
     assert list(online.ok("version")["sha256"]) == ["rows_cleaned.json"]
+
+
+def test_a_card_on_the_hub_tells_the_splits(online: Outcome, offline: Outcome) -> None:
+    for found in (online.ok("declared"), offline.ok("offline, declared")):
+        assert list(found["sha256"]) == ["b.json"]
+    assert online.ok("declared")["note"] == "alpaca/declared: split train, not read: split held"
+    assert list(online.ok("declared split")["sha256"]) == ["a.json"]
+    online.failure("no declared split", "DataError", "There are: train, held")
 
 
 # Names that lead nowhere

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from huarizo import cli_results
 from huarizo.console import write as write_to_terminal
 from huarizo.data.packing import pack
 from huarizo.data.prompts import ChatFormat, OpenExchange, Question
+from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
 from huarizo.model.int8_load import load_int8_base
 from huarizo.results import generate
@@ -60,6 +62,26 @@ def test_a_system_message_begins_a_new_conversation(assistant: Assistant) -> Non
     plain, _, spoken, _, without = talk(assistant, "Hi", "/system Be rude.", "Hi", "/system", "Hi")
     assert plain == without != spoken
     assert talk(assistant, "Hi", system="Be rude.") == [spoken]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML, "leaves out the system"),
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system!') }}{% endif %}" + CHATML, "no system!"),
+    ],
+)  # fmt: skip
+def test_a_system_message_that_the_template_does_not_take_is_told(
+    assistant: Assistant, template: str, said: str
+) -> None:
+    tokenizer = make_tokenizer(template)
+    deaf = replace(assistant, encoder=Encoder(tokenizer, ChatFormat(tokenizer)))
+    assert said in talk(deaf, "/system Be rude.")[0]
+    assert talk(deaf, "/system") == ["a new conversation without one\n"]
+    written: list[str] = []
+    converse(Conversation(deaf, written.append, "Be rude."), lambda _: "/exit")
+    assert said in written[0]
+    assert assistant.unheard("Be rude.") == ""
 
 
 def test_what_is_no_text_is_told_and_nothing_is_lost(assistant: Assistant) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Exchange, Row
-from huarizo.errors import DataError, RecipeError, UserError
+from huarizo.errors import DataError, ModelError, RecipeError, UserError
 from huarizo.results import evaluate as evaluating
 from huarizo.results.evaluate import chrf, evaluate, general_examples, heldout_rows, rows_of, save, show
 from huarizo.results.generate import Assistant, Sampling, open_assistant, stream_answer
@@ -23,6 +23,7 @@ from huarizo.results.harness import run_harness
 from huarizo.results.losses import Losses
 from huarizo.results.tuned import read_otherwise
 from tests.results.make import make_tuned
+from tests.tiny import make_tokenizer
 
 ROWS = [Row("rows.json", n, "", (Exchange(f"Count to {n}", "", "one two three " * n),)) for n in range(1, 9)]
 
@@ -55,10 +56,30 @@ def test_an_evaluation_is_shown_and_written_whole(tmp_path: Path, monkeypatch: p
 
 
 def test_a_row_whose_prompt_leaves_no_room_is_measured_but_not_answered(tmp_path: Path) -> None:
-    assistant = open_assistant(make_tuned(tmp_path, max_position_embeddings=64), "fp32")
+    tuned = read_otherwise(make_tuned(tmp_path, max_position_embeddings=64), ["data.max_length=64"])
+    tuned.encoder.labels = "all"
+    assistant = open_assistant(tuned, "fp32")
     long = Row("rows.json", 99, "", (Exchange("Count to " * 60, "", "three"),))
     found = evaluate(assistant, [long, ROWS[0]], to_answer=2)
     assert len(found.rows) == 2 and [answer["instruction"] for answer in found.answers] == ["Count to 1"]
+
+
+def test_rows_are_cut_at_the_positions_of_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assistant = open_assistant(make_tuned(tmp_path, max_position_embeddings=64), "fp32")
+    row = Row("rows.json", 1, "", (Exchange("Hi", "", "x" * 200),))
+    found = evaluate(assistant, [row], to_answer=0)
+    assert sum(found.losses.tokens) < 64
+    assert "cut at the 64 tokens that the model was made for, not at data.max_length=512" in caplog.text
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["[NEW]"])
+    assistant = open_assistant(make_tuned(tmp_path, tokenizer, vocab_size=260), "fp32")
+    with pytest.raises(ModelError, match=r"has 261 tokens, .* only 260, .*'\[NEW\]'"):
+        evaluate(assistant, [Row("rows.json", 1, "", (Exchange("[NEW]", "", "x"),))])
+    with pytest.raises(ModelError, match="only 260"):
+        assistant.prompt_ids("", [OpenExchange("[NEW]")])
 
 
 def test_a_row_is_answered_under_its_system_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,14 @@ def test_one_child_does_all_jobs(worker: Worker) -> None:
     assert worker._child is first
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_a_closed_worker_leaves_no_socket_open(worker: Worker) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    worker.call("prompt", 5, template="")
+    worker.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 @pytest.mark.parametrize(
     ("template", "error"),
     [(ENDLESS, TooCostlyError), ("{{ 'a' * 10**10 }}", TooCostlyError), ("{{ 9**(9**9) }}", TooCostlyError),
