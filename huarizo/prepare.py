@@ -8,12 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from huarizo.data.prepare import Data, prepare_data
 from huarizo.errors import DataError, ModelError
 from huarizo.files import sha256_of
 from huarizo.host import cache_folder
 from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
-from huarizo.machine import Choice, available_memory, choose_precision, device, micro_batch_tokens
+from huarizo.machine import (
+    Choice,
+    available_memory,
+    choose_precision,
+    device,
+    float_precision,
+    micro_batch_tokens,
+)
+from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
 from huarizo.model.lora import check_lora
 from huarizo.model.weights import check_weights
@@ -39,7 +49,7 @@ def prepare(recipe: Recipe) -> Prepared:
         UserError: whatever the user can mend, with the remedy.
     """
     on = device()
-    choice = choose_precision(recipe.precision, on)
+    choice = _choose_precision(recipe, on)
     check_trainer_settings(recipe, choice, on)
     model = resolve_model(recipe.model)
     train = [resolve_data(name) for name in names_of(recipe.data.train)]
@@ -49,12 +59,13 @@ def prepare(recipe: Recipe) -> Prepared:
         check_pinned(role, sources, recipe.pinned.get(role, {}))
     config = read_config(model.path)
     check_weights(model.path)
-    check_lora(model.path, recipe.lora, choice.precision)
+    tokenizer, added = load_tokenizer(model.path), recipe.data.special_tokens or []
+    add_tokens(tokenizer, added)
+    check_lora(model.path, recipe.lora, choice.precision, rows_to_train(tokenizer, added, config["vocab_size"]))
     data = prepare_data(
-        recipe.data, recipe.training.seed, files_of(train), files_of(heldout),
-        load_tokenizer(model.path), cache_folder() / "tokens",
-    )  # fmt: skip
-    _check_vocabulary(data, config)
+        recipe.data, recipe.training.seed, files_of(train), files_of(heldout), tokenizer, cache_folder() / "tokens"
+    )
+    _check_vocabulary(data, max(config["vocab_size"], size_of(tokenizer) if added else 0))
     data = replace(data, notes=[*(source.note for source in (*train, *heldout) if source.note), *data.notes])
     for file in changed_files([*train, *heldout]):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
@@ -70,18 +81,27 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(resolved, model, [*train, *heldout], data, choice)
 
 
+def _choose_precision(recipe: Recipe, on: torch.device) -> Choice:
+    """The recipe's precision; left to the machine, a float one where rows of the head are trained."""
+    if recipe.precision == "auto" and recipe.data.special_tokens:
+        reason = f"the rows of {SETTING} are trained in float"
+        return replace(choose_precision(float_precision(on), on), reason=reason)
+    return choose_precision(recipe.precision, on)
+
+
 def _pinned(sources: list[Source]) -> str | list[str]:
     return sources[0].pinned if len(sources) == 1 else [source.pinned for source in sources]
 
 
-def _check_vocabulary(data: Data, config: dict[str, Any]) -> None:
-    """Whether the model has an embedding for every token of the data. A tokenizer may have more that are never used."""
+def _check_vocabulary(data: Data, rows: int) -> None:
+    """Whether an embedding of so many rows has one for every token of the data. A tokenizer may have more that are
+    never used."""
     largest = max(part.largest for part in (data.train, data.heldout) if part is not None)
-    if largest >= config["vocab_size"]:
+    if largest >= rows:
         token = data.encoder.tokenizer.convert_ids_to_tokens(largest)
         raise ModelError(
             f"the tokenizer has {len(data.encoder.tokenizer):,} tokens, but the model's embedding has only "
-            f"{config['vocab_size']:,}, and the data uses one beyond it ({token!r}). Use the tokenizer that belongs to "
+            f"{rows:,}, and the data uses one beyond it ({token!r}). Use the tokenizer that belongs to "
             "this model, or a model whose embedding was made larger with it"
         )
 

@@ -1,5 +1,6 @@
 """A run becomes an ordinary model folder: the base's float weights with the adapter added, and all beside them."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,6 @@ from huarizo.console import tracked
 from huarizo.errors import ModelError
 from huarizo.files import make_parent, require_space, whole_folder
 from huarizo.hub.model_files import INDEX, LICENCES, WEIGHTS
-from huarizo.model.load import load_tokenizer
 from huarizo.model.merged import MergedWeights, merged_shards
 from huarizo.results.target import check_folder
 from huarizo.results.tuned import Tuned
@@ -70,8 +70,9 @@ def _generation_settings(tuned: Tuned) -> dict[str, Any]:
 
 
 def _tokenizer(tuned: Tuned) -> Any:
-    """The base's tokenizer, whose chat template writes the prompts that the run was trained on."""
-    tokenizer, encoder = load_tokenizer(tuned.base), tuned.encoder
+    """The result's tokenizer, whose chat template writes the prompts that the run was trained on."""
+    encoder = tuned.encoder
+    tokenizer = copy.deepcopy(encoder.tokenizer)
     bos = str(encoder.tokenizer.bos_token) if encoder.adds_bos and encoder.prompt.name != "chat" else ""
     tokenizer.chat_template = chat_template(encoder, bos) or tokenizer.chat_template
     return tokenizer
