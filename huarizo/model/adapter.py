@@ -173,14 +173,19 @@ def tokenizer_beside(folder: Path, base: Any, rows: int) -> Any | None:
     base: the base's tokenizer; rows: of the base's embedding.
 
     Raises:
-        ModelError: as `rows_with`, or the tokenizer is broken.
+        ModelError: as `rows_with`, or a tokenizer that the adapter's rows need can't be loaded.
     """
-    rows = rows_with(folder, rows)
+    longer = rows_with(folder, rows)
+    needed = longer > rows or bool(trained_rows(check_adapter(folder)))
     if not _has_tokenizer(folder):
         return None
-    brought = load_tokenizer(folder)
-    more = size_of(brought) > size_of(base) or bool(trained_rows(check_adapter(folder)))
-    return brought if more and size_of(brought) <= rows else None
+    try:
+        brought = load_tokenizer(folder)
+    except ModelError:
+        if needed:
+            raise
+        return None
+    return brought if (needed or size_of(brought) > size_of(base)) and size_of(brought) <= longer else None
 
 
 def check_adapter(folder: Path) -> Any:

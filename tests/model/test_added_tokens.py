@@ -17,8 +17,11 @@ from huarizo.finetune import fine_tune, resume
 from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.added_tokens import add_tokens, lengthened
 from huarizo.model.load import load_tokenizer
+from huarizo.model.lora import add_lora
+from huarizo.model.loss import reference, summed_loss
 from huarizo.model.merged import MergedWeights
-from huarizo.recipe import Recipe, make_recipe
+from huarizo.prepare import prepare
+from huarizo.recipe import LoraRecipe, Recipe, make_recipe
 from huarizo.results.generate import generating, open_assistant
 from huarizo.results.gguf import export_adapter, export_gguf
 from huarizo.results.merge import merge
@@ -257,3 +260,34 @@ def test_foreign_rows_of_single_tokens_are_merged_as_peft_means_them(ids: Any, t
         merged = LlamaForCausalLM.from_pretrained(written(MergedWeights(base, adapter), tmp_path / "merged"))(tokens)
     assert float((loaded - wanted).abs().max()) < 1e-5
     assert float((merged.logits - wanted).abs().max()) < 1e-4
+
+
+def test_left_to_the_machine_the_precision_is_a_float_one(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    assert prepare(recipe_for(base, tmp_path, precision="auto")).choice.precision != "int8"
+
+
+def test_a_tokenizer_that_no_row_needs_may_be_broken(tmp_path: Path) -> None:
+    base, adapter, _ = make_foreign(tmp_path, False, 262, longer_tokenizer(2))
+    (adapter / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        find_tuned(str(adapter))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    plain = get_peft_model(LlamaForCausalLM.from_pretrained(base), lora)
+    plain.save_pretrained(str(adapter), save_embedding_layers=False)
+    assert len(find_tuned(str(adapter), base=str(base)).encoder.tokenizer) == 260
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradient_of_the_rows_are_those_of_all_logits(tied: bool) -> None:
+    model = make_model(vocab_size=262, tie_word_embeddings=tied).requires_grad_(False)
+    head = add_lora(model, LoraRecipe(r=2), 0, [260, 261]).get_base_model().lm_head
+    rows = next(parameter for parameter in head.parameters() if parameter.requires_grad)
+    hidden, targets = torch.randn(20, 64), torch.randint(255, 262, (20,))
+    found = []
+    for loss in (summed_loss, reference):
+        value = loss(hidden, head, targets)
+        (gradient,) = torch.autograd.grad(value, [rows])
+        found.append((value.detach(), gradient))
+    assert torch.allclose(found[0][0], found[1][0]) and torch.allclose(found[0][1], found[1][1], atol=1e-5)
+    assert float(found[0][1].abs().max()) > 0
