@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+from huarizo.machine import gemm_rate
+
+SLOW = 50  # 10^9 operations a second, below which a format is no ceiling and one small product tells its rate
 REPEATS = 10  # after one to warm up; the best counts, for a ceiling is what the machine can do undisturbed
 DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -64,11 +67,17 @@ def product_seconds(dtype: torch.dtype, rows: int, k: int, n: int, device: torch
 
 
 def gflops(config: dict[str, Any], tokens: int, device: torch.device) -> dict[str, float]:
-    """By dtype, weighted by the operations of each shape. A dtype that the device can't multiply is absent."""
+    """By dtype, weighted by the operations of each shape. A dtype that the device can't multiply is absent.
+
+    A slow one (`_int_mm` on a CPU without int8 instructions takes minutes) is measured for a second at most.
+    """
     rates: dict[str, float] = {}
     for name, dtype in DTYPES.items():
         operations = taken = 0.0
         try:
+            if (rate := gemm_rate(name, device)) < SLOW:
+                rates[name] = rate
+                continue
             for (k, n), count in linears(config).items():
                 for inner, outer in ((k, n), (n, k)):  # forward, input gradient
                     taken += count * product_seconds(dtype, tokens, inner, outer, device)

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 from huarizo import cli_results
 from huarizo.console import confirm, console, keep_terminal_plain, quiet_libraries
 from huarizo.errors import HuarizoError, MachineError
-from huarizo.host import cpu_name, rank
+from huarizo.host import rank
 from huarizo.recipe import fields, load_recipe, type_of
 from huarizo.runs import Run, open_run
 
@@ -69,10 +70,11 @@ def train(
 def resume_run(run: RunName) -> None:
     """Go on with an interrupted run from its last checkpoint."""
     _greet()
+    opened = open_run(run)
     quiet_libraries()
     from huarizo import finetune
 
-    _tell_result(finetune.resume(open_run(run), console()))
+    _tell_result(finetune.resume(opened, console()))
 
 
 @app.command()
@@ -106,7 +108,7 @@ def show_recipe(markdown: Annotated[bool, typer.Option("--markdown", help="as a 
 def _greet() -> None:
     """A line at once: PyTorch takes some seconds to load, and more on a machine that is busy or cold."""
     if rank() == 0:
-        print(f"{'machine':<10} {cpu_name()}, {os.cpu_count()} cores; loading PyTorch", flush=True)
+        print(f"{'huarizo':<10} {version('huarizo')}, loading PyTorch", flush=True)
 
 
 def _tell_result(result: Any) -> None:

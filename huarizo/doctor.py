@@ -6,9 +6,9 @@ from importlib.metadata import version
 
 import torch
 
-from huarizo.host import cpu_name
-from huarizo.machine import available_memory, choose_precision, device, gemm_rates
+from huarizo.machine import available_memory, choose_precision, describe, device, gemm_rates
 from huarizo.model.fast import why_not
+from huarizo.model.measure import int8_gain
 
 # Frozen linear weights of TinyLlama-1.1B: 22 layers of q, k, v, o, gate, up, down, and the output head.
 TINYLLAMA_WEIGHTS = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32000 * 2048
@@ -20,11 +20,10 @@ def diagnosis() -> dict[str, str]:
     """Lines to show, by their title. Takes a second or two: the products are measured, and a compilation is tried."""
     on = device()
     rates = gemm_rates(on)
-    choice = choose_precision("auto", on)
+    choice = choose_precision("auto", on, int8_gain)
     reason = why_not(on)
-    name = torch.cuda.get_device_name(on) if on.type == "cuda" else cpu_name()
     lines = {
-        "device": f"{on}: {name}",
+        "device": describe(on),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "memory": f"{available_memory(on) / 1e9:.1f} GB free",
         "versions": ", ".join(f"{package} {version(package)}" for package in VERSIONS)
@@ -34,5 +33,9 @@ def diagnosis() -> dict[str, str]:
     }
     for precision, rate in rates.items():
         limit = rate * 1e9 / FLOP_PER_TOKEN
-        lines[f"{precision} products"] = f"{rate:,.0f} GFLOP/s: at most {limit:,.0f} tokens/s of TinyLlama"
+        lines[f"{precision} products"] = f"{_shown(rate)} GFLOP/s: at most {_shown(limit)} tokens/s of TinyLlama"
     return lines
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"

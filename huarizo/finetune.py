@@ -34,7 +34,7 @@ from huarizo.files import (
 )
 from huarizo.host import cache_folder, int8_instructions, rank, world_size
 from huarizo.kernels.dropout import reason_against
-from huarizo.machine import Choice, device, minutes_in_float
+from huarizo.machine import Choice, describe, device, minutes_in_float
 from huarizo.model.added_tokens import lengthen, rows_to_train
 from huarizo.model.fast import compile_layers
 from huarizo.model.int8_load import load_int8_base
@@ -150,7 +150,7 @@ def _resume(run: Run, console: Console, signals: Signals) -> Result:
         checkpoint, damaged = newest_valid(run.checkpoints, set_aside=lock is not None)
         for fault in damaged:
             console.print(Text(f"damaged checkpoint set aside: {fault}", style="yellow"))
-        prepared = prepare(run.recipe())
+        prepared = prepare(run.recipe(), resumed=True)
         session = Session(prepared, run, console, signals, lock, began)
         changes = compare(checkpoint, prepared.recipe, session.facts) if checkpoint else []
         _tell(console, prepared, run)
@@ -223,6 +223,7 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     notes += [f"{len(data.train.left_out)} left out (no response within that)" if data.train.left_out else ""]
     notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
     lines = {
+        "device": describe(device()),
         "model": recipe.model,
         "data": f"{', '.join(names_of(recipe.data.train))}: {_counted(data.train)} ({data.format}), "
         f"{tokens:,} tokens" + "".join(f"; {note}" for note in notes if note),

@@ -5,10 +5,10 @@ that reads the environment.
 """
 
 import functools
-import math
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,16 @@ from typing import Literal
 import torch
 
 from huarizo.errors import RecipeError
-from huarizo.host import cache_folder, has_fast_bf16, int8_instructions, world_size
+from huarizo.host import cache_folder, cpu_name, has_fast_bf16, int8_instructions, world_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FixedPrecision = Literal["int8", "bf16", "fp16", "fp32"]
+Gain = Callable[[torch.device, torch.dtype], float]
 MEASURING = 1.0  # seconds that measuring one format may take
+INT8_GAIN = 1.1  # how much faster a whole int8 layer must be than a float one, to be worth its rounding
+ROOM = 0.8  # of a card's free memory, that the weights of a model on it may take
 # share of the rate of bare products that whole steps reach, seen from 135 million to 1.1 billion weights
 REACHED = 0.35, 0.8
-INT8_GAIN = 1.5  # how much faster int8 products must be than float ones to pay for quantising what goes in
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,15 @@ def gemm_rate(precision: FixedPrecision, on: torch.device, budget: float = MEASU
     product = torch.ops.aten._int_mm if precision == "int8" else torch.mm
     right = torch.ones(size, size, dtype=dtype, device=on)
     ends = time.perf_counter() + budget
-    rows, taken = 0, 0.0
+    left, taken = right, 0.0
     for rows in (32, 128, 512) if on.type == "cpu" else (512, 4096):
         left = torch.ones(rows, size, dtype=dtype, device=on)
-        taken = _seconds(partial(product, left, right), on)
-        if taken > budget / 20:
+        taken = seconds(partial(product, left, right), on)
+        if taken > budget / 8:
             break
     while time.perf_counter() + taken < ends:
-        taken = min(taken, _seconds(partial(product, right[:rows], right), on))
-    return 2e-9 * rows * size**2 / taken
+        taken = min(taken, seconds(partial(product, left, right), on))
+    return 2e-9 * len(left) * size**2 / taken
 
 
 def minutes_in_float(operations: float, precision: FixedPrecision, on: torch.device) -> tuple[float, float]:
@@ -93,7 +95,7 @@ def minutes_in_float(operations: float, precision: FixedPrecision, on: torch.dev
     return operations / (rate * REACHED[1]) / 60, operations / (rate * REACHED[0]) / 60
 
 
-def _seconds(function: Callable[[], object], on: torch.device) -> float:
+def seconds(function: Callable[[], object], on: torch.device) -> float:
     began = time.perf_counter()
     function()
     if on.type == "cuda":
@@ -101,18 +103,20 @@ def _seconds(function: Callable[[], object], on: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def choose_precision(wanted: str, on: torch.device) -> Choice:
+def choose_precision(wanted: str, on: torch.device, int8_gain: Gain | None = None) -> Choice:
     """The number format of the frozen base.
 
-    `auto` takes int8 on a CPU with instructions for it, and on a card where int8 products are measured to be INT8_GAIN
-    times as fast as the best float's; otherwise the fastest float format. On a CPU nothing is measured.
+    `auto` takes int8 on a CPU with instructions for it, and on a card where a whole int8 layer is INT8_GAIN times as
+    fast as the best float's; otherwise the fastest float format. On a CPU nothing is measured.
+
+    int8_gain: measures how many times as fast it is (`huarizo.model.measure`); without it no card gets int8.
 
     Raises:
         RecipeError: a format that this device does not have.
     """
     best = float_precision(on)
     if wanted == "auto":
-        int8 = not spread(on) and _reason_for_int8(on, best)
+        int8 = _reason_for_int8(on, best, int8_gain)
         if int8:
             return Choice("int8", int8, DTYPES[best])
         return Choice(best, _reason_for_float(on), DTYPES[best])
@@ -122,21 +126,26 @@ def choose_precision(wanted: str, on: torch.device) -> Choice:
         raise RecipeError("precision: this card has no bf16. Use precision=auto, int8 or fp16")
     if wanted == "int8" and on.type not in ("cpu", "cuda"):
         raise RecipeError(f"precision: int8 needs a CPU or an NVIDIA card, not {on.type}. Use precision=auto")
-    if wanted == "int8" and spread(on):
-        raise RecipeError("precision: int8 uses one card. Set CUDA_VISIBLE_DEVICES=0, start with torchrun, or use bf16")
     return Choice(wanted, "as the recipe asks", DTYPES[best if wanted == "int8" else wanted])  # pyright: ignore
 
 
-def _reason_for_int8(on: torch.device, best: str) -> str | None:
+def nearest_precision(made_in: str, on: torch.device) -> Choice:
+    """As `choose_precision`, for a run made in this format elsewhere; another one where this device lacks it."""
+    try:
+        return choose_precision(made_in, on)
+    except RecipeError:
+        best = float_precision(on)
+        reason = f"the run was made in {made_in}, which {on.type} does not have here"
+        return Choice(best, reason, DTYPES[best])
+
+
+def _reason_for_int8(on: torch.device, best: str, int8_gain: Gain | None) -> str | None:
     """Why int8 is the fastest here, in words; None if it isn't."""
     if on.type == "cpu":  # known, not measured: a busy machine must not change what is trained
         instructions = int8_instructions()
         return f"this CPU has int8 instructions ({', '.join(instructions)})" if instructions else None
-    if on.type != "cuda":
-        return None
-    rates = gemm_rates(on)
-    gain = rates.get("int8", 0) / rates.get(best, math.inf)
-    return f"its products are measured to be {gain:.1f} times as fast as {best}" if gain >= INT8_GAIN else None
+    gain = int8_gain(on, DTYPES[best]) if on.type == "cuda" and int8_gain is not None else 0.0
+    return f"a layer is measured to be {gain:.1f} times as fast as in {best}" if gain >= INT8_GAIN else None
 
 
 def _reason_for_float(on: torch.device) -> str:
@@ -145,9 +154,54 @@ def _reason_for_float(on: torch.device) -> str:
     return "the fastest float format of this CPU, which has no int8 instructions"
 
 
-def spread(on: torch.device) -> bool:
-    """Whether one process spreads the model over several cards."""
-    return on.type == "cuda" and torch.cuda.device_count() > 1 and world_size() == 1
+def spread(needed: int, on: torch.device) -> bool:
+    """Whether a model whose weights take `needed` bytes must be spread over all cards, because this one can't hold it.
+
+    Under torchrun each process has a card to itself.
+    """
+    several = on.type == "cuda" and world_size() == 1 and torch.cuda.device_count() > 1
+    return several and needed > ROOM * available_memory(on)
+
+
+def as_first(numbers: Sequence[int], on: torch.device) -> list[int]:
+    """What the first process of a run says; all of them must ask, each with as many numbers."""
+    if world_size() == 1:
+        return list(numbers)
+    from accelerate import PartialState
+
+    PartialState(cpu=on.type != "cuda")
+    told = torch.tensor(numbers, dtype=torch.int64, device=on)
+    torch.distributed.broadcast(told, 0)
+    return told.tolist()
+
+
+def describe(on: torch.device) -> str:
+    """The device in words: its name, what else there is, and what keeps a card from being used."""
+    if on.type != "cuda":
+        return f"{on}: {cpu_name()}{_unused_card()}"
+    name, cards = f"{on}: {torch.cuda.get_device_name(on)}", torch.cuda.device_count()
+    if world_size() > 1:
+        return f"{name}, one of {world_size()} processes"
+    if cards == 1:
+        return name
+    return f"{name}, the first of {cards} cards. To use all: torchrun --nproc-per-node {cards} -m huarizo train ..."
+
+
+def _unused_card() -> str:
+    """What keeps torch from an NVIDIA card whose driver is there; nothing where there is none."""
+    driver = Path("/proc/driver/nvidia/version")
+    if not driver.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    if torch.version.cuda is None:
+        return f". The NVIDIA card is not used: torch {torch.__version__} is built without CUDA"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.is_available()
+    said = next((str(warning.message) for warning in caught), "")
+    cause = "its driver is too old: update it" if "too old" in said else "torch finds no working driver"
+    return (
+        f". The NVIDIA card is not used: {cause}, or install a torch for it (this one wants CUDA {torch.version.cuda})"
+    )
 
 
 def keep_compiled_code() -> None:
@@ -161,8 +215,10 @@ def keep_compiled_code() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "compiled")
 
 
-def available_memory(on: torch.device) -> int:
-    """Bytes that are free for training: of the card, or of the machine (within a container's limit)."""
+def available_memory(on: torch.device, spread: bool = False) -> int:
+    """Bytes that are free for training: of the card, of all cards (`spread`), or of the machine or its container."""
+    if spread:
+        return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
     if on.type == "cuda":
         return torch.cuda.mem_get_info(on)[0]
     free = 4 * 2**30

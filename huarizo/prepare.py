@@ -13,19 +13,25 @@ import torch
 from huarizo.data.prepare import Data, prepare_data
 from huarizo.errors import DataError, ModelError
 from huarizo.files import sha256_of
-from huarizo.host import cache_folder
+from huarizo.host import cache_folder, rank
 from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
 from huarizo.machine import (
+    DTYPES,
     Choice,
+    FixedPrecision,
+    as_first,
     available_memory,
     choose_precision,
     device,
     float_precision,
     micro_batch_tokens,
+    nearest_precision,
+    spread,
 )
 from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, read_config, weight_bytes
 from huarizo.model.lora import check_lora
+from huarizo.model.measure import int8_gain
 from huarizo.model.weights import check_weights
 from huarizo.recipe import Recipe, names_of
 from huarizo.training.settings import check_trainer_settings
@@ -42,14 +48,16 @@ class Prepared:
     choice: Choice
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, resumed: bool = False) -> Prepared:
     """Find model and data, read and tokenise the rows, choose the precision; nothing heavy is loaded.
+
+    resumed: the recipe is that of a run, which may have been made on another machine, in a format that is not here.
 
     Raises:
         UserError: whatever the user can mend, with the remedy.
     """
     on = device()
-    choice = _choose_precision(recipe, on)
+    choice = _choose(recipe, on, resumed)
     check_trainer_settings(recipe, choice, on)
     model = resolve_model(recipe.model)
     train = [resolve_data(name) for name in names_of(recipe.data.train)]
@@ -70,7 +78,9 @@ def prepare(recipe: Recipe) -> Prepared:
     for file in changed_files([*train, *heldout]):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
     resolved = recipe.model_copy(deep=True)
-    _fit_memory(resolved, config, choice, available_memory(on))
+    needed = weight_bytes(config, choice.precision, choice.dtype)
+    everywhere = choice.precision != "int8" and spread(needed, on)
+    _fit_memory(resolved, config, choice, available_memory(on, everywhere))
     resolved.model = model.pinned
     resolved.data.train = _pinned(train)
     if heldout:
@@ -79,14 +89,6 @@ def prepare(recipe: Recipe) -> Prepared:
     resolved.precision = choice.precision
     resolved.pinned = {role: pins(sources) for role, sources in used.items()}
     return Prepared(resolved, model, [*train, *heldout], data, choice)
-
-
-def _choose_precision(recipe: Recipe, on: torch.device) -> Choice:
-    """The recipe's precision; left to the machine, a float one where rows of the head are trained."""
-    if recipe.precision == "auto" and recipe.data.special_tokens:
-        reason = f"the rows of {SETTING} are trained in float"
-        return replace(choose_precision(float_precision(on), on), reason=reason)
-    return choose_precision(recipe.precision, on)
 
 
 def _pinned(sources: list[Source]) -> str | list[str]:
@@ -106,16 +108,40 @@ def _check_vocabulary(data: Data, rows: int) -> None:
         )
 
 
+def _choose(recipe: Recipe, on: torch.device, resumed: bool) -> Choice:
+    """The precision, which the first process chooses for all."""
+    names: list[FixedPrecision] = ["int8", "bf16", "fp16", "fp32"]
+    if rank():
+        precision, dtype = as_first([0, 0], on)
+        return Choice(names[precision], "as the first process chose", DTYPES[names[dtype]])
+    if recipe.precision == "auto" and recipe.data.special_tokens:
+        reason = f"the rows of {SETTING} are trained in float"
+        choice = replace(choose_precision(float_precision(on), on), reason=reason)
+    elif resumed:
+        choice = nearest_precision(recipe.precision, on)
+    else:
+        choice = choose_precision(recipe.precision, on, int8_gain)
+    as_first([names.index(choice.precision), [DTYPES.get(name) for name in names].index(choice.dtype)], on)
+    return choice
+
+
 def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:
-    """Choose the micro-batches, and activation checkpointing where not even the longest row fits without."""
+    """Choose the micro-batches, and activation checkpointing where not even the longest row fits without.
+
+    The first process chooses for all.
+    """
     if recipe.training.micro_batch_tokens is not None:
         return
+    on = device()
     free = available - weight_bytes(config, choice.precision, choice.dtype)
-    tokens = micro_batch_tokens(activation_bytes_per_token(config, choice.dtype), free, device())
-    if tokens < recipe.data.max_length and "gradient_checkpointing" not in recipe.trainer:
-        recipe.trainer["gradient_checkpointing"] = True
+    tokens = micro_batch_tokens(activation_bytes_per_token(config, choice.dtype), free, on)
+    checkpointing = tokens < recipe.data.max_length and "gradient_checkpointing" not in recipe.trainer
+    if checkpointing:
         tokens = recipe.data.max_length
-    recipe.training.micro_batch_tokens = max(tokens, 64)
+    tokens, checkpointing = as_first([max(tokens, 64), checkpointing], on)
+    recipe.training.micro_batch_tokens = tokens
+    if checkpointing:
+        recipe.trainer["gradient_checkpointing"] = True
 
 
 def changed_files(sources: Iterable[Source]) -> list[Path]:

@@ -316,4 +316,4 @@ def test_the_first_line_comes_before_torch_is_loaded(tmp_path: Path) -> None:
         started = [sys.executable, "-c", code, *command]
         done = subprocess.run(started, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("machine ") and "loading PyTorch" in done.stdout
+        assert done.stdout.startswith("huarizo ") and "loading PyTorch" in done.stdout

@@ -115,6 +115,16 @@ INLINE __m512 noise(int64_t at, uint32_t start)
     return _mm512_sub_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(1));
 }
 
+/* sum + place^4 where y, of places `at` to `at` + 15, is above zero. */
+INLINE __m512i add_above_zero(__m512i sum, __m512 y, int64_t at)
+{
+    __m512i place = _mm512_add_epi32(_mm512_set1_epi32((int)at),
+                                     _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    __mmask16 above = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GT_OQ);
+    place = _mm512_mullo_epi32(place, place);
+    return _mm512_mask_add_epi32(sum, above, sum, _mm512_mullo_epi32(place, place));
+}
+
 /* x times the Hadamard matrix of order 16, of sums and differences of lanes 1, 2, 4 and 8 apart. */
 INLINE __m512 rotate_lanes(__m512 x)
 {
@@ -138,12 +148,14 @@ INLINE void rotate(__m512 *a, __m512 *b)
 
 /* One row of `count` elements, filled up with zeros to `stride` bytes, a multiple of 64; its scale and what its sums
  * start from. An input is multiplied by `factor` [count], rotated, and rounded to nearest, ties to even; a gradient is
- * rotated, multiplied by `factor` [count filled up], and rounded up as often as it is large. scratch: [stride]. */
+ * rotated, multiplied by `factor` [count filled up], and rounded up as often as it is large, by a noise that starts from
+ * a hash of the scale and the signs. scratch: [stride]. */
 INLINE void quantise_row(const int bf16, const int gradient, const char *x, const float *factor,
                          int64_t count, float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
 {
     /* Magnitudes compare as integers do, and a NaN is the largest. */
     __m512i top[VECTORS] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    __m512i signs = _mm512_setzero_si512();
     for (int64_t i = 0; i < padded(count, LINE); i += BLOCK) {
         __m512 y[VECTORS];
 #pragma GCC unroll 2
@@ -160,6 +172,8 @@ INLINE void quantise_row(const int bf16, const int gradient, const char *x, cons
             if (gradient && i < count)
                 y[j] = _mm512_mul_ps(y[j], _mm512_loadu_ps(factor + i + j * LANES));
             top[j] = _mm512_max_epu32(top[j], _mm512_castps_si512(_mm512_abs_ps(y[j])));
+            if (gradient)
+                signs = add_above_zero(signs, y[j], i + j * LANES);
             _mm512_storeu_ps(scratch + i + j * LANES, y[j]);
         }
     }
@@ -170,7 +184,7 @@ INLINE void quantise_row(const int bf16, const int gradient, const char *x, cons
     memcpy(&bits, &scale, sizeof bits);
     __m512 inverse = _mm512_set1_ps(1.0f / scale);
     __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
-    uint32_t start = (bits >> 8) * 0x85EBCA6Bu;
+    uint32_t start = (bits >> 8) * 0x85EBCA6Bu + (uint32_t)_mm512_reduce_add_epi32(signs) * 0x27D4EB2Fu;
     for (int64_t i = 0; i < stride; i += LINE) {
         __m512i bytes = _mm512_setzero_si512();
         if (i < count) {

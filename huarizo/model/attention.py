@@ -192,12 +192,20 @@ def packed_attention(
     if query.device.type == "cpu":
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _attend(query[0], key[0], value[0], cu_seqlens, scale)[0][None], None
+    return _attend_by_example(query, key, value, cu_seqlens, scaling), None  # pyright: ignore[reportCallIssue]
+
+
+@torch.compiler.disable  # how many examples there are, and how long, differs from batch to batch
+def _attend_by_example(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """[1, T, H, D]. The boundaries are read by the CPU: where they are on a card, it is waited for."""
     lengths = cu_seqlens.diff().tolist()
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
         for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:

@@ -34,13 +34,20 @@ def hashed(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def kept(places: torch.Tensor, channels: int, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """Which of the channels of tokens at these places, int32 [T], stay: bool [T, channels]; the hash is p 2^32 or more.
+def indices(places: torch.Tensor, channels: int) -> torch.Tensor:
+    """What is hashed for the channels of tokens at these places, int32 [T]: place * channels + channel modulo 2^32.
 
-    Place t and channel k have the index t channels + k, modulo 2^32.
+    int32 [T, channels].
     """
-    index = places[:, None] * channels + torch.arange(channels, dtype=torch.int32, device=places.device)
-    return (hashed(index, seed) ^ SIGN) >= int(p * 2**32) + SIGN  # the sign turned, so that unsigned bits compare
+    return places[:, None] * channels + torch.arange(channels, dtype=torch.int32, device=places.device)
+
+
+def kept(places: torch.Tensor, channels: int, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """Which channels of tokens at these places, int32 [T], stay, bool [T, channels]: where the hash is p 2^32 or more.
+
+    Signed integers compare as unsigned ones do when the sign is turned in both.
+    """
+    return (hashed(indices(places, channels), seed) ^ SIGN) >= int(p * 2**32) + SIGN
 
 
 def reference(x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:

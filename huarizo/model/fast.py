@@ -20,8 +20,6 @@ from huarizo.model import int8
 
 def why_not(on: torch.device) -> str | None:
     """The reason why nothing can be compiled for this device, in words; None if it can."""
-    if on.type == "cuda" and torch.cuda.get_device_capability(on) < (8, 0):
-        return "Triton does not support this card"
     if on.type not in ("cpu", "cuda"):
         return f"{on.type} is used uncompiled"
     keep_compiled_code()
@@ -44,7 +42,8 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 
 def compile_layers(model: Any, on: torch.device) -> str | None:
     """Compile the decoder layers of a PeftModel in place. Returns the reason, in words, if that can't be done."""
-    reason = why_not(on)
+    devices = set(getattr(model.get_base_model(), "hf_device_map", {}).values())
+    reason = why_not(on) if len(devices) < 2 else "the model is spread over several cards"
     if reason is None:
         inner = model.get_base_model().model
         _let_int8_be_cached()

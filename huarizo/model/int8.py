@@ -15,7 +15,8 @@ channels are hundreds of times larger than the rest. Three things mend it (tests
 
 Gradients are rounded up or down at random, up the likelier the nearer: the many small ones beside a few large, such as
 the softmax's, would all be lost in rounding to nearest, and their sum with them. The random numbers of a row follow
-from its scale, so the same row gives the same integers wherever and whenever it comes.
+from its scale and its signs, so the same row gives the same integers wherever and whenever it comes, and others' are
+not its own.
 """
 
 from collections.abc import Sequence
@@ -46,19 +47,21 @@ def quantise_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantise_gradient(grad_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantise_rows`, but rounded stochastically: without bias, whatever is lost at a place."""
     scale = grad_TN.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / 127)
-    steps = torch.floor(grad_TN * (1 / scale) + _noise(scale, grad_TN.shape[1]))
+    steps = torch.floor(grad_TN * (1 / scale) + _noise(grad_TN, scale))
     return steps.clamp(-128, 127).to(torch.int8), scale
 
 
-def _noise(scale: torch.Tensor, channels: int) -> torch.Tensor:
-    """Evenly spread over [0, 1), float32 [T, channels], for rows with these scales, float32 [T, 1].
+def _noise(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Evenly spread over [0, 1), float32 [T, N], for rows [T, N] with these scales, float32 [T, 1].
 
-    Channel n has the fraction of a start + n / golden ratio (a Weyl sequence), in units of 2^-32; the start is a hash
-    of the upper bits of the scale, the last ones being at the mercy of the order of sums.
+    Channel n has the fraction of a start + n / golden ratio (a Weyl sequence), in units of 2^-32. The start is a hash
+    of the upper bits of the scale and of the sum of n^4 over the channels above zero: of what hardly ever is at the
+    mercy of the order in which the entries' own sums were taken.
     """
-    start = (scale.contiguous().view(torch.int32).long() >> 8) * 0x85EBCA6B
-    place = torch.arange(channels, device=scale.device) * 0x9E3779B9
-    return ((start + place & 0xFFFFFFFF) >> 9) * 2.0**-23
+    n = torch.arange(rows.shape[1], device=rows.device)
+    signs = ((rows > 0) * (n**4 & 0xFFFFFFFF)).sum(-1, keepdim=True) & 0xFFFFFFFF
+    start = (scale.contiguous().view(torch.int32).long() >> 8) * 0x85EBCA6B + signs * 0x27D4EB2F
+    return ((start + n * 0x9E3779B9 & 0xFFFFFFFF) >> 9) * 2.0**-23
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
@@ -81,14 +84,17 @@ def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
     On a CPU without int8 instructions torch's own product is hundreds of times slower than fp32's, so parts of the
     depth whose sums fp32 holds exactly (EXACT_DEPTH 128^2 = 2^24) are multiplied in fp32 and added as integers.
-    cuBLASLt wants more than 16 rows, and K and N in multiples of 8: fewer rows are filled up with zeros.
+    cuBLASLt wants more than 16 rows, K and N in multiples of 8, and the columns of b one after the other in memory:
+    fewer rows are filled up with zeros, and another b is turned, which costs little beside the product.
     """
     rows = a_MK.shape[0]
     if a_MK.device.type == "cpu" and not int8_instructions():
         parts = zip(a_MK.split(EXACT_DEPTH, 1), b_KN.split(EXACT_DEPTH, 0), strict=True)
         return sum((a.float() @ b.float()).int() for a, b in parts)  # pyright: ignore
-    if a_MK.device.type == "cuda" and rows <= 16:
-        return torch.ops.aten._int_mm(F.pad(a_MK, (0, 0, 0, 17 - rows)), b_KN)[:rows]
+    if a_MK.device.type == "cuda":
+        b_KN = b_KN if b_KN.stride(0) == 1 else b_KN.t().contiguous().t()
+        a_MK = F.pad(a_MK, (0, 0, 0, 17 - rows)) if rows <= 16 else a_MK.contiguous()
+        return torch.ops.aten._int_mm(a_MK, b_KN)[:rows]
     return torch.ops.aten._int_mm(a_MK, b_KN)
 
 
@@ -249,7 +255,7 @@ def reference_gradient(grad: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
     """The definition of correct of the input gradient. grad: [T, N]; returns float64 [T, K]."""
     scaled = rotated(grad.double()) * layer.scale
     step = scaled.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / 127
-    rounded = torch.floor(scaled / step + _noise(step.float(), scaled.shape[1])) * step
+    rounded = torch.floor(scaled / step + _noise(scaled, step.float())) * step
     grad_x = rounded @ layer.plain()[0].double()
     return rotated(grad_x)[:, : layer.in_features] * layer.inverse_smoothing
 

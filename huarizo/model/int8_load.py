@@ -99,7 +99,7 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
         weights.fill(inner.norm, "model.norm")
         hidden = inner.embed_tokens(calibration["input_ids"].to(device))
         embeddings = inner.rotary_emb(hidden, calibration["position_ids"].to(device))
-        cu_seqlens = calibration["cu_seqlens"].to(device)
+        cu_seqlens = calibration["cu_seqlens"]
         for number, layer in enumerate(inner.layers):
             weights.fill(layer, f"model.layers.{number}")
             with _peaks(layer) as peaks:

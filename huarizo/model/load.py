@@ -23,6 +23,9 @@ _TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)
 LIMITS = {"head_dim": 2**16, "max_position_embeddings": 2**31, "num_labels": 10_000}
 """What else config.json may say of sizes, at most: Transformers makes a table of `num_labels` names."""
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+NO_ROOM = (
+    "there is not enough memory for this model. Close other programs, use a smaller model, or train with precision=int8"
+)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -120,33 +123,32 @@ def default_template(found: Any) -> str | None:
 def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The frozen base model in `dtype` on `device`, with packed attention.
 
-    One process that sees several cards spreads the model over them (Accelerate's `device_map="auto"`); under torchrun
-    each process has the whole model on its own card.
+    Where several cards are seen and one can't hold it, it is spread over them (Accelerate's `device_map="auto"`).
 
     Raises:
+        MachineError: there is not enough memory for it.
         ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
     from transformers import LlamaForCausalLM
 
-    read_config(folder)
+    needed = weight_bytes(read_config(folder), "float", dtype)
     check_weights(folder)
     try:
         with without_panics():
-            model = LlamaForCausalLM.from_pretrained(
+            model: Any = LlamaForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map="auto" if spread(device) else {"": device},
+                device_map="auto" if spread(needed, device) else {"": device},
                 attn_implementation=PACKED_ATTENTION,
                 use_safetensors=True,
                 local_files_only=True,
             )
     except Exception as error:  # whatever broken weights set off
         if is_out_of_memory(error):
-            raise MachineError(
-                f"{folder}: there is not enough memory for this model. Close other programs, use a smaller model, or "
-                "train with precision=int8"
-            ) from None
+            raise MachineError(f"{folder}: {NO_ROOM}") from None
         raise ModelError(f"{folder}: the weights can't be loaded: {_first_line(error)}") from None
+    if not {"cpu", "disk"}.isdisjoint(map(str, getattr(model, "hf_device_map", {}).values())) and device.type == "cuda":
+        raise MachineError(f"{folder}: {NO_ROOM}")
     model.requires_grad_(False)
     model.config.use_cache = False
     return model

@@ -5,6 +5,7 @@ and its gradient are taken at once, and the logits are let go; the backward pass
 gradient of the hidden states.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +78,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
+        scaled = [(grad.float() * grad_outputs[0]).to(grad.dtype) for grad in ctx.saved_tensors]  # 1 / labels in fp32
         return scaled[0], None, None, None, None, *scaled[1:]
 
 
@@ -103,13 +104,13 @@ def summed_loss(
         places: [L] integers, of the labelled tokens in the optimizer step, for a dropout before the head.
 
     Returns:
-        A scalar, float32; zero (and still differentiable) for L = 0.
+        A scalar, float32; zero for L = 0, with a gradient of zeros for `hidden` and the head's parameters.
     """
-    if not len(targets):
-        return hidden.sum().float() * 0
     if not torch.is_grad_enabled():
         return token_losses(hidden, head, targets).sum()
     trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if not len(targets):
+        return sum(((tensor * 0).sum().float() for tensor in trainable), (hidden * 0).sum().float())
     places = torch.arange(len(targets), device=targets.device) if places is None else places
     return _ChunkedLoss.apply(hidden, head, targets, gradient, places, *trainable)  # pyright: ignore[reportReturnType]
 
@@ -119,7 +120,7 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Ten
     """The cross-entropy of each of `targets` [L] given `hidden` [L, H], in chunks: [L] float32, without gradient."""
     parts = zip(hidden.split(_rows(head)), targets.split(_rows(head)), strict=True)
     losses = [F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in parts]
-    return torch.cat(losses) if losses else torch.zeros(0)
+    return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
 
 
 class PackedLoss:
@@ -135,15 +136,17 @@ class PackedLoss:
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
         hidden, places = self._labelled(model, batch), batch["places"][batch["label_positions"]]
-        return summed_loss(hidden, self.base.lm_head, batch["targets"], self.gradient, places)
+        on = hidden.device
+        return summed_loss(hidden, self.base.lm_head, batch["targets"].to(on), self.gradient, places.to(on))
 
     def by_token(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each labelled token of a batch: [L] float32, without gradient."""
         with torch.no_grad():
-            return token_losses(self._labelled(model, batch), self.base.lm_head, batch["targets"])
+            hidden = self._labelled(model, batch)
+            return token_losses(hidden, self.base.lm_head, batch["targets"].to(hidden.device))
 
     def _labelled(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states at the labelled positions: [L, H].
+        """Hidden states at the labelled positions, [L, H], on the head's device, which may be another than the inputs'.
 
         The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head.
         """
@@ -156,7 +159,9 @@ class PackedLoss:
                 logits_to_keep=nothing,
                 use_cache=False,
             )
-        return states[0][0, batch["label_positions"]]
+        head = self.base.lm_head
+        labelled = states[0][0, batch["label_positions"].to(states[0].device)]
+        return labelled.to(next(itertools.chain(head.parameters(), head.buffers())).device)
 
 
 @contextmanager

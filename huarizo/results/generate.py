@@ -3,6 +3,7 @@
 Prompts go through the same code as in training, and an answer ends at the stop token that was learnt.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +19,14 @@ from huarizo.data.files import excerpt
 from huarizo.data.prompts import Question, Turn
 from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
-from huarizo.machine import available_memory, choose_precision, device, float_precision, is_out_of_memory
+from huarizo.machine import (
+    available_memory,
+    choose_precision,
+    device,
+    float_precision,
+    is_out_of_memory,
+    nearest_precision,
+)
 from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.fast import uncompiled
 from huarizo.model.load import load_base
@@ -98,9 +106,14 @@ def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device 
     if precision not in (None, "bf16", "fp16", "fp32"):
         raise UserError(f"--precision {precision}: answers and losses are computed in bf16, fp16 or fp32")
     on = on or device()
-    wanted = precision or tuned.recipe.precision
-    dtype = choose_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on).dtype
-    model = load_base(tuned.base, dtype, on)
+    if precision is not None:
+        choice = choose_precision(precision, on)
+    else:
+        wanted = tuned.recipe.precision
+        choice = nearest_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on)
+        if choice.precision != wanted and wanted not in ("int8", "auto"):
+            logging.getLogger(__name__).warning("precision %s: %s", choice.precision, choice.reason)
+    model = load_base(tuned.base, choice.dtype, on)
     base_weights = rewritten_weights(model, tuned.adapter)
     return Assistant(load_adapter(model, tuned.adapter), tuned.encoder, base_weights)
 

@@ -107,7 +107,10 @@ class Checkpoint:
             trained.scaler.load_state_dict(state["scaler"])
 
     def restore_generators(self, rank: int) -> None:
-        """Put back the random number generators of Python, NumPy and torch."""
+        """Put back the random number generators of Python, NumPy and torch, of as many cards as there were and are.
+
+        A process that was not there when they were saved gets the first one's, as it would at the start of a run.
+        """
         state = self._state
         version, internal, gauss = state["python_rng"]
         random.setstate((version, tuple(internal), gauss))
@@ -118,8 +121,10 @@ class Checkpoint:
         mine = tensors.get(f"process.{rank}", tensors["process.0"])
         cpu, cards = mine[: state["cpu_rng_bytes"]], mine[state["cpu_rng_bytes"] :]
         torch.set_rng_state(cpu)
-        if torch.cuda.is_available() and len(cards) % torch.cuda.device_count() == 0 and len(cards):
-            torch.cuda.set_rng_state_all(list(cards.view(torch.cuda.device_count(), -1)))
+        if torch.cuda.is_available() and len(cards):
+            saved = cards.split(len(torch.cuda.get_rng_state()))
+            for number, generator in zip(range(torch.cuda.device_count()), saved, strict=False):
+                torch.cuda.set_rng_state(generator, number)
 
 
 def generators() -> torch.Tensor:

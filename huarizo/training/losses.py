@@ -52,16 +52,19 @@ class LossWatch:
         """Mean of the last WINDOW finite losses, in nats a token; None before there are so many."""
         return sum(self.recent) / WINDOW if len(self.recent) == WINDOW else None
 
-    def add(self, step: int, loss: float, skipped: bool, scaled: bool = False) -> str | None:
+    def add(self, step: int, loss: float, skipped: bool, scaled: bool = False, last: bool = False) -> str | None:
         """Note a step; returns what is wrong with the run, in words, or None.
 
         skipped: the weights were not changed, because loss or gradients were not finite.
-        scaled: with loss scaling, where the first steps may be skipped without harm.
+        scaled: with loss scaling, where steps may be skipped without harm while the scale is sought.
+        last: of the run; it may not end in skipped steps as if it had learnt in them.
         """
         if skipped:
             self.skipped += 1
             self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= (MAX_SKIPPED_SCALED if scaled else MAX_SKIPPED):
+            seeking = scaled and math.isfinite(loss) and not last  # no scale mends the loss itself
+            limit = MAX_SKIPPED_SCALED if seeking else MAX_SKIPPED
+            if self.skipped_in_a_row >= (min(limit, step) if last else limit):
                 return f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row"
             return None
         self.skipped_in_a_row = 0
@@ -103,9 +106,8 @@ class WatchLosses(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, watch = self.trainer, self.trainer.watch
-        scaled = getattr(trainer.accelerator, "scaler", None) is not None
-        skipped = not trainer.last_finite or (scaled and trainer.accelerator.optimizer_step_was_skipped)
-        wrong = watch.add(state.global_step, trainer.last_loss, skipped, scaled)
+        scaled, last = trainer.scaler is not None, state.global_step >= state.max_steps
+        wrong = watch.add(state.global_step, trainer.last_loss, not trainer.last_finite, scaled, last)
         if wrong:
             cause = likely_cause(watch, self.trainer.args.learning_rate, self.precision, state.global_step)
             raise DivergedError(f"stopped at step {state.global_step}: {wrong}. {cause}. {self._before(watch)}")

@@ -23,6 +23,7 @@ from huarizo.model.dropout import DropoutMasks
 from huarizo.model.fast import uncompiled
 from huarizo.model.lora import count_weights
 from huarizo.model.loss import PackedLoss
+from huarizo.model.neftune import EmbeddingNoise
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, generators
@@ -36,8 +37,13 @@ LEAST_TOKENS = 64  # of a micro-batch, below which out of memory is final
 def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.device) -> TrainingArguments:
     """The recipe as TrainingArguments; `recipe.trainer` may set every field that the recipe leaves open."""
     training = recipe.training
-    defaults: dict[str, Any] = {"logging_steps": 1, "report_to": "none"}
-    return TrainingArguments(
+    defaults: dict[str, Any] = {
+        "logging_steps": 1,
+        "report_to": "none",
+        "ddp_broadcast_buffers": False,  # the frozen base is alike everywhere, and int8 weights are buffers
+        "ddp_find_unused_parameters": False,
+    }
+    args = TrainingArguments(
         **(defaults | recipe.trainer),
         output_dir=str(run.path),
         num_train_epochs=training.epochs,
@@ -54,6 +60,8 @@ def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.devic
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    args._n_gpu = min(args.n_gpu, 1)  # other cards than this process's are not the Trainer's to copy the model to
+    return args
 
 
 class LoraTrainer(Trainer):
@@ -93,6 +101,8 @@ class LoraTrainer(Trainer):
             self.add_callback(saving)
         self.num_weights = count_weights(model)
         self.masks = DropoutMasks(model, recipe.training.seed, budget)
+        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # the Trainer's own takes a pack for one row
+        self.noise = EmbeddingNoise(model.get_base_model(), alpha, recipe.training.seed) if alpha else None
         self.packed_loss = PackedLoss(model.get_base_model(), compiled)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -156,18 +166,23 @@ class LoraTrainer(Trainer):
             logging.getLogger(__name__).warning("out of memory: going on with micro-batches of %d tokens", self.budget)
 
     def _leave_out_unless_finite(self, model: Any, loss: torch.Tensor) -> None:
-        """Without gradients the optimizer changes neither weights nor moments. A loss scaler sees to it by itself."""
-        norm = torch.zeros((), device=loss.device)
-        if self._scaler() is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        """Sees to it that no process changes weights or moments in a step whose loss or gradients are not finite.
+
+        The optimizer passes over parameters without gradients. A loss scaler must find the fault by itself, so that it
+        holds the optimizer back, fused or not, and lowers its scale: it is shown gradients that are no numbers.
+        """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = (loss + norm.to(loss.device)).isfinite()
         told = torch.stack([loss.float(), finite.float()])
         if world_size() > 1:
             told = self.accelerator.reduce(told, "mean")  # pyright: ignore
         self.last_loss, share_finite = told.tolist()  # pyright: ignore
         self.last_finite = share_finite == 1 and math.isfinite(self.last_loss)
-        if not self.last_finite:
-            model.zero_grad(set_to_none=True)
+        if self.last_finite:
+            return
+        for parameter in parameters:
+            parameter.grad = None if self.scaler is None else torch.full_like(parameter, math.nan)
 
     def _accumulate(self, model: Any, step: Any) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
@@ -175,11 +190,17 @@ class LoraTrainer(Trainer):
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             self.masks.draw(self.state.global_step, batch["places"])
+            if self.noise is not None:
+                self.noise.draw(self.state.global_step, batch["places"], batch["cu_seqlens"])
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, batch, num_items_in_batch=step.num_labels)
                 self.accelerator.backward(loss)
-            total += loss.detach()
+            total += loss.detach().to(total.device)
         return total
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """To the device, but for the boundaries of the examples, which the CPU reads."""
+        return super()._prepare_inputs(inputs) | {"cu_seqlens": inputs["cu_seqlens"]}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -237,9 +258,11 @@ class LoraTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _trained(self) -> Trained:
-        return Trained(self.model, self.optimizer, self.lr_scheduler, self._scaler())
+        return Trained(self.model, self.optimizer, self.lr_scheduler, self.scaler)
 
-    def _scaler(self) -> Any:
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler; None for formats that need none."""
         return getattr(self.accelerator, "scaler", None)
 
     def go_on(self, checkpoint: Checkpoint | None) -> None:

@@ -85,9 +85,19 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_
     assert len(losses) == 3 and len(gradients) == 8
 
 
-def test_old_cards_and_other_devices_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_asked_by_compiling_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert why_not(torch.device("cuda")) == "Triton does not support this card"
+    monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))
+    tried = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: tried.append(x))
+    assert why_not(torch.device("cuda")) is None and len(tried) == 1
+
+
+def test_spread_models_and_other_devices_run_uncompiled(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    model = model_of(tmp_path, "fp32", 0.0)
+    model.get_base_model().hf_device_map = {"model.embed_tokens": 0, "model.norm": 1}
+    assert compile_layers(model, CPU) == "the model is spread over several cards"
     assert why_not(torch.device("mps")) == "mps is used uncompiled"
 
 

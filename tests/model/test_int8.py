@@ -117,6 +117,18 @@ def test_stochastic_rounding_is_right_on_average() -> None:
     assert torch.equal(again.flip(0), integers)  # of the row alone, not of its place
 
 
+def test_rows_of_one_scale_do_not_share_their_noise() -> None:
+    """Else what is lost in one row is lost in all of them, and their sum is no better than each."""
+    torch.manual_seed(0)
+    rows = torch.rand(500, 64) - 0.5
+    rows[:, 9] = 1
+    _, scale = int8.quantise_gradient(rows)
+    assert float(scale.max()) == float(scale.min())
+    noise = int8._noise(rows, scale)
+    assert len(noise[:, 0].unique()) == 500
+    assert float((noise.mean(0) - 0.5).abs().max()) < 5 / (12 * 500) ** 0.5
+
+
 def test_the_loss_of_an_int8_head_has_the_gradient_of_that_head() -> None:
     _, head = made(64, 300)
     hidden, targets = torch.randn(50, 64), torch.randint(300, (50,))
@@ -224,7 +236,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         load_int8_base(tmp_path, torch.float32, CPU, calibration())
 
 
-def test_few_rows_on_a_card_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_gets_enough_rows_and_the_layout_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
     class OnCuda(torch.Tensor):
@@ -233,13 +245,21 @@ def test_few_rows_on_a_card_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> No
             return torch.device("cuda")
 
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert a.stride(1) == 1 and b.stride(0) == 1, "cuBLASLt multiplies rows by columns"
         seen.append(a.shape[0])
         return (a.int() @ b.int()).as_subclass(torch.Tensor)
 
     monkeypatch.setattr(torch.ops.aten, "_int_mm", product)
     a, b = torch.ones(3, 8, dtype=torch.int8), torch.ones(8, 8, dtype=torch.int8)
     assert torch.equal(int8.int8_product(a.as_subclass(OnCuda), b), torch.full((3, 8), 8, dtype=torch.int32))
-    assert seen == [17]
+    for a, b in (
+        (torch.randint(-128, 128, (20, 8), dtype=torch.int8), torch.randint(-9, 9, (8, 16), dtype=torch.int8)),
+    ):
+        for left in (a, a.t().contiguous().t()):
+            for right in (b, b.t().contiguous().t()):
+                found = int8.int8_product(left.as_subclass(OnCuda), right)
+                assert torch.equal(found, (a.int() @ b.int()))
+    assert seen == [17, 20, 20, 20, 20]
 
 
 def test_an_index_that_is_no_json_is_a_message(tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ import torch
 
 from huarizo.errors import UserError
 from huarizo.recipe import make_recipe
-from huarizo.training.checkpoint import Checkpoint, fault_of, newest_first, newest_valid, save
+from huarizo.training.checkpoint import (
+    Checkpoint,
+    Trained,
+    contents,
+    fault_of,
+    newest_first,
+    newest_valid,
+    save,
+)
 from tests.training.test_parity import lora_model, make_trainer, random_examples
 
 FILES = {"adapter_model.safetensors": b"a", "state.json": b"{}"}
@@ -130,3 +138,22 @@ def test_a_checkpoint_of_another_lora_is_refused(tmp_path: Path) -> None:
     assert checkpoint is not None
     with pytest.raises(UserError, match="another LoRA"):
         checkpoint.restore_weights(lora_model(make_recipe(lora={"r": 4})))
+
+
+@pytest.mark.parametrize(("then", "now"), [(2, 1), (1, 2), (2, 2)])
+def test_generators_of_cards_go_to_as_many_as_there_are(
+    then: int, now: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(training={"max_steps": 1})
+    trainer = make_trainer(lora_model(recipe), recipe, random_examples([20, 30]), tmp_path)
+    trainer.create_optimizer_and_scheduler(1)
+    trained = Trained(trainer.model, trainer.optimizer, trainer.lr_scheduler, None)
+    cards = [torch.full((16,), number, dtype=torch.uint8) for number in range(then)]
+    files = contents(trained, [torch.cat([torch.get_rng_state(), *cards])], {})
+    put: dict[int, int] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: now)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, number: put.update({number: int(state[0])}))
+    Checkpoint(tmp_path, {"step": 1}, files).restore_generators(rank=5)
+    assert put == {number: number for number in range(min(then, now))}

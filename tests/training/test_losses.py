@@ -11,15 +11,27 @@ import torch
 from huarizo.recipe import make_recipe
 from huarizo.results.report import heldout_change
 from huarizo.training.checkpoint import Trained, contents, newest_first, newest_valid, save
-from huarizo.training.losses import CLIMB, MAX_SKIPPED, WINDOW, DivergedError, LossWatch, likely_cause
+from huarizo.training.losses import (
+    CLIMB,
+    MAX_SKIPPED,
+    MAX_SKIPPED_SCALED,
+    WINDOW,
+    DivergedError,
+    LossWatch,
+    likely_cause,
+)
 from huarizo.training.trainer import LoraTrainer
 from tests.training.test_checkpoint import weights
 from tests.training.test_parity import lora_model, make_trainer, random_examples
 
 
-def trainer_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: dict[int, str], steps: int = 8) -> LoraTrainer:
+def trainer_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: dict[int, str], steps: int = 8, save_every: int | None = 1,
+    **arguments: Any,
+) -> LoraTrainer:  # fmt: skip
     """A trainer whose loss or gradients are not finite in some steps."""
-    recipe = make_recipe(training={"epochs": 2, "save_every": 1, "keep": 99, "max_steps": steps})
+    training = {"epochs": 20, "save_every": save_every, "keep": 99, "max_steps": steps}
+    recipe = make_recipe(trainer=arguments, training=training)
     plain = LoraTrainer._accumulate
 
     def accumulate(self: Any, model: Any, step: Any) -> torch.Tensor:
@@ -35,7 +47,67 @@ def trainer_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: dict[int,
     return make_trainer(lora_model(recipe), recipe, random_examples([20, 30, 40, 50] * 4), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def with_scaler(trainer: LoraTrainer, monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:
+    """Gives a trainer the loss scaler that Accelerate makes for fp16 on a card, here on the CPU."""
+    scaler: Any = torch.amp.GradScaler("cpu")
+    accelerator: Any = trainer.accelerator
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    monkeypatch.setattr(accelerator, "unscale_gradients", lambda: scaler.unscale_(accelerator._optimizers[0].optimizer))
+    return scaler
+
+
+OPTIMIZERS = pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+CLIPPING = pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+KINDS = pytest.mark.parametrize("kind", ["loss", "gradient"])
+
+
+@OPTIMIZERS
+@CLIPPING
+@KINDS
+def test_with_a_loss_scaler_a_step_is_left_out_and_the_scale_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, max_grad_norm: float, optim: str
+) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, {3: kind}, 4, optim=optim, max_grad_norm=max_grad_norm)
+    scaler = with_scaler(trainer, monkeypatch)
+    before = scaler.get_scale()
+    trainer.go_on(None)
+    assert trainer.watch.skipped == 1 and scaler.get_scale() == before / 2
+    folder = tmp_path / "run" / "checkpoints"
+    after = [(folder / f"step-00000{step}" / "adapter_model.safetensors").read_bytes() for step in (2, 3, 4)]
+    assert after[0] == after[1] != after[2]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@OPTIMIZERS
+@KINDS
+def test_a_run_that_ends_in_skipped_steps_has_not_ended_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, optim: str, scaled: bool
+) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, dict.fromkeys(range(3, 10), kind), 9, None, optim=optim)
+    if scaled:
+        with_scaler(trainer, monkeypatch)
+    with pytest.raises(DivergedError, match="stopped at step .: loss or gradients were not finite in . steps in a row"):
+        trainer.go_on(None)
+    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
+
+
+def test_a_scale_is_sought_for_so_many_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, dict.fromkeys(range(1, 50), "gradient"), 50, None)
+    with_scaler(trainer, monkeypatch)
+    with pytest.raises(DivergedError, match=f"stopped at step {MAX_SKIPPED_SCALED}: "):
+        trainer.go_on(None)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_short_run_in_which_no_step_went_right_is_no_result(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_with(tmp_path, monkeypatch, dict.fromkeys(range(1, steps + 1), "gradient"), steps, None)
+    with pytest.raises(DivergedError, match=f"not finite in {steps} steps in a row. It never went right"):
+        trainer.go_on(None)
+
+
+@KINDS
 def test_a_step_that_is_not_finite_is_left_out_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

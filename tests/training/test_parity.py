@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from huarizo.data.packing import StepCollator, order
+from huarizo.data.packing import StepCollator, order, pack
 from huarizo.data.prompts import TextFormat, alpaca
 from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import Encoder
@@ -172,3 +172,13 @@ def test_loraplus_gives_b_a_learning_rate_of_its_own(tmp_path: Path) -> None:
     for name, rate in rates.items():
         assert rate == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4), name
     assert trainer.train().global_step == 2
+
+
+def test_no_copies_of_the_model_and_no_exchange_of_frozen_weights(tmp_path: Path) -> None:
+    args = training_arguments(make_recipe(), Run(tmp_path), Choice("fp32", "test", torch.float32), torch.device("cpu"))
+    assert args.ddp_broadcast_buffers is False and args.ddp_find_unused_parameters is False
+    assert args.n_gpu <= 1
+    recipe = make_recipe()
+    trainer = make_trainer(lora_model(recipe), recipe, [], tmp_path)
+    batch = pack(random_examples([5, 6]))
+    assert trainer._prepare_inputs(dict(batch))["cu_seqlens"] is batch["cu_seqlens"]

@@ -1,0 +1,45 @@
+"""NEFTune (arXiv 2310.05914) on packed rows: noise on the embeddings in training, for each example by its own length.
+
+The noise is a hash of seed, step, token and channel, as the masks of dropout are, so it depends neither on how a step
+is cut into micro-batches nor on where a run was stopped.
+"""
+
+from typing import Any
+
+import torch
+
+from huarizo.model.dropout import hashed, indices
+
+OTHER_THAN_DROPOUT = 0x5EED  # added to the run's seed
+
+
+class EmbeddingNoise:
+    """Uniform noise of at most alpha / sqrt(L K) on each of the K channels of a token whose example has L tokens.
+
+    model: its input embeddings get the noise in training; alpha: `trainer.neftune_noise_alpha`; seed: of the run.
+    """
+
+    def __init__(self, model: Any, alpha: float, seed: int) -> None:
+        embeddings = model.get_input_embeddings()
+        on = embeddings.weight.device
+        self._alpha, self._seed = alpha, torch.tensor([(seed + OTHER_THAN_DROPOUT) % 2**32], device=on).int()
+        self._step_seed = self._places = self._lengths = torch.zeros(0, dtype=torch.int32, device=on)
+        embeddings.register_forward_hook(self._add)
+
+    def draw(self, step: int, places: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+        """New noise for a micro-batch of an optimizer step.
+
+        places: of its tokens in the step, integers [T]; cu_seqlens: integers [n + 1], where its examples begin and end.
+        """
+        on, lengths = self._seed.device, cu_seqlens.diff().long()
+        self._step_seed = hashed(torch.tensor([step], dtype=torch.int32, device=on), self._seed)
+        self._places, self._lengths = places.int().to(on), lengths.repeat_interleave(lengths).to(on)
+
+    def _add(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """The embeddings [1, T, K] with their noise."""
+        if not module.training:
+            return None
+        channels = output.shape[-1]
+        noise = hashed(indices(self._places, channels), self._step_seed).float() * 2.0**-31
+        size = self._alpha / (self._lengths.float() * channels).sqrt()
+        return output + (noise * size[:, None]).to(output.dtype)
