@@ -309,6 +309,7 @@ def push(
     merged: Annotated[bool, typer.Option("--merged", help="the folder that `huarizo merge` made")] = False,
     gguf: Annotated[bool, typer.Option("--gguf", help="the files that `huarizo export` made")] = False,
     public: Annotated[bool, typer.Option("--public", help="for everybody to see; otherwise for you alone")] = False,
+    base_model: BaseModel = None,
     yes: Annotated[bool, typer.Option("--yes", help="send without asking")] = False,
     force: Force = False,
 ) -> None:
@@ -319,7 +320,8 @@ def push(
     from huarizo.hub.upload import account
     from huarizo.results.publish import publication, publish
 
-    what = publication(open_run(run), repository, "merged" if merged else "gguf" if gguf else "adapter", public)
+    kind = "merged" if merged else "gguf" if gguf else "adapter"
+    what = publication(open_run(run), repository, kind, public, base_model)
     print(what)
     if not yes:
         if not sys.stdin.isatty():

@@ -35,6 +35,7 @@ from huarizo.files import (
 from huarizo.host import cache_folder, int8_instructions, rank, world_size
 from huarizo.kernels.dropout import reason_against
 from huarizo.machine import Choice, describe, device, minutes_in_float
+from huarizo.model.added_tokens import lengthen, rows_to_train
 from huarizo.model.fast import compile_layers
 from huarizo.model.int8_load import load_int8_base
 from huarizo.model.load import load_base, read_config, weight_bytes
@@ -79,8 +80,11 @@ def load_frozen(folder: Path, choice: Choice, rows: Any) -> Any:
 
 def load_model(prepared: Prepared) -> Any:
     """The frozen base with a new LoRA, as a PeftModel."""
+    recipe, tokenizer = prepared.recipe, prepared.data.encoder.tokenizer
     model = load_frozen(prepared.model_source.path, prepared.choice, prepared.data.train.dataset)
-    model = add_lora(model, prepared.recipe.lora, prepared.recipe.training.seed)
+    tokens = rows_to_train(tokenizer, recipe.data.special_tokens or [], model.config.vocab_size)
+    lengthen(model, max(tokens, default=-1) + 1)
+    model = add_lora(model, recipe.lora, recipe.training.seed, tokens)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = prepared.model_source.reference, prepared.model_source.revision
     return model

@@ -23,10 +23,12 @@ from huarizo.machine import (
     available_memory,
     choose_precision,
     device,
+    float_precision,
     micro_batch_tokens,
     nearest_precision,
     spread,
 )
+from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
 from huarizo.model.load import activation_bytes_per_token, load_tokenizer, positions, read_config, weight_bytes
 from huarizo.model.lora import check_lora
 from huarizo.model.measure import int8_gain
@@ -66,13 +68,15 @@ def prepare(recipe: Recipe, resumed: bool = False) -> Prepared:
     config = read_config(model.path)
     recipe, cut = _within_positions(recipe, config)
     check_weights(model.path)
-    check_lora(model.path, recipe.lora, choice.precision)
+    tokenizer, added = load_tokenizer(model.path), recipe.data.special_tokens or []
+    add_tokens(tokenizer, added)
+    check_lora(model.path, recipe.lora, choice.precision, rows_to_train(tokenizer, added, config["vocab_size"]))
     data = prepare_data(
-        recipe.data, recipe.training.seed, files_of(train), files_of(heldout),
-        load_tokenizer(model.path), cache_folder() / "tokens",
-    )  # fmt: skip
+        recipe.data, recipe.training.seed, files_of(train), files_of(heldout), tokenizer, cache_folder() / "tokens"
+    )
+    rows = max(config["vocab_size"], size_of(tokenizer) if added else 0)
     chosen = [source.note for source in (*train, *heldout) if source.note]
-    data = replace(data, notes=[*chosen, *cut, *_unused_tokens(data, config), *data.notes])
+    data = replace(data, notes=[*chosen, *cut, *_unused_tokens(data, rows), *data.notes])
     for file in changed_files([*train, *heldout]):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
     resolved = recipe.model_copy(deep=True)
@@ -93,13 +97,13 @@ def _pinned(sources: list[Source]) -> str | list[str]:
     return sources[0].pinned if len(sources) == 1 else [source.pinned for source in sources]
 
 
-def _unused_tokens(data: Data, config: dict[str, Any]) -> list[str]:
-    """A note of tokens for which the model has no embedding, where there are such and the data uses none.
+def _unused_tokens(data: Data, size: int) -> list[str]:
+    """A note of tokens beyond an embedding of `size` rows, where there are such and the data uses none.
 
     Raises:
         ModelError: the data uses one.
     """
-    size, encoder = config["vocab_size"], data.encoder
+    encoder = data.encoder
     encoder.check_embedding(max(part.largest for part in (data.train, data.heldout) if part is not None), size)
     if encoder.vocabulary <= size:
         return []
@@ -125,7 +129,13 @@ def _choose(recipe: Recipe, on: torch.device, resumed: bool) -> Choice:
     if rank():
         precision, dtype = as_first([0, 0], on)
         return Choice(names[precision], "as the first process chose", DTYPES[names[dtype]])
-    choice = nearest_precision(recipe.precision, on) if resumed else choose_precision(recipe.precision, on, int8_gain)
+    if recipe.precision == "auto" and recipe.data.special_tokens:
+        reason = f"the rows of {SETTING} are trained in float"
+        choice = replace(choose_precision(float_precision(on), on), reason=reason)
+    elif resumed:
+        choice = nearest_precision(recipe.precision, on)
+    else:
+        choice = choose_precision(recipe.precision, on, int8_gain)
     as_first([names.index(choice.precision), [DTYPES.get(name) for name in names].index(choice.dtype)], on)
     return choice
 

@@ -151,6 +151,11 @@ class DataRecipe(Section):
     on_bad_row: Literal["fail", "skip"] = Field(
         default="fail", description="skip writes the bad rows to a file of the run"
     )
+    special_tokens: Names | None = Field(
+        default=None,
+        description="texts that become one token each, in prompts and answers, whose rows of embedding and head are "
+        "trained: data.special_tokens=[<think>,</think>]",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="names in the file, where they differ: data.columns.instruction=question",
@@ -175,6 +180,16 @@ class DataRecipe(Section):
             raise ValueError(
                 f"not one of {', '.join(PROMPT_NAMES)}, nor a Jinja template with {{{{ instruction }}}}{hint}"
             )
+        return value
+
+    @field_validator("special_tokens")
+    @classmethod
+    def _tokens_are_texts(cls, value: list[str] | None) -> list[str] | None:
+        odd = [text for text in value or [] if text != text.strip() or not text.isprintable()]
+        if odd:
+            raise ValueError(f"{odd[0]!r} begins or ends with a space, or holds what can't be seen")
+        if len(set(value or [])) < len(value or []):
+            raise ValueError("a text stands there twice")
         return value
 
     @field_validator("date")

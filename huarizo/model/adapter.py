@@ -15,6 +15,8 @@ from typing import Any
 from huarizo.errors import ModelError
 from huarizo.files import fault_in, manifest_of
 from huarizo.hub.model_files import tensors_in
+from huarizo.model.added_tokens import lengthen, lengthened, size_of
+from huarizo.model.load import load_tokenizer
 from huarizo.model.weights import first_line
 from huarizo.sandbox.reading import odd_entry, read_json, without_panics
 
@@ -24,6 +26,13 @@ LARGEST_RANK = 4096
 PREFIX = "base_model.model."  # of the names in an adapter's file
 BASE_LAYER = ".base_layer.weight"
 """How names end of embeddings and heads that PEFT writes beside the LoRA on them, as the base had them."""
+VOCABULARY_LAYERS = ("embed_tokens", "lm_head")
+VOCABULARY_SIDE = {
+    ".weight": 0, BASE_LAYER: 0, ".lora_embedding_A": 1, ".lora_B.weight": 0,
+}  # fmt: skip
+"""Ends of the names of those layers' tensors that have a place for each token, and which of their sides that is."""
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+"""How names end of the rows of single tokens, which the configuration names by their ids."""
 PLAIN_NAME = re.compile(r"[\w.]{1,200}")
 OF_TRANSFORMERS = re.compile(r"(transformers|unsloth)\.[\w.]{1,200}$")
 REWRITING = re.compile(r"olora|pissa")
@@ -32,7 +41,8 @@ INITS = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """A PeftModel of `model` with the adapter of a folder, for use, not for training.
+    """A PeftModel of `model` with the adapter of a folder, for use, not for training. Where the adapter has rows for
+    more tokens than the model, the model's embedding and head are made longer.
 
     Raises:
         ModelError: no adapter there, one that does not fit the model, or that asks for more than a plain LoRA.
@@ -40,6 +50,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     config = check_adapter(folder)
+    lengthen(model, rows_with(folder, model.config.vocab_size))
     made_for = config.base_model_name_or_path or "a model that it does not name"
     wrong_base = f"{folder}: this adapter was made for {made_for}, not for {model.name_or_path}"
     try:
@@ -49,32 +60,36 @@ def load_adapter(model: Any, folder: Path) -> Any:
         if "size mismatch" in str(error):
             raise ModelError(f"{wrong_base}: the sizes of its layers differ") from None
         raise ModelError(f"{folder}: the adapter does not load: {first_line(error)}") from None
-    given = {name for name in tensors_in(folder / WEIGHTS) if not name.endswith(BASE_LAYER)}
+    given = {name for name in tensors_in(folder / WEIGHTS) if not is_of_the_base(name, config)}
     if unused := given ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
         raise ModelError(f"{wrong_base}: {sorted(unused)[0]} has no counterpart")
     return tuned
 
 
 def rewritten_weights(model: Any, folder: Path) -> dict[str, Any]:
-    """Copies of those weights of a base that change when this adapter is loaded, by name: PiSSA and OLoRA put a part
-    of the weight into A and B and leave the rest in the base. {} for every other LoRA.
+    """Copies of those weights of a base that change when this adapter is loaded, by name, as long as they are then.
+
+    PiSSA and OLoRA put a part of the weight into A and B and leave the rest in the base; an adapter that was saved with
+    the base's embedding or head brings another one. {} for every other LoRA.
 
     Raises:
-        ModelError: no adapter there, or no plain LoRA.
+        ModelError: no adapter there, no plain LoRA, or one with tokens that nothing beside it tells.
     """
     config = check_adapter(folder)
-    if not isinstance(config.init_lora_weights, str) or not REWRITING.match(config.init_lora_weights):
-        return {}
-    parameters = dict(model.named_parameters())
-    names = (f"{module}.weight" for module in _targets(folder, _shapes(folder, config)))
-    return {name: parameters[name].detach().clone() for name in names if name in parameters}
+    shapes = _shapes(folder, config)
+    names = {layer_of(name) + ".weight" for name in shapes if is_of_the_base(name, config)}
+    if isinstance(config.init_lora_weights, str) and REWRITING.match(config.init_lora_weights):
+        names |= {f"{module}.weight" for module in _targets(folder, shapes)}
+    rows, parameters = rows_with(folder, model.config.vocab_size), dict(model.named_parameters(remove_duplicate=False))
+    copies = {name: parameters[name].detach() for name in sorted(names) if name in parameters}
+    return {n: lengthened(w, rows) if _is_vocabulary(n) else w.clone() for n, w in copies.items()}
 
 
 @contextmanager
 def without_adapter(tuned: Any, rewritten: Mapping[str, Any]) -> Iterator[None]:
     """Inside the block a PeftModel computes what its base does. `rewritten`: the base's, of `rewritten_weights`."""
     layers = dict(tuned.get_base_model().named_modules())
-    swapped = {name: layers[name.removesuffix(".weight")].get_base_layer().weight for name in rewritten}
+    swapped = {name: _base_weight(layers[name.removesuffix(".weight")]) for name in rewritten}
     kept = {name: weight.data for name, weight in swapped.items()}
     with tuned.disable_adapter():
         try:
@@ -84,6 +99,92 @@ def without_adapter(tuned: Any, rewritten: Mapping[str, Any]) -> Iterator[None]:
         finally:
             for name, weight in swapped.items():
                 weight.data = kept[name]
+
+
+def _base_weight(layer: Any) -> Any:
+    """The base's weight in a layer, whatever PEFT put around it."""
+    if hasattr(layer, "token_adapter"):
+        layer = layer.token_adapter
+    return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight
+
+
+def is_of_the_base(name: str, config: Any) -> bool:
+    """Whether a tensor of an adapter's file is an embedding or head that the base had when it was saved."""
+    layer = layer_of(name).rpartition(".")[2]
+    return name.endswith(BASE_LAYER) or (
+        name.endswith(f".{layer}.weight") and layer in VOCABULARY_LAYERS and layer not in (config.modules_to_save or ())
+    )
+
+
+def layer_of(name: str) -> str:
+    """The layer that a tensor of an adapter's file belongs to, by the base's name."""
+    name = name.removeprefix(PREFIX).partition(".lora_")[0]
+    return name.removesuffix(TOKEN_ROWS).removesuffix(".weight").removesuffix(".base_layer")
+
+
+def _is_vocabulary(name: str) -> bool:
+    return layer_of(name).rpartition(".")[2] in VOCABULARY_LAYERS
+
+
+def rows_with(folder: Path, rows: int) -> int:
+    """How many rows the embedding of a base, of `rows`, has once it is ready for the adapter of a folder.
+
+    Raises:
+        ModelError: no adapter there, or it has rows for more tokens than the base, and the tokenizer beside it does not
+            tell which tokens these are.
+    """
+    config = check_adapter(folder)
+    whole = max((_places(name, shape) for name, shape in _shapes(folder, config).items()), default=0)
+    trained = 1 + max((number for numbers in trained_rows(config).values() for number in numbers), default=-1)
+    if max(whole, trained) <= rows:
+        return rows
+    told = f"{folder / (WEIGHTS if whole > rows else CONFIG)}: it has rows for {max(whole, trained):,} tokens"
+    told = f"{told}, the base for {rows:,}"
+    mend = "that the adapter was trained with (tokenizer.save_pretrained), or give its own base as --base-model"
+    if not _has_tokenizer(folder):
+        raise ModelError(f"{told}, and there is no tokenizer beside it. Put the tokenizer there {mend}")
+    tokens = size_of(load_tokenizer(folder))
+    if not (rows < tokens and trained <= tokens and (not whole or max(tokens, trained) <= whole)):
+        raise ModelError(f"{told}, and the tokenizer beside it has {tokens:,}. Put the tokenizer there {mend}")
+    return whole or tokens
+
+
+def _places(name: str, shape: list[int]) -> int:
+    """For how many tokens a tensor of an adapter's file has places; 0 where it is of another layer."""
+    side = VOCABULARY_SIDE.get(name.removeprefix(PREFIX).removeprefix(layer_of(name)))
+    return shape[side] if _is_vocabulary(name) and side is not None and side < len(shape) else 0
+
+
+def trained_rows(config: Any) -> dict[str, list[int]]:
+    """The ids of the tokens whose rows an adapter has, by the last part of the layer's name."""
+    found = config.trainable_token_indices or {}
+    found = found if isinstance(found, dict) else {VOCABULARY_LAYERS[0]: found}
+    return {name.rpartition(".")[2]: numbers for name, numbers in found.items()}
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def tokenizer_beside(folder: Path, base: Any, rows: int) -> Any | None:
+    """The tokenizer that an adapter brings along, where it has tokens that the base's has not, and room for them.
+
+    base: the base's tokenizer; rows: of the base's embedding.
+
+    Raises:
+        ModelError: as `rows_with`, or a tokenizer that the adapter's rows need can't be loaded.
+    """
+    longer = rows_with(folder, rows)
+    needed = longer > rows or bool(trained_rows(check_adapter(folder)))
+    if not _has_tokenizer(folder):
+        return None
+    try:
+        brought = load_tokenizer(folder)
+    except ModelError:
+        if needed:
+            raise
+        return None
+    return brought if (needed or size_of(brought) > size_of(base)) and size_of(brought) <= longer else None
 
 
 def check_adapter(folder: Path) -> Any:
@@ -186,6 +287,23 @@ def _is_layers(value: Any) -> bool:
     return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
 
 
+def _is_tokens(value: Any) -> bool:
+    """Ids of tokens: of the embedding, or of embedding and head by name."""
+    numbers = list(value.values()) if isinstance(value, dict) else [value]
+    names = [str(name).rpartition(".")[2] for name in value] if isinstance(value, dict) else []
+    return value is None or (
+        set(names) <= set(VOCABULARY_LAYERS)
+        and len(set(names)) == len(names)
+        and all(
+            isinstance(each, list)
+            and each
+            and all(type(n) is int and 0 <= n < 2**31 for n in each)
+            and len(set(each)) == len(each)
+            for each in numbers
+        )
+    )
+
+
 def _is_note_of_class(value: Any) -> bool:
     """PEFT's note of a base's class, which it writes where no task is set; the names are not followed."""
     return value is None or (
@@ -206,6 +324,7 @@ CHECKS = {
     "target_modules": lambda value: isinstance(value, str) or _is_names(value),
     "exclude_modules": _is_names,
     "modules_to_save": _is_names,
+    "trainable_token_indices": _is_tokens,
     "layers_to_transform": _is_layers,
     "layers_pattern": _is_names,
     "rank_pattern": _is_pattern_of(_is_rank),

@@ -6,14 +6,15 @@ The adapter is an ordinary PEFT adapter: stock `peft` loads it on the stock mode
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from huarizo.errors import RecipeError, listed
-from huarizo.model.adapter import CHECKS
+from huarizo.model.adapter import CHECKS, VOCABULARY_LAYERS
+from huarizo.model.added_tokens import SETTING, lengthen
 from huarizo.model.int8 import Int8Linear
 from huarizo.model.int8_lora import register
 from huarizo.model.weights import skeleton
@@ -36,7 +37,7 @@ REASONS = {
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), WITH_ROWS),
     "layer_replication": "the result has other layers than the base, so that no GGUF or merged base fits it",
     "target_parameters": "it is for mixtures of experts, and a Llama has none",
-    "trainable_token_indices": "name the layers as a whole: modules_to_save: [embed_tokens, lm_head]",
+    "trainable_token_indices": "name the tokens: data.special_tokens trains their rows",
     "ensure_weight_tying": "train the embedding or the head, not both, or neither",
     "use_qalora": "it is for GPTQ bases, and Huarizo adds LoRA to float ones",
 }
@@ -46,6 +47,7 @@ ALSO_REFUSED: dict[str, Callable[[Any], bool]] = {
     "init_lora_weights": lambda value: isinstance(value, str) and value.startswith("pissa_"),
     "exclude_modules": lambda value: isinstance(value, str),
     "modules_to_save": lambda value: isinstance(value, str),
+    "trainable_token_indices": lambda value: value is not None,
 }
 """Values that an adapter from elsewhere may have, but with which nothing is trained here."""
 
@@ -57,22 +59,28 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_lora(folder: Path, recipe: LoraRecipe, precision: str) -> None:
+def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequence[int] = ()) -> None:
     """A recipe's LoRA fits a model and is one that chat, merge, export and stock PEFT load; nothing heavy is loaded.
 
-    folder: the model's. precision: of the frozen base.
+    folder: the model's. precision: of the frozen base. tokens: ids of those whose rows are trained.
 
     Raises:
         RecipeError: naming what does not.
     """
     model = skeleton(folder)
+    lengthen(model, max(tokens, default=-1) + 1)
     _check_options(recipe.options)
+    if tokens and precision == "int8":
+        raise RecipeError(
+            f"{SETTING}: their rows are trained in float, and with precision int8 the head is frozen in 8 bit. Set "
+            "precision=bf16 or fp32"
+        )
     if precision == "int8" and recipe.options.get("use_dora"):
         raise RecipeError("lora.options.use_dora: not supported with precision int8. Set precision=bf16 or fp32")
     plain = {name: value for name, value in recipe.options.items() if name != "init_lora_weights"}
     with warnings.catch_warnings(record=True) as told, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
-        add_lora(model, recipe.model_copy(update={"options": plain}), 0)
+        add_lora(model, recipe.model_copy(update={"options": plain}), 0, tokens)
     for warning in told:
         if "did not match any" in str(warning.message):
             raise RecipeError(f"lora.options: {warning.message}")
@@ -102,8 +110,10 @@ def _check_options(options: dict[str, Any]) -> None:
         raise RecipeError(f"lora.options: not every setting of PEFT is taken\n{listed(problems)}")
 
 
-def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
+def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = ()) -> Any:
     """A PeftModel around `model`, its adapter in fp32 and drawn from `seed` alone.
+
+    tokens: ids of those whose rows of embedding and head are trained as well.
 
     Raises:
         RecipeError: target_modules names no linear layer of this model, or PEFT refuses the options.
@@ -122,6 +132,7 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
                 f"lora.target_modules: the model has no linear layer {name!r}{hint} It has {', '.join(known)}"
             )
     _check_options(recipe.options)
+    rows = _rows_config(model, recipe, targets, tokens)
     torch.manual_seed(seed)
     try:
         config = LoraConfig(
@@ -130,11 +141,35 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int) -> Any:
             lora_alpha=int(recipe.alpha) if recipe.alpha == int(recipe.alpha) else recipe.alpha,  # pyright: ignore
             lora_dropout=recipe.dropout,
             target_modules=targets,
-            **{"bias": "none", **recipe.options},
+            **{"bias": "none", **recipe.options, **rows},
         )
         return get_peft_model(model, register(config))
     except (ValueError, TypeError, ImportError, AttributeError, LookupError) as error:
         raise RecipeError(f"lora: peft refuses these settings: {str(error).strip().splitlines()[0]}") from None
+
+
+def _rows_config(model: Any, recipe: LoraRecipe, targets: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:
+    """What tells PEFT to train the rows of these tokens; nothing where embedding and head are trained as a whole.
+
+    Raises:
+        RecipeError: another part of the adapter changes the one or the other of them.
+    """
+    if not tokens:
+        return {}
+    whole = [name for name in recipe.options.get("modules_to_save") or [] if name in VOCABULARY_LAYERS]
+    if set(whole) == set(VOCABULARY_LAYERS):
+        return {}
+    if whole:
+        raise RecipeError(
+            f"lora.options.modules_to_save: with {SETTING} name embedding and head, [embed_tokens, lm_head], or "
+            f"neither, not {whole[0]} alone"
+        )
+    if any(name.rpartition(".")[2] == "lm_head" for name in targets):
+        raise RecipeError(f"lora.target_modules: with {SETTING} the head's rows are trained, so lm_head can't be here")
+    ids = list(tokens)
+    return {
+        "trainable_token_indices": ids if model.config.tie_word_embeddings else dict.fromkeys(VOCABULARY_LAYERS, ids)
+    }
 
 
 def count_weights(model: Any) -> int:

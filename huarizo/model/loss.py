@@ -83,6 +83,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _rows(head: Any) -> int:
+    head = getattr(head, "token_adapter", head)  # PEFT's, around a head of which single rows are trained
     return max(16, CHUNK_LOGITS // head.out_features)
 
 

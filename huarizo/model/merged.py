@@ -14,8 +14,18 @@ from torch import nn
 
 from huarizo.errors import ModelError
 from huarizo.hub.model_files import tensors_in
-from huarizo.model.adapter import BASE_LAYER, CONFIG, PREFIX, check_adapter
+from huarizo.model.adapter import (
+    CONFIG,
+    PREFIX,
+    TOKEN_ROWS,
+    check_adapter,
+    is_of_the_base,
+    layer_of,
+    rows_with,
+    trained_rows,
+)
 from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from huarizo.model.added_tokens import lengthened
 from huarizo.model.load import read_config
 from huarizo.model.weights import EMBEDDING, HEAD, check_weights, first_line, read_tensor, tensors_of
 
@@ -28,7 +38,9 @@ class MergedWeights:
     """The tensors of a base model with an adapter added, by the base's names.
 
     base: a Llama's folder. adapter: a LoRA adapter's folder, or None for the base alone. `changes` are the adapter's
-    parts by module (`lora_A.weight` [r, in], `lora_B.weight` [out, r] ...), `replaced` the tensors that it has whole.
+    parts by module (`lora_A.weight` [r, in], `lora_B.weight` [out, r] ...), `replaced` the tensors that it has whole,
+    `token_rows` its rows of single tokens, ids and [ids, H] by tensor, and `base_tensors` the embedding and head that
+    the base had where it was saved, if they are others. Embedding and head have as many rows as the adapter needs.
 
     Raises:
         ModelError: a base without all its weights; a broken adapter, or one of another model, where the message names
@@ -45,9 +57,13 @@ class MergedWeights:
         self._shapes = {name: tuple(tensor.shape) for tensors in files.values() for name, tensor in tensors.items()}
         self.changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         self.replaced: dict[str, torch.Tensor] = {}
+        self.token_rows: dict[str, tuple[list[int], torch.Tensor]] = {}
+        self.base_tensors: dict[str, torch.Tensor] = {}
         self._lora: Any = None
         if adapter is not None:
             self._lora = check_adapter(adapter)
+            self._ids, self._lora.trainable_token_indices = trained_rows(self._lora), None  # no part of `_added`
+            self.config["vocab_size"] = rows_with(adapter, self.config["vocab_size"])
             self._read_adapter(adapter)
         if self._changes_one_of_the_tied():
             if self.tied:
@@ -65,17 +81,25 @@ class MergedWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """What the base keeps this tensor in."""
-        return self._base_tensor(self._source(name)).dtype
+        return self._file_tensor(self._source(name)).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the file's header alone where the adapter does not replace it."""
         if name in self.replaced:
             return tuple(self.replaced[name].shape)
-        return self._shapes[self._source(name)]
+        source = self._source(name)
+        return (
+            (self.config["vocab_size"], self.config["hidden_size"])
+            if source in (EMBEDDING, HEAD)
+            else self._shapes[source]
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A tensor with the adapter's change, in float32."""
         weight = (self.replaced[name] if name in self.replaced else self._base_tensor(self._source(name))).float()
+        ids, rows = self.token_rows.get(name) or self.token_rows.get(self._source(name)) or ([], None)
+        if rows is not None:
+            weight = weight.index_copy(0, torch.tensor(ids), rows.float())
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self.changes:
             return self._added(module, weight)
@@ -85,35 +109,70 @@ class MergedWeights:
         return EMBEDDING if name == HEAD and self.tied else name
 
     def _base_tensor(self, name: str) -> torch.Tensor:
+        """The tensor that the adapter is put on, with a row for each token."""
+        if name in self.base_tensors:
+            return self.base_tensors[name]
+        tensor = self._file_tensor(name)
+        return lengthened(tensor, self.config["vocab_size"]) if name in (EMBEDDING, HEAD) else tensor
+
+    def _file_tensor(self, name: str) -> torch.Tensor:
         return read_tensor(self.base / self._file_of[name], name)
 
     def _read_adapter(self, adapter: Path) -> None:
-        kept_whole = tuple(self._lora.modules_to_save or ())
-        known = {name.removesuffix(".weight") for name in self._file_of} | {HEAD.removesuffix(".weight")}
-        for key in tensors_in(adapter / ADAPTER_WEIGHTS):
-            name = key.removeprefix(PREFIX).replace(BASE_LAYER, ".weight")
-            module, mark, rest = name.partition(".lora_")
+        for key in sorted(tensors_in(adapter / ADAPTER_WEIGHTS)):
             tensor = read_tensor(adapter / ADAPTER_WEIGHTS, key)
             if not tensor.isfinite().all():
                 raise ModelError(f"{adapter}: {key} holds numbers that are not finite. Train it again")
-            if module.removesuffix(".weight") not in known:
-                raise self._wrong_base(f"it has no {module}")
-            if rest == "B.bias":
-                raise ModelError(f"{adapter}: lora_bias can't be merged. The adapter can be used with PEFT as it is")
-            if mark:
-                self.changes[module][f"lora_{rest}"] = tensor
-            elif key.endswith(BASE_LAYER) or name.removesuffix(".weight").endswith(kept_whole):
-                self._replace(name, tensor)
-            else:
-                raise ModelError(f"{adapter}: {key} is not in modules_to_save of its {CONFIG}")
+            self._take(adapter, key, tensor)
+        given, self.base_tensors = self.base_tensors, {}
+        same = (name for name, tensor in given.items() if torch.equal(tensor.float(), self._base_tensor(name).float()))
+        self.base_tensors = {name: given[name] for name in given.keys() - set(same)}
         for module, parts in self.changes.items():
             self._check_parts(module, parts)
 
+    def _take(self, adapter: Path, key: str, tensor: torch.Tensor) -> None:
+        """Put a tensor of the adapter's file where it belongs."""
+        kept_whole = tuple(self._lora.modules_to_save or ())
+        known = {name.removesuffix(".weight") for name in self._file_of} | {HEAD.removesuffix(".weight")}
+        module, (_, mark, rest) = layer_of(key), key.partition(".lora_")
+        if module not in known:
+            raise self._wrong_base(f"it has no {module}")
+        if rest == "B.bias":
+            raise ModelError(f"{adapter}: lora_bias can't be merged. The adapter can be used with PEFT as it is")
+        if mark:
+            self.changes[module][f"lora_{rest}"] = tensor
+        elif key.endswith(TOKEN_ROWS):
+            self._take_rows(key, module, tensor)
+        elif is_of_the_base(key, self._lora):
+            self._take_base(f"{module}.weight", tensor)
+        elif module.endswith(kept_whole):
+            self._replace(key.removeprefix(PREFIX), tensor)
+        else:
+            raise ModelError(f"{adapter}: {key} is not in modules_to_save of its {CONFIG}")
+
+    def _take_rows(self, key: str, module: str, rows: torch.Tensor) -> None:
+        ids = self._ids.get(module.rpartition(".")[2], [])
+        if tuple(rows.shape) != (len(ids), self.config["hidden_size"]):
+            raise self._wrong_base(
+                f"{key} is {_size(rows.shape)}, for {len(ids)} tokens of {self.config['hidden_size']} numbers each"
+            )
+        self.token_rows[f"{module}.weight"] = ids, rows
+
+    def _take_base(self, name: str, tensor: torch.Tensor) -> None:
+        """An embedding or head that the adapter was saved with takes the place of the base's. Tied ones are one."""
+        self._check_size(name, tensor)
+        name = self._source(name)
+        if not torch.equal(self.base_tensors.setdefault(name, tensor), tensor):
+            raise self._wrong_base("its embedding and head are one tensor, and the adapter's are two")
+
     def _replace(self, name: str, tensor: torch.Tensor) -> None:
-        if tuple(tensor.shape) != self.shape(name):
-            raise self._wrong_base(f"its {name} is {_size(self.shape(name))}, the adapter's {_size(tensor.shape)}")
+        self._check_size(name, tensor)
         if not torch.equal(tensor.float(), self._base_tensor(self._source(name)).float()):
             self.replaced[name] = tensor
+
+    def _check_size(self, name: str, tensor: torch.Tensor) -> None:
+        if tuple(tensor.shape) != self.shape(name):
+            raise self._wrong_base(f"its {name} is {_size(self.shape(name))}, the adapter's {_size(tensor.shape)}")
 
     def _check_parts(self, module: str, parts: dict[str, torch.Tensor]) -> None:
         wanted = EMBEDDING_PARTS if "lora_embedding_A" in parts else LINEAR_PARTS
@@ -127,7 +186,8 @@ class MergedWeights:
 
     def _changes_one_of_the_tied(self) -> bool:
         tied = (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
-        return any(module in self.changes or f"{module}.weight" in self.replaced for module in tied)
+        changed = any(module in self.changes or f"{module}.weight" in self.replaced for module in tied)
+        return changed or HEAD in self.token_rows
 
     def _added(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight with LoRA's change, by PEFT's layer alone in a tree of the model's names."""

@@ -62,7 +62,7 @@ tags: [lora, huarizo]
 # LoRA adapter
 
 {card_facts(recipe, base, _data_names(recipe, lambda name: name.rpartition("/")[2]), metrics)}
-{peft_usage(base, "path/to/this/folder")}
+{peft_usage(base, "path/to/this/folder", bool(recipe.data.special_tokens))}
 
 Trained with Huarizo.
 """
@@ -84,13 +84,17 @@ def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any
 {loss}"""
 
 
-def peft_usage(base: str, adapter: str) -> str:
-    """How an adapter is loaded with stock PEFT, as a code block in Markdown."""
+def peft_usage(base: str, adapter: str, tokens: bool = False) -> str:
+    """How an adapter is loaded with stock PEFT, as a code block in Markdown. tokens: whether it has added ones."""
+    longer = f"""
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(adapter)})  # with the added tokens
+if len(tokenizer) > base.config.vocab_size:
+    base.resize_token_embeddings(len(tokenizer))"""
     return f"""```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM{", AutoTokenizer" if tokens else ""}
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
+base = AutoModelForCausalLM.from_pretrained({base!r}){longer if tokens else ""}
 model = PeftModel.from_pretrained(base, {json.dumps(adapter)})
 ```"""
 
@@ -116,7 +120,7 @@ def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: Sequence
         *(["## Before and after training"] if samples else []),
         *(_sample_block(sample) for sample in samples),
         "## Use",
-        _usage(what, hub_id or f"path/to/{base}", repo_id, ggufs),
+        _usage(what, hub_id or f"path/to/{base}", repo_id, ggufs, bool(recipe.data.special_tokens)),
         f"## Licence\n\nThe licence is {under} (`{base}`), whose terms apply to this one too.",
         "Trained with Huarizo.",
     ]
@@ -147,10 +151,10 @@ def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + "…"
 
 
-def _usage(what: What, base: str, repo_id: str, ggufs: Sequence[Path]) -> str:
-    """How it is loaded: with PEFT, with Transformers, or in llama.cpp and Ollama."""
+def _usage(what: What, base: str, repo_id: str, ggufs: Sequence[Path], tokens: bool) -> str:
+    """How it is loaded: with PEFT, with Transformers, or in llama.cpp and Ollama. tokens: whether it has added ones."""
     if what == "adapter":
-        return peft_usage(base, repo_id)
+        return peft_usage(base, repo_id, tokens)
     if what == "merged":
         return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -95,10 +95,10 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
     lora = check_adapter(tuned.adapter)
     plain = not (lora.use_dora or lora.rank_pattern or lora.alpha_pattern or isinstance(lora.init_lora_weights, str))
     linear = all(set(parts) == {"lora_A.weight", "lora_B.weight"} for parts in weights.changes.values())
-    if not plain or not linear or weights.replaced:
+    if not plain or not linear or weights.replaced or weights.token_rows or weights.base_tensors:
         raise ModelError(
             f"{tuned.adapter}: only a LoRA of one rank and scale on linear layers can be written alone (no DoRA, "
-            "PiSSA, OLoRA, patterns or replaced layers). Export the merged model: leave out --adapter"
+            "PiSSA, OLoRA, patterns, replaced layers or added tokens). Export the merged model: leave out --adapter"
         )
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, weights.config["num_hidden_layers"])
     make_parent(target)

@@ -1,5 +1,6 @@
 """A run becomes an ordinary model folder: the base's float weights with the adapter added, and all beside them."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,6 @@ from huarizo.data.files import excerpt
 from huarizo.errors import ModelError
 from huarizo.files import make_parent, require_space, whole_folder
 from huarizo.hub.model_files import INDEX, LICENCES, WEIGHTS
-from huarizo.model.load import load_tokenizer
 from huarizo.model.merged import MergedWeights, merged_shards
 from huarizo.model.weights import first_line
 from huarizo.results.target import check_folder
@@ -98,8 +98,9 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 def _tokenizer(tuned: Tuned) -> Any:
-    """The base's tokenizer, whose chat template writes the prompts that the run was trained on."""
-    tokenizer, encoder = load_tokenizer(tuned.base), tuned.encoder
+    """The result's tokenizer, whose chat template writes the prompts that the run was trained on."""
+    encoder = tuned.encoder
+    tokenizer = copy.deepcopy(encoder.tokenizer)
     bos = str(encoder.tokenizer.bos_token) if encoder.adds_bos and encoder.prompt.name != "chat" else ""
     tokenizer.chat_template = chat_template(encoder, bos) or tokenizer.chat_template
     return tokenizer

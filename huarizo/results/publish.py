@@ -13,10 +13,11 @@ from typing import Any
 
 from huarizo.errors import ModelError, UserError
 from huarizo.hub.model_files import INDEX, LICENCES, broken, weight_files
+from huarizo.hub.names import QUICKSTART
 from huarizo.hub.upload import check_id, full_name, upload
 from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
 from huarizo.recipe import TOKEN
-from huarizo.results.card import CARD, What, hub_card, public_name
+from huarizo.results.card import CARD, What, hub_card, hub_id_of, public_name
 from huarizo.runs import Run
 
 TOKENIZER = (
@@ -60,16 +61,21 @@ class Publication:
         return "\n".join([f"repository: {self.repo_id} ({seen_by})", "files:", *rows, f"{CARD}:", text])
 
 
-def publication(run: Run, repo_id: str, what: What = "adapter", public: bool = False) -> Publication:
+def publication(
+    run: Run, repo_id: str, what: What = "adapter", public: bool = False, base_model: str | None = None
+) -> Publication:
     """Gather what a run has to send; the hub is not asked.
 
+    base_model: folder or hub id of the base that the card names, where it is no longer where the run says.
+
     Raises:
-        UserError: no name for a repository, nothing of that kind yet, a file that leads out of the run's folder or
-            tells a local path.
+        UserError: no name for a repository or no such base, nothing of that kind yet, a file that leads out of
+            the run's folder or tells a local path.
         ModelError: the adapter or the merged model is not whole.
     """
     check_id(repo_id)
     recipe = run.recipe()
+    recipe.model = _known(base_model) if base_model else recipe.model
     found = _found(run, what)
     base = public_name(recipe.model)
     private = [str(place) for place in (Path.home(), Path.cwd(), run.path.resolve().parent) if len(place.parts) > 1]
@@ -82,6 +88,13 @@ def publication(run: Run, repo_id: str, what: What = "adapter", public: bool = F
     files[CARD] = hub_card(run, recipe, repo_id if "/" in repo_id else OWNER + repo_id, what, ggufs).encode()
     _check_no_token(files)
     return Publication(repo_id, not public, files, WEIGHTS_OF_A_MODEL if what == "merged" else ())
+
+
+def _known(base_model: str) -> str:
+    """A base's name, which is that of a folder here or has the form of a hub id."""
+    if base_model != QUICKSTART and hub_id_of(base_model) is None and not Path(base_model).is_dir():
+        raise UserError(f"--base-model {base_model}: no such folder, and no id of the hub (owner/name)")
+    return base_model
 
 
 def publish(publication: Publication, force: bool = False) -> str:

@@ -14,8 +14,9 @@ from huarizo.data.tokens import Encoder
 from huarizo.errors import HubError, ModelError, RecipeError, UserError
 from huarizo.hub.model_files import TEMPLATES, hostile
 from huarizo.hub.names import check_pinned, resolve_adapter, resolve_model
-from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
-from huarizo.model.load import default_template, load_tokenizer
+from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter, tokenizer_beside
+from huarizo.model.added_tokens import add_tokens
+from huarizo.model.load import default_template, load_tokenizer, read_config
 from huarizo.recipe import Recipe, make_recipe, with_overrides
 from huarizo.runs import Run, find_run, open_run
 from huarizo.sandbox.reading import read_json, read_text
@@ -122,7 +123,7 @@ def open_adapter(folder: Path, prompt: str | None = None, base: str | None = Non
     revision = f"@{config.revision}" if config.revision and not base and not Path(named).exists() else ""
     recipe = make_recipe(model=named + revision, data={"train": "quickstart"})
     with _told(folder / CONFIG, "base_model_name_or_path", base):
-        return _with_base(recipe, folder, prompt, _own_template(folder))
+        return _with_base(recipe, folder, prompt, _own_template(folder), foreign=True)
 
 
 @contextmanager
@@ -155,10 +156,16 @@ def _own_template(adapter: Path) -> str | None:
     return default_template(found)
 
 
-def _with_base(recipe: Recipe, adapter: Path, prompt: str | None, template: str | None = None) -> Tuned:
+def _with_base(
+    recipe: Recipe, adapter: Path, prompt: str | None, template: str | None = None, foreign: bool = False
+) -> Tuned:
     source = resolve_model(recipe.model)
     check_pinned("model", [source], recipe.pinned.get("model", {}))
     tokenizer = load_tokenizer(source.path)
+    if foreign:
+        rows = read_config(source.path)["vocab_size"]
+        tokenizer = tokenizer_beside(adapter, tokenizer, rows) or tokenizer
+    add_tokens(tokenizer, recipe.data.special_tokens or [])
     tokenizer.chat_template = template or tokenizer.chat_template
     data = recipe.data
     format = prompt_format(prompt or data.prompt, tokenizer, data.eos, data.date)

@@ -117,11 +117,14 @@ def test_a_replaced_embedding_of_another_size_is_of_another_base(tmp_path: Path)
     file = adapter / "adapter_model.safetensors"
     whole = "base_model.model.model.embed_tokens.weight"
     save_file(load_file(file) | {whole: torch.zeros(300, 64)}, file)
-    with pytest.raises(ModelError, match="embed_tokens.weight is not in modules_to_save"):
-        MergedWeights(base, adapter)
-    change_config(adapter, modules_to_save=["embed_tokens"])
+    for values in ({}, {"modules_to_save": ["embed_tokens"]}):
+        change_config(adapter, **values)
+        told = r"adapter_model.safetensors: it has rows for 300 tokens, the base for 260, and there is no tokenizer"
+        with pytest.raises(ModelError, match=told):
+            MergedWeights(base, adapter)
+    save_file(load_file(file) | {whole: torch.zeros(200, 64)}, file)
     with pytest.raises(
-        ModelError, match=r"not for .*: its model.embed_tokens.weight is \d+ x 64, the adapter's 300 x 64"
+        ModelError, match=r"not for .*: its model.embed_tokens.weight is \d+ x 64, the adapter's 200 x 64"
     ):
         MergedWeights(base, adapter)
 

@@ -197,6 +197,14 @@ def test_a_base_that_others_can_find_is_named(run: Run, model: str, base: str, l
     assert config["base_model_name_or_path"] == base
 
 
+def test_a_base_that_has_moved_is_named_as_it_is_now(run: Run, tmp_path: Path) -> None:
+    moved = publication(run, "ann/hello", base_model="llamas/small")
+    assert front_matter(moved)["base_model"] == "llamas/small"
+    assert json.loads(content(moved, "adapter_config.json"))["base_model_name_or_path"] == "llamas/small"
+    with pytest.raises(UserError, match=r"--base-model \./nowhere: no such folder, and no id of the hub"):
+        publication(run, "ann/hello", base_model="./nowhere")
+
+
 @pytest.mark.parametrize(
     ("file", "text", "licence"),
     [
