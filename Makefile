@@ -14,7 +14,7 @@ train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it 
 	$(BIN)/huarizo train recipes/quickstart.yaml $(ARGS)
 
 test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 faults: $(VENV)/dev-ready  ## the long tests of crashes, power cuts, full disks and damaged files (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults $(ARGS)

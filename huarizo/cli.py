@@ -63,7 +63,7 @@ def train(
             print(f"{run.path} is an unfinished run of this recipe: huarizo resume {run.path}")
         return bool(resume)
 
-    _tell_result(finetune.fine_tune(loaded, recipe.stem, console(), go_on))
+    _tell_result(finetune.fine_tune(loaded, recipe.stem, console(outlives_reader=True), go_on))
 
 
 @app.command("resume")
@@ -74,7 +74,7 @@ def resume_run(run: RunName) -> None:
     quiet_libraries()
     from huarizo import finetune
 
-    _tell_result(finetune.resume(opened, console()))
+    _tell_result(finetune.resume(opened, console(outlives_reader=True)))
 
 
 @app.command()

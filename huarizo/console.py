@@ -26,14 +26,13 @@ WRITER_OF_BARS = "tqdm.utils"  # the module through which tqdm writes its bars, 
 class PlainConsole(Console):
     """Shows texts as they are, without markup; what they hold that would command a terminal is left out.
 
-    Only rich's own commands, its colours and its bars, pass. It notes in `closed` when who read it has left, and is
-    silent then.
+    Only rich's own commands, its colours and its bars, pass. When who read it has left, the command ends; with
+    `outlives_reader` it goes on in silence, and `closed` says so.
     """
 
-    closed = False
-
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, outlives_reader: bool = False, **settings: Any) -> None:
         super().__init__(markup=False, highlight=False, **settings)
+        self.outlives_reader, self.closed = outlives_reader, False
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -41,6 +40,8 @@ class PlainConsole(Console):
             yield segment if plain else Segment(without_controls(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
+        if not self.outlives_reader:
+            super().on_broken_pipe()
         self.closed = self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from huarizo.console import PlainConsole
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Exchange, Row
 from huarizo.errors import DataError, ModelError, RecipeError, UserError
@@ -116,13 +117,13 @@ def test_a_loss_that_is_no_number_is_null_and_the_worst(tmp_path: Path, odd: flo
     summary = json.loads((tmp_path / "new" / "summary.json").read_text(), parse_constant=refuse)
     assert summary["loss"]["after"] == summary["loss"]["change"] == {"value": None, "low": None, "high": None}
     assert summary["general_loss"]["after"]["value"] == 1.5
-    show(console := Console(record=True, width=200), found)
+    show(console := PlainConsole(record=True, width=200), found)
     assert "row 2:" in console.export_text().partition("highest losses after training:\n")[2].splitlines()[0]
 
 
 def test_one_row_is_shown_without_an_interval(tmp_path: Path) -> None:
     found = found_losses([20.0], [10.0])
-    show(console := Console(record=True, width=200), found)
+    show(console := PlainConsole(record=True, width=200), found)
     shown = console.export_text()
     assert "nan" not in shown and "1.0000" in shown and "rough" in shown
     save(found, tmp_path / "new")
@@ -134,7 +135,7 @@ def test_one_row_is_shown_without_an_interval(tmp_path: Path) -> None:
 def test_no_row_commands_the_terminal() -> None:
     row = Row("a\x9b.json", 1, "", (Exchange("\x1b[2J\x07Say", "", "y"),))
     found = dataclasses.replace(found_losses([20.0], [10.0]), rows=[row])
-    show(console := Console(record=True, width=200), found)
+    show(console := PlainConsole(record=True, width=200), found)
     assert not any(bad in console.export_text() for bad in "\x1b\x9b\x07")
 
 
