@@ -43,41 +43,64 @@ def indices(places: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def kept(places: torch.Tensor, channels: int, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """Which channels of tokens at these places, int32 [T], stay, bool [T, channels]: where the hash is p 2^32 or more.
+    """Which channels of tokens at places, int32 [T], stay: bool [T, channels], true where the hash is at least p 2^32."""
+    return _kept(places, channels, seed, share(p, places.device)[0])
 
-    Signed integers compare as unsigned ones do when the sign is turned in both.
+
+def _kept(places: torch.Tensor, channels: int, seed: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Signed integers compare as unsigned ones do when the sign is turned in both."""
+    return (hashed(indices(places, channels), seed) ^ SIGN) >= threshold
+
+
+def share(p: float, on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a share p to drop means: int32 [1], p 2^32 with its sign turned, and float32 [1], 1 / (1 - p).
+
+    Tensors, because a compiler that has seen two numbers computes with the third in fewer digits (torch 2.13).
     """
-    return (hashed(indices(places, channels), seed) ^ SIGN) >= int(p * 2**32) + SIGN
+    threshold = torch.tensor([int(p * 2**32) + SIGN], dtype=torch.int32, device=on)
+    return threshold, torch.tensor([1 / (1 - p)], dtype=torch.float32, device=on)
 
 
 def reference(x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """The definition of correct: x [T, K] / (1 - p) where it is `kept`, and 0 elsewhere, in the dtype of x."""
-    return torch.where(kept(places, x.shape[1], seed, p), (x.float() * (1 / (1 - p))).to(x.dtype), 0)
+    return _dropped_in_torch(x, places, seed, *share(p, x.device))
+
+
+def _dropped_in_torch(
+    x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, threshold: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    return torch.where(_kept(places, x.shape[1], seed, threshold), (x.float() * scale).to(x.dtype), 0)
+
+
+# The kernel's operations take places, int32 [T]; seed, int32 [1]; threshold and scale as `share` makes them.
 
 
 @torch.library.custom_op("huarizo::hashed_dropout", mutates_args=())
-def _dropped(x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """x: [T, K]; places: int32 [T]; seed: int32 [1]; returns [T, K], contiguous."""
-    return kernel.dropped(x, places, *_mask(seed, p))
+def _dropped(
+    x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, threshold: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """x: [T, K]; returns [T, K], contiguous."""
+    return kernel.dropped(x, places, *_mask(seed, threshold, scale))
 
 
-def _mask(seed: torch.Tensor, p: float) -> tuple[int, int, float]:
+def _mask(seed: torch.Tensor, threshold: torch.Tensor, scale: torch.Tensor) -> tuple[int, int, float]:
     """Seed and threshold as unsigned integers, and the scale, as the kernel takes them."""
-    return int(seed) & 0xFFFFFFFF, int(p * 2**32), 1 / (1 - p)
+    return int(seed) & 0xFFFFFFFF, int(threshold) - SIGN, float(scale)
 
 
 @_dropped.register_fake
-def _(x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+def _(
+    x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, threshold: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, places, seed, ctx.p = inputs
-    ctx.save_for_backward(places, seed)
+def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return _dropped(grad, *ctx.saved_tensors, ctx.p), None, None, None
+    return _dropped(grad, *ctx.saved_tensors), None, None, None, None
 
 
 _dropped.register_autograd(_backward, setup_context=_save)
@@ -85,38 +108,61 @@ _dropped.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("huarizo::dropped_linear", mutates_args=())
 def _dropped_linear(
-    x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    places: torch.Tensor,
+    seed: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor,
 ) -> torch.Tensor:
-    """x: [T, K]; weight: float32 [r, K]; places: int32 [T]; returns [T, r] in the dtype of x."""
-    return kernel.down(x, weight, places, *_mask(seed, p))
+    """x: [T, K]; weight: float32 [r, K]; returns [T, r] in the dtype of x."""
+    return kernel.down(x, weight, places, *_mask(seed, threshold, scale))
 
 
 @_dropped_linear.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    places: torch.Tensor,
+    seed: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("huarizo::dropped_linear_backward", mutates_args=())
 def _dropped_linear_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    places: torch.Tensor,
+    seed: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return kernel.down_backward(grad, x, weight, places, *_mask(seed, p))
+    return kernel.down_backward(grad, x, weight, places, *_mask(seed, threshold, scale))
 
 
 @_dropped_linear_backward.register_fake
 def _(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    places: torch.Tensor,
+    seed: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, ctx.p = inputs
-    ctx.save_for_backward(*tensors)
+def _save_linear(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *_dropped_linear_backward(grad, *ctx.saved_tensors, ctx.p), None, None, None
+    return *_dropped_linear_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
 _dropped_linear.register_autograd(_linear_backward, setup_context=_save_linear)
@@ -135,14 +181,15 @@ class HashedDropout(nn.Module):
     def __init__(self, p: float, seed: torch.Tensor, places: torch.Tensor) -> None:
         super().__init__()
         self.p, self.seed, self.places = p, seed, places
+        self.threshold, self.scale = share(p, seed.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., K]; all dimensions but the last together are the tokens."""
         if not self.training:
             return x
         rows = x.flatten(0, -2)
-        drop = _dropped if _in_c(x) else reference
-        return drop(rows, self.places[: rows.shape[0]], self.seed, self.p).view(x.shape)
+        drop = _dropped if _in_c(x) else _dropped_in_torch
+        return drop(rows, *self._mask(rows)).view(x.shape)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A linear layer behind the dropout, in the dtype of x.
@@ -153,15 +200,22 @@ class HashedDropout(nn.Module):
         if not self.training or len(weight) > THIN or not _in_c(x):
             return F.linear(self(x), weight.to(x.dtype))
         rows = x.flatten(0, -2)
-        h = _dropped_linear(rows, weight, self.places[: rows.shape[0]], self.seed, self.p)
-        return h.view(*x.shape[:-1], -1)
+        return _dropped_linear(rows, weight, *self._mask(rows)).view(*x.shape[:-1], -1)
+
+    def _mask(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.places[: rows.shape[0]], self.seed, self.threshold, self.scale
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
 def _in_c(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and kernel.reason_against(x.dtype) is None
+    return x.device.type == "cpu" and _has_kernel(x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(dtype: torch.dtype) -> bool:
+    return kernel.reason_against(dtype) is None
 
 
 class DropoutMasks:

@@ -12,6 +12,7 @@ from huarizo.data.packing import StepCollator
 from huarizo.kernels import dropout as kernel
 from huarizo.model import dropout
 from huarizo.model.dropout import DropoutMasks, HashedDropout, at_places, hashed, reference
+from tests.model.test_fast import compiles
 
 SEED = torch.tensor([987654321], dtype=torch.int32)
 
@@ -133,8 +134,18 @@ def test_what_does_not_fit_is_refused_by_the_kernel() -> None:
 def test_the_compiler_sees_the_right_shapes(way: str) -> None:
     if way == "torch":
         pytest.skip("plain torch needs no shapes of its own")
-    args = torch.randn(6, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True), places_of(6), SEED, 0.5
-    torch.library.opcheck(torch.ops.huarizo.dropped_linear.default, args)
+    x, weight = torch.randn(6, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True)
+    mask = places_of(6), SEED, *dropout.share(0.5, x.device)
+    torch.library.opcheck(torch.ops.huarizo.dropped_linear.default, (x, weight, *mask))
+
+
+@compiles
+def test_a_compiler_makes_the_same_mask_for_any_share() -> None:
+    x, places = torch.randn(50, 64), places_of(50)
+    for p in (0.05, 0.1, 0.3, 0.5):
+        module = nn.Sequential(HashedDropout(p, SEED, places)).train()
+        module.compile(dynamic=True)
+        assert torch.equal(module(x), reference(x, places, SEED, p))
 
 
 def test_evaluation_passes_everything() -> None:
