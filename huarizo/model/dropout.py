@@ -43,7 +43,7 @@ def indices(places: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def kept(places: torch.Tensor, channels: int, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """Which channels of tokens at places, int32 [T], stay: bool [T, channels], true where the hash is at least p 2^32."""
+    """Which channels of tokens at places, int32 [T], stay: bool [T, channels], where the hash is at least p 2^32."""
     return _kept(places, channels, seed, share(p, places.device)[0])
 
 
