@@ -145,6 +145,9 @@ def main() -> None:
             sys.exit(UserError.exit_code)
         if error.errno not in (*FULL, errno.EPIPE):
             raise
+        if error.filename is not None:
+            print(f"huarizo: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(MachineError.exit_code)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
         if error.errno == errno.EPIPE:
             sys.exit(1)  # who read it has left

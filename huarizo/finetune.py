@@ -222,8 +222,9 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     notes = [f"{len(data.train.cut)} cut at {recipe.data.max_length} tokens" if data.train.cut else ""]
     notes += [f"{len(data.train.left_out)} left out (no response within that)" if data.train.left_out else ""]
     notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
+    config = read_config(prepared.model_source.path)
     lines = {
-        "device": describe(device()),
+        "device": describe(device(), weight_bytes(config, prepared.choice.precision, prepared.choice.dtype)),
         "model": recipe.model,
         "data": f"{', '.join(names_of(recipe.data.train))}: {_counted(data.train)} ({data.format}), "
         f"{tokens:,} tokens" + "".join(f"; {note}" for note in notes if note),
@@ -342,7 +343,9 @@ def _samples_before(assistant: Assistant, session: Session, checkpoint: Checkpoi
     if isinstance(wanted, list):
         asked = [Sample(prompt, "", "", None) for prompt in wanted]
     else:
-        every = samples_of(prepared.data.heldout_rows or prepared.data.rows)
+        refused = prepared.data.train.refused
+        good = [row for index, row in enumerate(prepared.data.rows) if index not in refused]
+        every = samples_of(prepared.data.heldout_rows or good)
         asked = list(itertools.islice((sample for sample in every if assistant.fits(sample.question)), wanted))
     if asked:
         console.print(f"{'samples':<10} {len(asked)} prompts are answered before and after", soft_wrap=True)

@@ -175,8 +175,11 @@ def as_first(numbers: Sequence[int], on: torch.device) -> list[int]:
     return told.tolist()
 
 
-def describe(on: torch.device) -> str:
-    """The device in words: its name, what else there is, and what keeps a card from being used."""
+def describe(on: torch.device, needed: int = 0) -> str:
+    """The device in words: its name, what else there is, and what keeps a card from being used.
+
+    needed: bytes that the weights take.
+    """
     if on.type != "cuda":
         return f"{on}: {cpu_name()}{_unused_card()}"
     name, cards = f"{on}: {torch.cuda.get_device_name(on)}", torch.cuda.device_count()
@@ -184,6 +187,8 @@ def describe(on: torch.device) -> str:
         return f"{name}, one of {world_size()} processes"
     if cards == 1:
         return name
+    if spread(needed, on):
+        return f"{name} and {cards - 1} more, because one can't hold the model"
     return f"{name}, the first of {cards} cards. To use all: torchrun --nproc-per-node {cards} -m huarizo train ..."
 
 

@@ -11,6 +11,7 @@ from transformers import AddedToken
 from huarizo.errors import ModelError, UserError
 from huarizo.prepare import prepare
 from huarizo.recipe import Recipe, make_recipe, with_overrides
+from huarizo.training.origin import same_training
 from tests.tiny import CHATML, make_model, make_tokenizer
 
 
@@ -42,6 +43,15 @@ def test_a_list_of_data_sets(recipe: Recipe, alpaca_file: Path, tmp_path: Path) 
     assert resolved.pinned["train"].keys() == {"0/rows.json", "1/train.jsonl"}
     assert resolved.pinned["eval"].keys() == {"test.jsonl"}
     assert prepare(resolved).recipe == resolved, "a resolved recipe is found again as it is"
+
+
+def test_a_run_of_yesterday_is_the_same_training(recipe: Recipe) -> None:
+    today = prepare(recipe).recipe
+    yesterday = today.model_copy(deep=True)
+    yesterday.data.date = "2020-01-01"
+    assert same_training(yesterday, today)
+    yesterday.data.max_length = 100
+    assert not same_training(yesterday, today)
 
 
 @pytest.mark.parametrize("name", ["rows.json", "chats/train.jsonl", "chats/test.jsonl"])

@@ -4,12 +4,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huarizo.data.notes import Notes, Places
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import Problem, Row, Rows, read_rows, require_good
-from huarizo.data.tokens import Encoder, TokenisedRows, tokenise
+from huarizo.data.tokens import Encoder, TokenisedRows, require_examples, tokenise
 from huarizo.errors import DataError
 from huarizo.recipe import DataRecipe
 
@@ -74,7 +74,7 @@ def prepare_data(
         DataError: the rows can't be used; the message names file, row, field and remedy.
         RecipeError: the prompt format does not fit the model.
     """
-    prompt = prompt_format(recipe.prompt, tokenizer, recipe.eos, recipe.date)
+    prompt = prompt_format(recipe.prompt, tokenizer, recipe.eos, recipe.date, recipe.special_tokens or ())
     encoder = Encoder(tokenizer, prompt, recipe.labels, recipe.max_length)
     read = read_rows(train, recipe.columns)
     rows, heldout_rows, problems = require_good(read, recipe.on_bad_row), [], list(read.problems)
@@ -90,9 +90,9 @@ def prepare_data(
     notes = list(dict.fromkeys([*notes, *_in_both(rows, heldout_rows), *_written_out(rows, prompt.stop)]))
     trained = tokenise(rows, encoder, cache)
     heldout = tokenise(heldout_rows, encoder, cache) if heldout_rows else None
-    refused = _refused(rows, trained, recipe.on_bad_row)
+    refused = _refused(rows, trained, recipe)
     if heldout is not None:
-        refused += _refused(heldout_rows, heldout, recipe.on_bad_row)
+        refused += _refused(heldout_rows, heldout, recipe)
         heldout_rows = [row for index, row in enumerate(heldout_rows) if index not in heldout.refused]
     return Data(
         encoder, rows, trained, heldout_rows, heldout, [*problems, *refused],
@@ -100,11 +100,16 @@ def prepare_data(
     )  # fmt: skip
 
 
-def _refused(rows: list[Row], tokenised: TokenisedRows, on_bad_row: Literal["fail", "skip"]) -> list[Problem]:
-    """The rows that the prompt format can't write, where they may be left out."""
+def _refused(rows: list[Row], tokenised: TokenisedRows, recipe: DataRecipe) -> list[Problem]:
+    """The rows that the prompt format can't write, where they may be left out.
+
+    Raises:
+        DataError: they may not be, or without them nothing is left.
+    """
     problems = [Problem(rows[index].file, rows[index].number, *flaw) for index, flaw in tokenised.refused.items()]
     good = [row for index, row in enumerate(rows) if index not in tokenised.refused]
-    require_good(Rows(good, problems, "", [], [], len(problems), len(problems)), on_bad_row)
+    require_good(Rows(good, problems, "", [], [], len(problems), len(problems)), recipe.on_bad_row)
+    require_examples(tokenised, len(good), recipe.max_length)
     return problems
 
 

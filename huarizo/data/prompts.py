@@ -167,7 +167,7 @@ class ChatFormat:
     """The model's own chat template, cut at the places where an answer begins and ends.
 
     date: the day that the template is told, YYYY-MM-DD; today unless given. `date` is None of a template that asks for
-    none.
+    none. words: added tokens that rows may hold as any other word.
 
     Raises:
         ModelError: when the template can't be cut there (it rewrites the answer).
@@ -175,11 +175,12 @@ class ChatFormat:
 
     name = "chat"
 
-    def __init__(self, tokenizer: Any, date: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, date: str | None = None, words: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self.date = (date or f"{datetime.date.today()}") if "strftime_now" in str(tokenizer.chat_template) else None
         probe: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
         specials = {str(token) for token in tokenizer.get_added_vocab()} | set(tokenizer.all_special_tokens)
+        specials -= set(words)
         try:
             asked = self._rendered(probe, answer_next=True)
             whole = self._rendered([*probe, {"role": "assistant", "content": ANSWER}])
@@ -349,10 +350,13 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(inner)
 
 
-def prompt_format(name: str, tokenizer: Any, eos: bool = True, date: str | None = None) -> PromptFormat:
+def prompt_format(
+    name: str, tokenizer: Any, eos: bool = True, date: str | None = None, words: Sequence[str] = ()
+) -> PromptFormat:
     """The format that `data.prompt` names; `auto` is chat where the tokenizer has a template and alpaca otherwise.
 
     date: the day that a chat template is told, YYYY-MM-DD; today unless given.
+    words: added tokens that rows may hold as any other word (`data.special_tokens`).
 
     Raises:
         RecipeError: chat is asked of a model without a template, or a Jinja template is wrong.
@@ -369,7 +373,7 @@ def prompt_format(name: str, tokenizer: Any, eos: bool = True, date: str | None 
             raise RecipeError(
                 "data.prompt: this model has no chat template. Use data.prompt=alpaca or a template of your own"
             )
-        return ChatFormat(tokenizer, date)
+        return ChatFormat(tokenizer, date, words)
     stop = str(tokenizer.eos_token or "")
     if name in ("alpaca", "stanford"):
         return TextFormat(name, alpaca if name == "alpaca" else stanford, stop, with_stop=eos)

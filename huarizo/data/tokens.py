@@ -264,12 +264,18 @@ def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRow
     result = TokenisedRows(
         Dataset.from_file(str(path)), facts["cut"], facts["left_out"], digest.hexdigest(), refused, facts["largest"]
     )
-    if not len(result.dataset) and not refused:
+    if not refused:
+        require_examples(result, len(rows), encoder.max_length)
+    return result
+
+
+def require_examples(tokenised: TokenisedRows, rows: int, max_length: int) -> None:
+    """Raises DataError: of so many rows that can be written none has a response within `max_length`."""
+    if not len(tokenised.dataset):
         raise DataError(
-            f"none of the {len(rows)} rows has any of its response within data.max_length={encoder.max_length} tokens. "
+            f"none of the {rows} rows has any of its response within data.max_length={max_length} tokens. "
             "Raise data.max_length, or shorten the prompts"
         )
-    return result
 
 
 class _Hashed:

@@ -200,6 +200,8 @@ def hostile(folder: Path) -> str | None:
             continue  # told where it is read
         except RecursionError:
             return f"{file.name} is nested too deeply. Fetch or save the model again"
+        except OSError as error:
+            return f"{file.name} can't be read: {error.strerror or error}"
         if found:
             return f"{file.name} sets {found}. Huarizo runs no code of a model; where you trust it, delete that field"
     return None

@@ -323,7 +323,7 @@ CHECKS = {
     "lora_dropout": lambda value: _is_number(value) and value < 1,
     "target_modules": lambda value: isinstance(value, str) or _is_names(value),
     "exclude_modules": _is_names,
-    "modules_to_save": _is_names,
+    "modules_to_save": lambda value: _is_names(value) and not isinstance(value, str),
     "trainable_token_indices": _is_tokens,
     "layers_to_transform": _is_layers,
     "layers_pattern": _is_names,

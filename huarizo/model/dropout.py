@@ -202,8 +202,10 @@ class HashedDropout(nn.Module):
         rows = x.flatten(0, -2)
         return _dropped_linear(rows, weight, *self._mask(rows)).view(*x.shape[:-1], -1)
 
-    def _mask(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.places[: rows.shape[0]], self.seed, self.threshold, self.scale
+    def _mask(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Places, seed, threshold and scale, where the rows are: a model may be spread over several cards."""
+        mask = self.places[: rows.shape[0]], self.seed, self.threshold, self.scale
+        return [tensor.to(rows.device) for tensor in mask]
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -27,7 +27,7 @@ from huarizo.model.adapter import (
 from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from huarizo.model.added_tokens import lengthened
 from huarizo.model.load import read_config
-from huarizo.model.weights import EMBEDDING, HEAD, check_weights, first_line, read_tensor, tensors_of
+from huarizo.model.weights import EMBEDDING, FLOATS, HEAD, check_weights, first_line, read_tensor, tensors_of
 
 LINEAR_PARTS = {"lora_A.weight", "lora_B.weight"}
 EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B"}
@@ -52,9 +52,11 @@ class MergedWeights:
         self.config = read_config(base)
         check_weights(base)
         files = tensors_of(base)
+        if self.config.get("tie_word_embeddings"):
+            _leave_out_a_copy(base, files)
         self.shards = {file: list(tensors) for file, tensors in files.items()}
         self._file_of = {name: file for file, tensors in files.items() for name in tensors}
-        self._shapes = {name: tuple(tensor.shape) for tensors in files.values() for name, tensor in tensors.items()}
+        self._headers = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
         self.changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         self.replaced: dict[str, torch.Tensor] = {}
         self.token_rows: dict[str, tuple[list[int], torch.Tensor]] = {}
@@ -81,18 +83,16 @@ class MergedWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """What the base keeps this tensor in."""
-        return self._file_tensor(self._source(name)).dtype
+        return FLOATS[self._headers[self._source(name)].dtype]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the file's header alone where the adapter does not replace it."""
         if name in self.replaced:
             return tuple(self.replaced[name].shape)
         source = self._source(name)
-        return (
-            (self.config["vocab_size"], self.config["hidden_size"])
-            if source in (EMBEDDING, HEAD)
-            else self._shapes[source]
-        )
+        if source in (EMBEDDING, HEAD):
+            return self.config["vocab_size"], self.config["hidden_size"]
+        return tuple(self._headers[source].shape)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A tensor with the adapter's change, in float32."""
@@ -215,6 +215,14 @@ class MergedWeights:
     def _wrong_base(self, why: str) -> ModelError:
         made_for = self._lora.base_model_name_or_path or "a model that it does not name"
         return ModelError(f"{self.adapter}: this adapter was made for {made_for}, not for {self.base}: {why}")
+
+
+def _leave_out_a_copy(base: Path, files: dict[str, dict[str, Any]]) -> None:
+    """A tied head that is kept all the same, as a copy of the embedding, is no tensor of its own."""
+    place = {name: base / file for file, tensors in files.items() for name in tensors}
+    if HEAD in place and torch.equal(read_tensor(place[HEAD], HEAD), read_tensor(place[EMBEDDING], EMBEDDING)):
+        for tensors in files.values():
+            tensors.pop(HEAD, None)
 
 
 def _shape_of(parts: dict[str, torch.Tensor]) -> tuple[int, int]:

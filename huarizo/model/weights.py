@@ -19,7 +19,7 @@ from huarizo.sandbox.reading import without_panics
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MOST_NAMED = 5
 NO_ROOM = (
     "there is not enough memory for this model. Close other programs, use a smaller model, or train with precision=int8"

@@ -168,6 +168,6 @@ def _with_base(
     add_tokens(tokenizer, recipe.data.special_tokens or [])
     tokenizer.chat_template = template or tokenizer.chat_template
     data = recipe.data
-    format = prompt_format(prompt or data.prompt, tokenizer, data.eos, data.date)
+    format = prompt_format(prompt or data.prompt, tokenizer, data.eos, data.date, data.special_tokens or ())
     encoder = Encoder(tokenizer, format, data.labels, data.max_length)
     return Tuned(recipe, source.path, adapter, encoder)

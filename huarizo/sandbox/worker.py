@@ -74,7 +74,7 @@ class Worker:
             try:
                 if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
                     self.close()
-                    self._start()
+                    self._started()
                 self._received = 0
                 self._channel.settimeout(seconds)
                 self._channel.sendall(request)
@@ -102,6 +102,13 @@ class Worker:
             raise FailedError(value)
         if most is None:
             yield value
+
+    def _started(self) -> None:
+        try:
+            self._start()
+        except (TimeoutError, ConnectionError) as error:
+            why = f"not within {STARTING:g} seconds" if isinstance(error, TimeoutError) else "it ends at once"
+            raise FailedError(f"the process that reads it does not start ({why})") from None
 
     def _start(self) -> None:
         self._channel, theirs = socket.socketpair()

@@ -85,9 +85,10 @@ def _flat(yaml: str) -> dict[str, Any]:
 
 
 def same_training(one: Recipe, other: Recipe) -> bool:
-    """Whether two resolved recipes train the same thing."""
+    """Whether two resolved recipes train the same thing. The day may differ: a run that goes on keeps its own."""
     flat = [_flat(to_yaml(recipe)) for recipe in (one, other)]
-    return all(flat[0].get(key) == flat[1].get(key) for key in (flat[0].keys() | flat[1].keys()) - ONLY_ROUNDING)
+    settings = (flat[0].keys() | flat[1].keys()) - ONLY_ROUNDING - {"data.date"}
+    return all(flat[0].get(key) == flat[1].get(key) for key in settings)
 
 
 def compare(checkpoint: Checkpoint, recipe: Recipe, now: dict[str, Any]) -> list[str]:

@@ -307,6 +307,25 @@ def test_rows_that_a_template_refuses_are_left_out_or_told_all_at_once(tmp_path:
         assert data.train.dataset["row"] == [0, 1, 3, 4, 6, 7]
 
 
+def test_rows_of_which_nothing_is_left_are_told(tmp_path: Path) -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    rows = [{"instruction": "Q", "output": "A", "system": "S"}, {"instruction": "long " * 100, "output": "A"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    recipe = make_recipe(data={"train": "a.json", "eval": 0, "on_bad_row": "skip", "max_length": 32}).data
+    with pytest.raises(DataError, match="none of the 1 rows has any of its response within"):
+        prepare_data(recipe, 0, tmp_path / "a.json", None, make_tokenizer(template), tmp_path)
+
+
+def test_added_tokens_are_words_like_any_other() -> None:
+    tokenizer = make_tokenizer(chatml("m['content']", BESIDE))
+    tokenizer.add_tokens(["<step>"])
+    row = Row("f", 1, "", (Exchange("one?", "", "first", thinking="c <step> d"),))
+    (flaw,) = Encoder(tokenizer, prompt_format("chat", tokenizer)).by_row([row])
+    assert "special token" in str(flaw)
+    (examples,) = Encoder(tokenizer, prompt_format("chat", tokenizer, words=["<step>"])).by_row([row])
+    assert "special token" not in str(examples)
+
+
 def test_an_end_token_in_an_answer_is_told(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps([{"instruction": "Q", "output": text} for text in ("A", "A <|im_end|>", "A")]))

@@ -15,6 +15,7 @@ from huarizo.errors import ModelError
 from huarizo.model.adapter import load_adapter
 from huarizo.model.lora import add_lora
 from huarizo.model.merged import MergedWeights, merged_shards
+from huarizo.model.weights import EMBEDDING, HEAD
 from huarizo.recipe import make_recipe
 from tests.tiny import make_model
 
@@ -68,6 +69,20 @@ def test_merged_logits_are_those_of_base_and_adapter(tmp_path: Path, kind: str, 
         merged = written(MergedWeights(base, adapter), tmp_path / "merged")
         actual = LlamaForCausalLM.from_pretrained(merged)(ids).logits
     assert float((actual - expected).abs().max()) < 1e-5 < float((plain - expected).abs().max())
+
+
+def test_a_tied_head_that_is_kept_all_the_same_is_the_embedding(tmp_path: Path) -> None:
+    base, adapter = make_pair(tmp_path, {}, ["q_proj", "lm_head"], tie_word_embeddings=True)
+    (shard,) = [file for file in base.glob("*.safetensors") if EMBEDDING in load_file(file)]
+    tensors = load_file(shard)
+    save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, shard, metadata={"format": "pt"})
+    index = base / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"][HEAD] = shard.name
+    index.write_text(json.dumps(listed))
+    weights = MergedWeights(base, None)
+    assert weights.tied and HEAD not in weights.names() and weights.dtype(HEAD) == torch.float32
+    assert MergedWeights(base, adapter).names().count(HEAD) == 1  # the adapter changes one of the two
 
 
 @pytest.mark.parametrize(
