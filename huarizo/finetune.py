@@ -348,7 +348,8 @@ def _samples_before(assistant: Assistant, session: Session, checkpoint: Checkpoi
         every = samples_of(prepared.data.heldout_rows or good)
         asked = list(itertools.islice((sample for sample in every if assistant.fits(sample.question)), wanted))
     if asked:
-        console.print(f"{'samples':<10} {len(asked)} prompts are answered before and after", soft_wrap=True)
+        count = "1 prompt is" if len(asked) == 1 else f"{len(asked)} prompts are"
+        console.print(f"{'samples':<10} {count} answered before and after", soft_wrap=True)
     before = answers(assistant, [sample.question for sample in asked])
     samples = [dataclasses.replace(s, before=answer.text) for s, answer in zip(asked, before, strict=True)]
     write_whole(run.samples, samples_as_text(samples))

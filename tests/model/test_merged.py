@@ -217,3 +217,11 @@ def test_the_wrong_base_is_refused_with_both_names(tmp_path: Path, config: dict[
     make_model(**config).save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match=r"made for owner/the-base, not for .*other"):
         written(MergedWeights(tmp_path / "other", adapter), tmp_path / "merged")
+
+
+def test_modules_to_save_is_a_list(tmp_path: Path) -> None:
+    """A text would be taken for its letters, and match nearly every module."""
+    base, adapter = make_pair(tmp_path, {}, ["q_proj"])
+    change_config(adapter, modules_to_save="lm_head")
+    with pytest.raises(ModelError, match="modules_to_save"):
+        MergedWeights(base, adapter)
