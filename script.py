@@ -11,7 +11,6 @@ import sys
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder, tokenise
-from huarizo.finetune import load_frozen
 from huarizo.host import cache_folder
 from huarizo.hub.names import resolve_data, resolve_model
 from huarizo.machine import choose_precision, device
@@ -19,6 +18,7 @@ from huarizo.model.load import load_tokenizer
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.recipe import make_recipe
 from huarizo.runs import new_run
+from huarizo.training.finetune import load_frozen
 from huarizo.training.trainer import LoraTrainer, training_arguments
 
 

@@ -193,8 +193,8 @@ def huarizo(precision: str) -> Callable[[Task, str, Clock], None]:
     def run(task: Task, out: str, clock: Clock) -> None:
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-        from huarizo.finetune import fine_tune
         from huarizo.recipe import make_recipe
+        from huarizo.training.finetune import fine_tune
 
         INTEGRATION_TO_CALLBACK["benchmark"] = clock  # pyright: ignore[reportArgumentType]
         recipe = make_recipe(

@@ -24,12 +24,12 @@ from summary import machine, versions
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Row, read_rows, require_good
 from huarizo.hub.names import resolve_data
+from huarizo.inference.artifact import Tuned, find_tuned
+from huarizo.inference.generate import generating
 from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base
-from huarizo.model.merged import MergedWeights
-from huarizo.results.generate import generating
+from huarizo.model.merge import MergedWeights
 from huarizo.results.gguf import export_gguf
-from huarizo.results.tuned import Tuned, find_tuned
 from huarizo.results.verify import LlamaCpp, compare_contexts, expectations
 
 ROWS, PLACES = 20, 10

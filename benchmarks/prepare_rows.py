@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from huarizo.data.prepare import prepare_data
+from huarizo.data.dataset import prepare_data
 from huarizo.model.load import load_tokenizer
 from huarizo.recipe import DataRecipe
 

@@ -18,13 +18,13 @@ from gemm import flop_per_token
 from summary import machine, versions
 
 from huarizo.data.packing import num_labels, pack
-from huarizo.finetune import load_model, prepare
 from huarizo.machine import device
+from huarizo.model.compile import compile_layers
 from huarizo.model.dropout import DropoutMasks
-from huarizo.model.fast import compile_layers
 from huarizo.model.load import read_config
 from huarizo.model.loss import PackedLoss
 from huarizo.recipe import make_recipe
+from huarizo.training.finetune import load_model, prepare
 
 STEPS, ROWS_A_STEP, WARM_UP = 4, 4, 2
 

@@ -26,12 +26,12 @@ from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder
 from huarizo.errors import HuarizoError
-from huarizo.finetune import fine_tune
 from huarizo.hub.names import resolve_model
 from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base, load_tokenizer
 from huarizo.model.loss import PackedLoss
 from huarizo.recipe import make_recipe
+from huarizo.training.finetune import fine_tune
 
 CPU = torch.device("cpu")
 ZERO = "before training"

@@ -33,9 +33,9 @@ def train(model: str, precision: str, point: dict[str, int], target: Path) -> No
     """One run, in this process; what it took goes to `target`."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    from huarizo.finetune import fine_tune
     from huarizo.machine import device, peak_memory
     from huarizo.recipe import make_recipe
+    from huarizo.training.finetune import fine_tune
 
     clock = Clock()
     INTEGRATION_TO_CALLBACK["benchmark"] = clock  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,5 @@
 """`python -m huarizo` is the `huarizo` command."""
 
-from huarizo.cli import main
+from huarizo.commands.main import main
 
 main()

@@ -109,7 +109,7 @@ def choose_precision(wanted: str, on: torch.device, int8_gain: Gain | None = Non
     `auto` takes int8 on a CPU with instructions for it, and on a card where a whole int8 layer is INT8_GAIN times as
     fast as the best float's; otherwise the fastest float format. On a CPU nothing is measured.
 
-    int8_gain: measures how many times as fast it is (`huarizo.model.measure`); without it no card gets int8.
+    int8_gain: measures how many times as fast it is (`huarizo.model.frozen.measure`); without it no card gets int8.
 
     Raises:
         RecipeError: a format that this device does not have.

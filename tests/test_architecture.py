@@ -7,16 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "huarizo").rglob("*.py"))
-# from what stands above all to what everything stands on
-LEVELS = [
-    {"__main__"}, {"cli"}, {"cli_results"}, {"finetune", "prepare", "doctor"}, {"results", "training"}, {"model", "data"}, {"kernels"},
-    {"hub", "machine", "runs"}, {"recipe", "files", "console"}, {"recipe_file"}, {"sandbox"}, {"errors", "host"}, {""},
-]  # fmt: skip
+TIERS = {
+    "what can be typed": {"commands", "__main__"},
+    "what is done": {"training", "inference", "results", "doctor"},
+    "what it is done with": {"data", "model", "hub"},
+    "what everything stands on": {
+        "kernels", "machine", "host", "recipe", "recipe_file", "runs", "files", "console", "errors", "sandbox",
+    },
+}  # fmt: skip
+"""From what stands above all to what everything stands on: a module imports from its own tier or from one below."""
 
 
-def level_of(module: str) -> int:
-    part = module.split(".")[1] if "." in module else ""
-    return next(number for number, names in enumerate(LEVELS) if part in names)
+def part_of(module: str) -> str:
+    """The package or module of `huarizo` that a module belongs to."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def imports_of(file: Path) -> set[str]:
@@ -29,15 +33,37 @@ def imports_of(file: Path) -> set[str]:
     return found
 
 
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_every_part_has_a_tier() -> None:
+    parts = {part_of(module_of(file)) for file in FILES} - {""}
+    assert parts == set().union(*TIERS.values())
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_run_one_way(file: Path) -> None:
-    module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    package = module.split(".")[:2]
+    tiers = list(TIERS.values())
+    tier = {part: number for number, parts in enumerate(tiers) for part in parts}
+    here = part_of(module_of(file))
     for imported in imports_of(file):
-        if imported.startswith("huarizo.") and imported.split(".")[:2] != package:
-            same_level = level_of(imported) == level_of(module)
-            allowed = level_of(imported) > level_of(module) or (same_level and package[1] not in LEVELS[4] | LEVELS[5])
-            assert allowed, f"{module} imports {imported}"
+        there = part_of(imported) if imported.startswith("huarizo.") else ""
+        if there and here:
+            assert tier[there] >= tier[here], f"{file.relative_to(ROOT)} imports {imported}"
+
+
+def test_no_two_parts_import_each_other() -> None:
+    """Nor do three or more in a circle: what is left when parts that import nothing else are taken away is empty."""
+    needs: dict[str, set[str]] = {}
+    for file in FILES:
+        here = part_of(module_of(file))
+        found = {part_of(imported) for imported in imports_of(file) if imported.startswith("huarizo.")}
+        needs.setdefault(here, set()).update(found - {here, ""})
+    while done := {part for part, others in needs.items() if not others & needs.keys()}:
+        for part in done:
+            del needs[part]
+    assert not needs
 
 
 @pytest.mark.parametrize("file", [*FILES, ROOT / "script.py"], ids=lambda file: str(file.relative_to(ROOT)))

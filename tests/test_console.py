@@ -80,7 +80,7 @@ def test_errors_of_the_commands_hold_no_commands(tmp_path: Path, arguments: list
     command = [
         sys.executable,
         "-c",
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from huarizo.cli import main; main()",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from huarizo.commands.main import main; main()",
     ]
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huarizo.data.files import check_columns_differ, excerpt, refusal
+from huarizo.data.discovery import check_columns_differ, excerpt, refusal
 from huarizo.sandbox.child import OPAQUE
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 

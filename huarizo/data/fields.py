@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 
 from huarizo.data.columnar import Opaque
-from huarizo.data.files import enumerated, excerpt, printable
+from huarizo.data.discovery import enumerated, excerpt, printable
 from huarizo.data.records import Doubled, Flaw, parse_json
 
 MISSING = object()

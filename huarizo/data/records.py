@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huarizo.data.columnar import read_columnar
-from huarizo.data.files import check_columns_differ, enumerated, excerpt, refusal, shown, told, unknown_kind
+from huarizo.data.discovery import check_columns_differ, enumerated, excerpt, refusal, shown, told, unknown_kind
 from huarizo.data.notes import USUAL_NAMES, usual
 from huarizo.data.unpack import is_packed, opened
 from huarizo.errors import DataError

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from huarizo.data.discovery import data_files, enumerated, excerpt, refusal, shown
 from huarizo.data.fields import Fields, kind_of, report_doubled
-from huarizo.data.files import data_files, enumerated, excerpt, refusal, shown
 from huarizo.data.formats import FORMATS, OUR_FIELDS, Format, read_row
 from huarizo.data.notes import NO_INPUT, Notes, mapped, usual
 from huarizo.data.records import Flaw, Record, read_records

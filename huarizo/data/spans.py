@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from huarizo.data.files import excerpt
+from huarizo.data.discovery import excerpt
 from huarizo.data.records import Flaw
 from huarizo.errors import DataError, ModelError
 

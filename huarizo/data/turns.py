@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from huarizo.data.discovery import excerpt
 from huarizo.data.fields import MISSING, Fields, kind_of, list_of, report_doubled
-from huarizo.data.files import excerpt
 from huarizo.data.records import parse_json
 
 ROLES = {

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import IO, Literal
 
-from huarizo.data.files import excerpt, refusal, told
+from huarizo.data.discovery import excerpt, refusal, told
 from huarizo.sandbox.reading import open_file
 
 CODECS: dict[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}

@@ -15,8 +15,8 @@ import torch
 from huarizo.errors import RecipeError, listed
 from huarizo.model.adapter import CHECKS, VOCABULARY_LAYERS
 from huarizo.model.added_tokens import SETTING, lengthen
-from huarizo.model.int8 import Int8Linear
-from huarizo.model.int8_lora import register
+from huarizo.model.frozen.int8 import Int8Linear
+from huarizo.model.frozen.lora import register
 from huarizo.model.weights import skeleton
 from huarizo.recipe import LoraRecipe
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from huarizo.model.dropout import at_places
-from huarizo.model.int8 import Int8Linear
+from huarizo.model.frozen.int8 import Int8Linear
 
 CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
 

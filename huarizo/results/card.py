@@ -17,10 +17,11 @@ from huggingface_hub import try_to_load_from_cache
 from huarizo.errors import UserError
 from huarizo.hub.model_files import CARD, LICENCES
 from huarizo.hub.names import QUICKSTART
+from huarizo.inference.samples import Sample, samples_from_text
 from huarizo.recipe import Recipe, names_of
 from huarizo.recipe_file import parse_yaml
 from huarizo.results.gguf import is_adapter
-from huarizo.results.report import Sample, fenced, heldout_change, samples_from_text
+from huarizo.results.report import fenced, heldout_change
 from huarizo.runs import Run
 from huarizo.sandbox.reading import open_file, read_bytes
 

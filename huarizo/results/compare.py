@@ -15,11 +15,12 @@ from huarizo.data.formats import QUESTIONS
 from huarizo.data.rows import read_rows, require_good
 from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, write_whole
+from huarizo.inference.artifact import Tuned
+from huarizo.inference.generate import Assistant, answers
+from huarizo.inference.samples import Sample, samples_from_text, samples_of
 from huarizo.recipe import DataRecipe
-from huarizo.results.generate import Assistant, answers
-from huarizo.results.report import Sample, fenced, samples_from_text, samples_of
-from huarizo.results.target import check_file
-from huarizo.results.tuned import Tuned
+from huarizo.results.overwrite import check_file
+from huarizo.results.report import fenced
 from huarizo.results.verify import PROMPTS
 from huarizo.sandbox.reading import read_text
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from huarizo.data.prepare import prepare_data
+from huarizo.data.dataset import prepare_data
 from huarizo.data.records import Flaw
 from huarizo.data.rows import Problem, Row, Rows, read_rows, require_good
 from huarizo.data.tokens import Example
@@ -25,11 +25,11 @@ from huarizo.errors import DataError, UserError
 from huarizo.files import make_parent, whole_folder
 from huarizo.host import cache_folder
 from huarizo.hub.names import check_pinned, files_of, resolve_data
+from huarizo.inference.artifact import Tuned
+from huarizo.inference.generate import Assistant, answers
+from huarizo.inference.samples import Sample, samples_of
 from huarizo.recipe import names_of
-from huarizo.results.generate import Assistant, answers
-from huarizo.results.losses import Losses, Mean, measure
-from huarizo.results.report import Sample, samples_of
-from huarizo.results.tuned import Tuned
+from huarizo.results.statistics import Losses, Mean, measure
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from huarizo.console import tracked
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.files import make_parent, require_space, whole_file
+from huarizo.inference.artifact import Tuned
 from huarizo.model.adapter import check_adapter
-from huarizo.model.merged import MergedWeights
+from huarizo.model.merge import MergedWeights
 from huarizo.model.weights import HEAD
-from huarizo.results.target import check_file
-from huarizo.results.tuned import Tuned
+from huarizo.results.overwrite import check_file
 from huarizo.results.vocabulary import add_vocabulary, read_vocabulary
 
 TYPES = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from huarizo.errors import UserError
-from huarizo.results.generate import Assistant, generating
+from huarizo.inference.generate import Assistant, generating
 
 
 def run_harness(

@@ -12,9 +12,9 @@ from huarizo.data.prompts import OpenExchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.files import write_whole
-from huarizo.results.target import check_file
-from huarizo.results.tuned import Tuned
-from huarizo.results.turns import FIRST, Turns, leading_space, rendered, turns_of
+from huarizo.inference.artifact import Tuned
+from huarizo.results.chat_template import FIRST, Turns, leading_space, rendered, turns_of
+from huarizo.results.overwrite import check_file
 
 BY_HAND = "Export without --ollama and write a TEMPLATE by hand"
 MODELFILE = "Modelfile"

@@ -21,11 +21,11 @@ from rich.console import Console
 from huarizo.data.prompts import OpenExchange
 from huarizo.errors import ModelError, UserError
 from huarizo.files import require_space
-from huarizo.model.merged import MergedWeights
-from huarizo.results.generate import generating, open_assistant
+from huarizo.inference.artifact import Tuned
+from huarizo.inference.generate import generating, open_assistant
+from huarizo.model.merge import MergedWeights
+from huarizo.results.chat_template import chat_template, leading_space, rendered
 from huarizo.results.gguf import size_of, write_gguf
-from huarizo.results.tuned import Tuned
-from huarizo.results.turns import chat_template, leading_space, rendered
 
 PROMPTS = (
     "Who are you?",

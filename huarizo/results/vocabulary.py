@@ -12,7 +12,7 @@ import gguf
 
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
-from huarizo.results.turns import chat_template, leading_space, space_everywhere
+from huarizo.results.chat_template import chat_template, leading_space, space_everywhere
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"

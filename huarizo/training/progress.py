@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from huarizo.files import append_line, write_whole
 from huarizo.host import rank
 from huarizo.machine import peak_memory
-from huarizo.model.fast import seconds_compiling
+from huarizo.model.compile import seconds_compiling
 
 PLAIN_SECONDS = 10  # between two lines where there is no terminal
 

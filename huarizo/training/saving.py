@@ -22,9 +22,9 @@ from huarizo.errors import MachineError
 from huarizo.host import world_size
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.training.checkpoint import Trained, contents, generators, save
+from huarizo.training.divergence import LossWatch
 from huarizo.training.interrupt import Signals
 from huarizo.training.lock import LockLostError, RunLock
-from huarizo.training.losses import LossWatch
 from huarizo.training.progress import Metrics
 
 COST = 0.01  # share of the time that saving may take
@@ -36,7 +36,7 @@ class SaveAndStop(TrainerCallback):
     Args:
         recipe: resolved; its `training` says when.
         checkpoints: their folder.
-        facts: what the manifests say of the run (`huarizo.training.origin`).
+        facts: what the manifests say of the run (`huarizo.training.compatibility`).
         metrics: the rows so far.
         console: where "saved step N" is told, which is a promise.
         signals: what was received so far.

@@ -19,16 +19,16 @@ from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pac
 from huarizo.errors import MachineError
 from huarizo.host import rank, world_size
 from huarizo.machine import Choice, is_out_of_memory
+from huarizo.model.compile import uncompiled
 from huarizo.model.dropout import DropoutMasks
-from huarizo.model.fast import uncompiled
 from huarizo.model.lora import count_weights
 from huarizo.model.loss import PackedLoss
 from huarizo.model.neftune import EmbeddingNoise
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, generators
+from huarizo.training.divergence import LossWatch, WatchLosses
 from huarizo.training.interrupt import GRACE, Stopped
-from huarizo.training.losses import LossWatch, WatchLosses
 from huarizo.training.saving import SaveAndStop
 
 LEAST_TOKENS = 64  # of a micro-batch, below which out of memory is final
@@ -75,7 +75,7 @@ class LoraTrainer(Trainer):
         recipe, run: what is trained, and its folder.
         budget: tokens of a micro-batch.
         saving: writes the checkpoints; None for a run without any.
-        compiled: whether the model's layers are compiled (see `huarizo.model.fast`).
+        compiled: whether the model's layers are compiled (see `huarizo.model.compile`).
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from huarizo.data import records
-from huarizo.data.files import KNOWN
+from huarizo.data.discovery import KNOWN
 from huarizo.data.rows import read_rows, require_good
 from huarizo.errors import DataError
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from huarizo.data.dataset import prepare_data
 from huarizo.data.notes import MAX_PLACES
-from huarizo.data.prepare import prepare_data
 from huarizo.data.rows import read_rows
 from huarizo.errors import DataError
 from huarizo.model.load import load_tokenizer

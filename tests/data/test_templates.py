@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from huarizo.data.prepare import prepare_data
+from huarizo.data.dataset import prepare_data
 from huarizo.data.prompts import OpenExchange, prompt_format
 from huarizo.data.rows import Row
 from huarizo.data.tokens import IGNORED, Encoder, tokenise

@@ -10,7 +10,7 @@ import pytest
 
 from huarizo.data.prompts import OpenExchange
 from huarizo.hub.quickstart import quickstart_model
-from huarizo.results.tuned import open_tuned
+from huarizo.inference.artifact import open_tuned
 from huarizo.results.verify import PROMPTS, LlamaCpp
 from huarizo.runs import Run
 

@@ -15,7 +15,7 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-from huarizo.cli import main
+from huarizo.commands.main import main
 from huarizo.training.checkpoint import newest_first, newest_valid, step_of
 from tests.faults.operations import Operations
 from tests.tiny import make_model, make_tokenizer

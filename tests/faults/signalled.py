@@ -11,20 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huarizo.finetune
+import huarizo.training.finetune
 from huarizo.training.trainer import LoraTrainer
 from tests.faults.children import Lab, check_outcome, ended, finish, start
 
 PLACES = [
-    (huarizo.finetune, "prepare", 1, "nothing was trained"),
-    (huarizo.finetune, "load_model", 1, "no step was trained. Go on with"),
-    (huarizo.finetune, "answers", 1, "no step was trained. Go on with"),
+    (huarizo.training.finetune, "prepare", 1, "nothing was trained"),
+    (huarizo.training.finetune, "load_model", 1, "no step was trained. Go on with"),
+    (huarizo.training.finetune, "answers", 1, "no step was trained. Go on with"),
     (LoraTrainer, "_heldout_sums", 1, "no step was trained. Go on with"),
     (LoraTrainer, "_accumulate", 1, "no step was trained. Go on with"),  # as long as compilation
     (LoraTrainer, "_accumulate", 6, "after step 5 of 10, which is saved"),
     (LoraTrainer, "_heldout_sums", 2, "after step 4 of 10, which is saved"),
     (LoraTrainer, "_heldout_sums", 4, "after step 10 of 10, which is saved"),
-    (huarizo.finetune, "answers", 2, "step 10 is saved"),
+    (huarizo.training.finetune, "answers", 2, "step 10 is saved"),
 ]
 """Whose function, its name, in which call, and what has to be said."""
 

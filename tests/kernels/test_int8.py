@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from huarizo.kernels import int8 as kernel
-from huarizo.model.int8 import BLOCK, Int8Linear, quantise, reference, reference_gradient, rotated
+from huarizo.model.frozen.int8 import BLOCK, Int8Linear, quantise, reference, reference_gradient, rotated
 
 SHAPES = [(64, 64), (65, 33), (33, 65), (1, 1), (3, 2), (130, 16), (576, 192), (192, 576), (257, 95), (2048, 256)]
 DTYPES = [torch.bfloat16, torch.float32]

@@ -13,22 +13,22 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from huarizo.errors import Interrupted, ModelError, RecipeError, UserError
-from huarizo.finetune import fine_tune, resume
+from huarizo.inference.artifact import find_tuned
+from huarizo.inference.generate import generating, open_assistant
 from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.added_tokens import add_tokens, lengthened
 from huarizo.model.load import load_tokenizer
 from huarizo.model.lora import add_lora
 from huarizo.model.loss import reference, summed_loss
-from huarizo.model.merged import MergedWeights
-from huarizo.prepare import prepare
+from huarizo.model.merge import MergedWeights
 from huarizo.recipe import LoraRecipe, Recipe, make_recipe
-from huarizo.results.generate import generating, open_assistant
 from huarizo.results.gguf import export_adapter, export_gguf
-from huarizo.results.merge import merge
-from huarizo.results.tuned import find_tuned
+from huarizo.results.model_folder import merge
 from huarizo.results.vocabulary import read_vocabulary
 from huarizo.runs import Run
-from tests.model.test_merged import written
+from huarizo.training.finetune import fine_tune, resume
+from huarizo.training.prepare import prepare
+from tests.model.test_merge import written
 from tests.tiny import make_model, make_tokenizer
 
 NEW = ["<think>", "</think>"]

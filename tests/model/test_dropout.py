@@ -12,7 +12,7 @@ from huarizo.data.packing import StepCollator
 from huarizo.kernels import dropout as kernel
 from huarizo.model import dropout
 from huarizo.model.dropout import DropoutMasks, HashedDropout, at_places, hashed, reference
-from tests.model.test_fast import compiles
+from tests.model.test_compile import compiles
 
 SEED = torch.tensor([987654321], dtype=torch.int32)
 
@@ -219,7 +219,7 @@ def test_a_lora_on_the_head_is_dropped_alike_in_chunks_of_any_size(
     from huarizo.model.load import load_base
     from huarizo.model.lora import add_lora
     from huarizo.recipe import make_recipe
-    from tests.model.test_fast import BATCHES
+    from tests.model.test_compile import BATCHES
     from tests.tiny import make_model
 
     make_model(initializer_range=0.1).save_pretrained(tmp_path)

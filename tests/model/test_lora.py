@@ -9,13 +9,13 @@ from peft import LoraConfig, PeftModel
 from transformers import LlamaForCausalLM
 
 from huarizo.errors import RecipeError
-from huarizo.finetune import fine_tune
 from huarizo.model.adapter import load_adapter
 from huarizo.model.lora import add_lora, check_lora
-from huarizo.model.merged import MergedWeights
+from huarizo.model.merge import MergedWeights
 from huarizo.recipe import make_recipe
 from huarizo.results.gguf import export_gguf
-from tests.model.test_merged import written
+from huarizo.training.finetune import fine_tune
+from tests.model.test_merge import written
 from tests.results.make import make_tuned
 from tests.tiny import make_model, make_tokenizer
 

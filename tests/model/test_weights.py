@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from huarizo.data.packing import pack
 from huarizo.errors import MachineError, ModelError
 from huarizo.model import weights
-from huarizo.model.int8_load import load_int8_base
+from huarizo.model.frozen.load import load_int8_base
 from huarizo.model.load import load_base
-from huarizo.model.merged import MergedWeights
+from huarizo.model.merge import MergedWeights
 from huarizo.model.weights import check_weights
 from tests.tiny import make_model
 

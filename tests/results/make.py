@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from huarizo.data.prompts import prompt_format
 from huarizo.data.tokens import Encoder
+from huarizo.inference.artifact import Tuned
 from huarizo.model.load import load_tokenizer
 from huarizo.model.lora import add_lora
 from huarizo.recipe import make_recipe
-from huarizo.results.tuned import Tuned
 from huarizo.results.verify import PROMPTS
 from tests.tiny import CHATML, SPECIALS, make_model, make_tokenizer
 

@@ -12,10 +12,11 @@ from rich.console import Console
 from huarizo.console import PlainConsole
 from huarizo.data.prompts import OpenExchange
 from huarizo.errors import DataError, UserError
+from huarizo.inference.generate import Sampling, open_assistant, stream_answer
+from huarizo.inference.samples import Sample, samples_as_text, samples_from_text, show_samples
 from huarizo.recipe import DataRecipe
 from huarizo.results.compare import compare, read_prompts, usual_prompts, write_comparison
-from huarizo.results.generate import Sampling, open_assistant, stream_answer
-from huarizo.results.report import Sample, fenced, samples_as_text, samples_from_text, show_samples
+from huarizo.results.report import fenced
 from huarizo.runs import Run
 from tests.results.make import make_tuned
 

@@ -17,12 +17,12 @@ from huarizo.console import PlainConsole
 from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Exchange, Row
 from huarizo.errors import DataError, ModelError, RecipeError, UserError
+from huarizo.inference.artifact import read_otherwise
+from huarizo.inference.generate import Assistant, Sampling, open_assistant, stream_answer
 from huarizo.results import evaluate as evaluating
 from huarizo.results.evaluate import chrf, evaluate, general_examples, heldout_rows, rows_of, save, show
-from huarizo.results.generate import Assistant, Sampling, open_assistant, stream_answer
 from huarizo.results.harness import run_harness
-from huarizo.results.losses import Losses
-from huarizo.results.tuned import read_otherwise
+from huarizo.results.statistics import Losses
 from tests.results.make import make_tuned
 from tests.tiny import make_tokenizer
 

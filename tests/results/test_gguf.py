@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from huarizo.data.prompts import OpenExchange, prompt_format
 from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, ModelError, UserError
-from huarizo.model.merged import MergedWeights
+from huarizo.inference.artifact import Tuned
+from huarizo.model.merge import MergedWeights
 from huarizo.results.gguf import export_adapter, export_gguf, is_adapter, write_gguf
-from huarizo.results.tuned import Tuned
 from huarizo.results.verify import PROMPTS, LlamaCpp, compare_adapter, compare_with_transformers
 from tests.limits import limited_files
 from tests.results.make import make_tuned

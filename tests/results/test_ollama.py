@@ -17,10 +17,10 @@ from huarizo.data.prompts import OpenExchange, prompt_format
 from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
+from huarizo.inference.artifact import Tuned
 from huarizo.recipe import make_recipe
+from huarizo.results.chat_template import leading_space
 from huarizo.results.ollama import commands, modelfile, write_modelfile
-from huarizo.results.tuned import Tuned
-from huarizo.results.turns import leading_space
 from tests.tiny import CHATML, make_tokenizer
 
 LOOP = "{% for message in messages %}"

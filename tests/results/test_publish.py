@@ -15,11 +15,11 @@ import torch
 import yaml
 
 from huarizo.errors import ModelError, UserError
+from huarizo.inference.samples import Sample, samples_as_text
 from huarizo.model.adapter import check_adapter
 from huarizo.model.lora import add_lora
 from huarizo.recipe import make_recipe, to_yaml
 from huarizo.results.publish import CARD, Publication, publication, publish
-from huarizo.results.report import Sample, samples_as_text
 from huarizo.runs import Run
 from tests.hub.server import HubServer, Repo, User
 from tests.tiny import make_model, make_tokenizer

@@ -8,11 +8,11 @@ import pytest
 from huarizo.data.prompts import OpenExchange, Question, prompt_format
 from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import IGNORED, Encoder
+from huarizo.inference.artifact import Tuned
+from huarizo.inference.generate import Assistant, answers
 from huarizo.model.lora import add_lora
 from huarizo.recipe import make_recipe
-from huarizo.results.generate import Assistant, answers
 from huarizo.results.gguf import export_gguf
-from huarizo.results.tuned import Tuned
 from huarizo.results.verify import LlamaCpp
 from tests.results.make import trained_tokenizer
 from tests.tiny import make_model

@@ -1,0 +1,211 @@
+"""The commands for what was trained: compare, evaluate, merge, export, push."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from huarizo.commands.options import BaseModel, Force, MaxNewTokens, Name, Prompt, RunName
+from huarizo.console import confirm, console, quiet_libraries
+from huarizo.errors import Interrupted, ModelError, UserError
+from huarizo.runs import open_run
+
+app = typer.Typer()
+
+
+def _name_and_overrides(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """What stands behind RUN: the name of rows or prompts, and `data.KEY=VALUE` for how they are read."""
+    overrides = [word for word in words or [] if word.startswith("data.") and "=" in word]
+    names = [word for word in words or [] if word not in overrides]
+    if len(names) > 1:
+        raise UserError(f"{names[1]}: one file, folder or hub id can be named, and then data.KEY=VALUE")
+    return (names[0] if names else None), overrides
+
+
+@app.command()
+def compare(
+    run: Name,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPTS] [KEY=VALUE]...", help="text, one a line, or rows; default: the run's"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="also write a file: .md, .html or .jsonl")] = None,
+    max_new_tokens: MaxNewTokens = 200,
+    prompt: Prompt = None,
+    base_model: BaseModel = None,
+    force: Force = False,
+) -> None:
+    """Show the answers of the base and of the tuned model side by side."""
+    quiet_libraries()
+    from huarizo.inference.artifact import find_tuned, read_otherwise
+    from huarizo.inference.generate import open_assistant
+    from huarizo.inference.samples import show_samples
+    from huarizo.results import compare as comparing
+
+    if out:
+        comparing.check_target(out, force)
+    file, overrides = _name_and_overrides(prompts)
+    tuned = read_otherwise(find_tuned(run, prompt, base_model), overrides)
+    asked = comparing.read_prompts(Path(file), tuned.recipe.data) if file else comparing.usual_prompts(tuned)
+    samples = comparing.compare(open_assistant(tuned), asked, max_new_tokens, console())
+    if out:
+        comparing.write_comparison(samples, f"{run}: base and tuned", out, force)
+    show_samples(console(), samples)
+    if out:
+        print(f"compared: {out}")
+
+
+@app.command("eval")
+def evaluate(
+    run: Name,
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DATA] [KEY=VALUE]...", help="rows: file, folder or hub id; default: those held out"),
+    ] = None,
+    to_answer: Annotated[int, typer.Option("--answers", min=0, help="so many rows are also answered")] = 32,
+    precision: Annotated[str | None, typer.Option(help="bf16 | fp16 | fp32; default: the fastest float")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder; default RUN/evaluations/TIME")] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="tasks of lm-eval instead, with commas between")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="questions of each lm-eval task")] = None,
+    prompt: Prompt = None,
+    base_model: BaseModel = None,
+    force: Force = False,
+) -> None:
+    """Measure loss, perplexity, answers and forgetting, before and after."""
+    quiet_libraries()
+    from huarizo.inference.artifact import find_tuned, read_otherwise
+    from huarizo.inference.generate import open_assistant
+    from huarizo.results import evaluate as evaluating
+    from huarizo.results.overwrite import check_folder
+
+    name, overrides = _name_and_overrides(data)
+    tuned = read_otherwise(find_tuned(run, prompt, base_model), overrides)
+    target = out or tuned.folder / "evaluations" / time.strftime("%Y%m%d-%H%M%S")
+    check_folder(target, force, evaluating.SUMMARY)
+    if harness is not None:
+        from huarizo.results.harness import run_harness
+
+        tasks = [task.strip() for task in harness.split(",") if task.strip()]
+        found = run_harness(lambda: open_assistant(tuned, precision), tasks, limit)
+        evaluating.save_harness(found, target)
+        print(json.dumps(found, indent=2))
+    else:
+        rows = evaluating.rows_of(tuned, name) if name else evaluating.heldout_rows(tuned)
+        bad = tuned.recipe.data.on_bad_row
+        evaluation = evaluating.evaluate(open_assistant(tuned, precision), rows, to_answer, console(), bad)
+        evaluating.save(evaluation, target, result=run, data=name or "held out")
+        evaluating.show(console(), evaluation)
+        if evaluation.answers and evaluation.scores["after"].chrf is None:
+            print("chrF was left out: pip install sacrebleu (or huarizo[eval])", file=sys.stderr)
+    print(f"evaluated: {target}")
+
+
+@app.command()
+def merge(
+    run: Name,
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="folder; default RUN/merged")] = None,
+    prompt: Prompt = None,
+    base_model: BaseModel = None,
+    force: Force = False,
+) -> None:
+    """Add the adapter to the base's float weights and save an ordinary model folder."""
+    quiet_libraries()
+    from huarizo.inference.artifact import find_tuned
+    from huarizo.results import model_folder as merging
+
+    tuned = find_tuned(run, prompt, base_model)
+    print(f"merged: {merging.merge(tuned, out or tuned.folder / 'merged', force, console())}")
+
+
+@app.command()
+def export(
+    run: Name,
+    to: Annotated[str, typer.Option(help="the format: gguf")] = "gguf",
+    kind: Annotated[
+        str | None, typer.Option("--type", help="of the weights: f32, f16, bf16 or q8_0; default f16")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="file; default RUN/NAME-TYPE.gguf")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA alone, for a GGUF of its base")] = False,
+    ollama: Annotated[bool, typer.Option("--ollama", help="also write a Modelfile for Ollama beside it")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="load it in llama.cpp and compare with Transformers")
+    ] = False,
+    prompt: Prompt = None,
+    base_model: BaseModel = None,
+    force: Force = False,
+) -> None:
+    """Write the tuned model as one GGUF file, for llama.cpp and Ollama."""
+    if to != "gguf":
+        raise UserError(f"--to {to}: gguf is the only format. For a model folder: huarizo merge {run}")
+    if adapter and (ollama or kind):
+        raise UserError("--adapter writes the LoRA alone, in f32: --ollama and --type are for the whole model")
+    kind = kind or "f16"
+    quiet_libraries()
+    from huarizo.inference.artifact import find_tuned
+    from huarizo.results.gguf import export_adapter, export_gguf
+    from huarizo.results.ollama import MODELFILE, commands, modelfile, write_modelfile
+    from huarizo.results.overwrite import check_file
+    from huarizo.results.verify import ADAPTERS_BASE, compare_adapter, compare_with_transformers, llama_cpp
+
+    if verify:
+        llama_cpp()  # says that it is missing before the long work
+    tuned = find_tuned(run, prompt, base_model)
+    name = (tuned.run.path if tuned.run else Path(run).expanduser()).resolve().name
+    file = out or tuned.folder / f"{name}-{'adapter' if adapter else kind}.gguf"
+    if ollama:
+        if file.name == MODELFILE:
+            raise UserError(f"{file}: the Modelfile itself has this name. Name another file")
+        check_file(file.with_name(MODELFILE), force)
+        modelfile(tuned, file.name)  # says what Ollama can't have before the long work
+    if adapter:
+        export_adapter(tuned, file, force)
+    else:
+        export_gguf(tuned, file, kind, force, console())
+    if verify:
+        found = compare_adapter(tuned, file, console()) if adapter else compare_with_transformers(tuned, file)
+        print(found)
+        if not found.agrees(ADAPTERS_BASE if adapter else kind):
+            raise ModelError(
+                f"{file}: in llama.cpp this is not the trained model, so don't use the file. The adapter is sound; for "
+                f"a model folder: huarizo merge {run}"
+            )
+    if ollama:
+        told = commands(file, write_modelfile(tuned, file, force))
+        print("\n".join(["to run it in Ollama:", *(f"  {command}" for command in told)]))
+    print(f"exported: {file}")
+
+
+@app.command()
+def push(
+    run: RunName,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="on the hub: owner/name, or a name of your own")],
+    merged: Annotated[bool, typer.Option("--merged", help="the folder that `huarizo merge` made")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="the files that `huarizo export` made")] = False,
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see; otherwise for you alone")] = False,
+    base_model: BaseModel = None,
+    yes: Annotated[bool, typer.Option("--yes", help="send without asking")] = False,
+    force: Force = False,
+) -> None:
+    """Send the adapter to the Hugging Face hub, with a model card; private, and shown first."""
+    if merged and gguf:
+        raise UserError("--merged and --gguf are two repositories: push one after the other")
+    quiet_libraries()
+    from huarizo.hub.upload import account
+    from huarizo.results.publish import publication, publish
+
+    kind = "merged" if merged else "gguf" if gguf else "adapter"
+    what = publication(open_run(run), repository, kind, public, base_model)
+    print(what)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("nothing was sent. Look at the list above, and say --yes to send it")
+        print(f"it would go {account(repository)}")
+        if not confirm("Send this?", default=False):
+            print("nothing was sent")
+            raise typer.Exit(Interrupted.exit_code)
+    print(f"pushed: {publish(what, force)}")

@@ -1,0 +1,132 @@
+"""The commands that talk with what was trained: one answer, or a conversation."""
+
+import importlib
+import json
+import logging
+import sys
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from huarizo.commands.options import (
+    BaseModel,
+    MaxNewTokens,
+    Name,
+    Penalty,
+    Prompt,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
+from huarizo.console import quiet_libraries, write
+from huarizo.errors import UserError
+
+app = typer.Typer()
+LONGEST_INPUT = 1_000_000  # characters
+
+
+@app.command()
+def ask(
+    run: Name,
+    question: Annotated[str, typer.Argument(metavar="[PROMPT]", help="- or nothing: read from standard input")] = "-",
+    system: System = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object: prompt, answer, tokens, finished")] = False,
+    base: Annotated[bool, typer.Option("--base", help="the untuned model answers")] = False,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    prompt: Prompt = None,
+    base_model: BaseModel = None,
+) -> None:
+    """Answer one prompt with a trained run."""
+    quiet_libraries()
+    from huarizo.data.prompts import OpenExchange
+    from huarizo.inference.artifact import find_tuned
+    from huarizo.inference.chat import checked
+    from huarizo.inference.generate import Sampling, open_assistant, stream_answer
+
+    sampling = checked(Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed))
+    text = (_standard_input() if question == "-" else question).strip()
+    if not text:
+        raise UserError("the prompt is empty. Give one: huarizo ask RUN PROMPT, or on standard input")
+    assistant = open_assistant(find_tuned(run, prompt, base_model))
+    if unheard := assistant.unheard(system):
+        logging.getLogger(__name__).warning("%s", unheard)
+    with assistant.untuned(base):
+        answer = stream_answer(
+            assistant, [OpenExchange(text)], (lambda _: None) if as_json else write, system, sampling
+        )  # fmt: skip
+    if as_json:
+        facts = {"prompt": text, "answer": answer.text, "tokens": answer.tokens, "finished": answer.finished}
+        print(json.dumps(facts, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
+    else:
+        print()
+
+
+def _standard_input() -> str:
+    if sys.stdin.isatty():
+        print("the prompt, then Ctrl-D:", file=sys.stderr)
+    try:
+        text = sys.stdin.read(LONGEST_INPUT + 1)
+    except UnicodeDecodeError:
+        raise UserError("standard input is not text in UTF-8") from None
+    except OSError as error:
+        raise _unreadable(error) from None
+    return _bounded(text)
+
+
+def _line(prompt: str) -> str:
+    """The next line of standard input, edited on a terminal. Raises EOFError at its end."""
+    try:
+        if sys.stdin.isatty():
+            return input(prompt)
+        write(prompt)
+        line = sys.stdin.readline(LONGEST_INPUT + 1)
+    except OSError as error:
+        raise _unreadable(error) from None
+    if not line:
+        raise EOFError
+    return _bounded(line).removesuffix("\n")
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"standard input can't be read: {error.strerror or error}")
+
+
+def _bounded(text: str) -> str:
+    if len(text) > LONGEST_INPUT:
+        raise UserError(f"standard input has more than {LONGEST_INPUT:,} characters, which no model reads at once")
+    return text
+
+
+@app.command()
+def chat(
+    run: Name,
+    system: System = "",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    prompt: Prompt = None,
+    base_model: BaseModel = None,
+) -> None:
+    """Talk with a trained run. /base asks the untuned model, /help tells the other commands."""
+    quiet_libraries()
+    from huarizo.inference.artifact import find_tuned
+    from huarizo.inference.chat import HELP, Conversation, checked, converse
+    from huarizo.inference.generate import Sampling, open_assistant
+
+    sampling = checked(Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed))
+    assistant = open_assistant(find_tuned(run, prompt, base_model))
+    print(HELP)
+    with suppress(ImportError):
+        importlib.import_module("readline")  # lines can be edited and brought back, where the system has it
+    converse(Conversation(assistant, write, system, sampling), _line)

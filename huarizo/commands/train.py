@@ -1,0 +1,74 @@
+"""The commands that train: a new run, or an interrupted one from its last checkpoint."""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from huarizo.commands.options import RunName
+from huarizo.console import confirm, console, quiet_libraries
+from huarizo.host import rank
+from huarizo.recipe import load_recipe
+from huarizo.runs import Run, open_run
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="lora.r=16 ...")] = None,
+    show_data: Annotated[
+        int, typer.Option(metavar="N", min=0, help="print N rows as the model sees them, and stop")
+    ] = 0,
+    resume: Annotated[
+        bool | None, typer.Option(help="go on with an unfinished run of the same recipe and data; default: ask")
+    ] = None,
+) -> None:
+    """Train by a recipe. The last word of the last line is the run folder."""
+    _greet()
+    loaded = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    from huarizo.training import finetune
+
+    if show_data:
+        from huarizo.data.show import show_examples
+
+        show_examples(console(), finetune.prepare(loaded).data, show_data)
+        return
+
+    def go_on(run: Run) -> bool:
+        if resume is None and sys.stdin.isatty():
+            return confirm(f"{run.path} is an unfinished run of this recipe. Go on with it?", default=True)
+        if not resume:
+            print(f"{run.path} is an unfinished run of this recipe: huarizo resume {run.path}")
+        return bool(resume)
+
+    _tell_result(finetune.fine_tune(loaded, recipe.stem, console(outlives_reader=True), go_on))
+
+
+@app.command("resume")
+def resume_run(run: RunName) -> None:
+    """Go on with an interrupted run from its last checkpoint."""
+    _greet()
+    opened = open_run(run)
+    quiet_libraries()
+    from huarizo.training import finetune
+
+    _tell_result(finetune.resume(opened, console(outlives_reader=True)))
+
+
+def _greet() -> None:
+    """A line at once: PyTorch takes some seconds to load, and more on a machine that is busy or cold."""
+    if rank() == 0:
+        print(f"{'huarizo':<10} {version('huarizo')}, loading PyTorch", flush=True)
+
+
+def _tell_result(result: Any) -> None:
+    from huarizo.results.report import show_summary
+
+    if rank() == 0:
+        show_summary(console(), result.run, result.metrics, result.samples)
+        print(f"done: {result.run.path}")

@@ -1,0 +1,35 @@
+"""Rows as the model sees them: what it reads, what it learns, and how many tokens each has."""
+
+from itertools import groupby
+
+from rich.console import Console
+from rich.text import Text
+
+from huarizo.data.dataset import Data
+from huarizo.data.tokens import IGNORED
+
+
+def show_examples(console: Console, data: Data, count: int) -> None:
+    """Print what is to be known of the data, then the first `count` rows.
+
+    Learnt text is green; where there are no colours it stands between « and ».
+    """
+    tokenizer = data.encoder.tokenizer
+    for note in data.notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    console.print(
+        Text.assemble("read by the model, ", ("learnt by the model", "green"), " (between « and » without colours)")
+    )
+    for example in data.train.dataset.select(range(min(count, len(data.train.dataset)))):
+        row = data.rows[example["row"]]
+        tokens = list(zip(example["input_ids"], example["labels"], strict=True))
+        learnt = sum(label != IGNORED for _, label in tokens)
+        console.print(
+            Text(f"\n--- {row.file}, row {row.number}: {len(tokens)} tokens, {learnt} of them learnt", "bold")
+        )
+        text = Text()
+        for is_learnt, run in groupby(tokens, key=lambda token: token[1] != IGNORED):
+            shown = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+            marked = f"«{shown}»" if is_learnt and not console.color_system else shown
+            text.append(marked, style="green" if is_learnt else "")
+        console.print(text, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Answers of a model: used while it is trained, and afterwards."""

@@ -1,0 +1,324 @@
+"""A tuned model answers: in batches for a list of prompts, or streamed for a person.
+
+Prompts go through the same code as in training, and an answer ends at the stop token that was learnt.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from huarizo.console import tracked
+from huarizo.data.discovery import excerpt
+from huarizo.data.prompts import OpenExchange, Question, Turn
+from huarizo.data.spans import RefusedRow, came_back
+from huarizo.data.tokens import Encoder
+from huarizo.errors import MachineError, UserError
+from huarizo.inference.artifact import Tuned
+from huarizo.machine import (
+    available_memory,
+    choose_precision,
+    device,
+    float_precision,
+    is_out_of_memory,
+    nearest_precision,
+)
+from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
+from huarizo.model.compile import uncompiled
+from huarizo.model.load import load_base, positions
+
+SHARE = 0.25  # of the free memory, that a batch of answers may take
+UNHEARD = "the model's chat template leaves out the system text, so the model does not see it"
+TOO_LONG = "there is not enough memory for one answer. Close other programs, or shorten the answer or the prompt"
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A model that can be asked, with the encoder that its prompts go through.
+
+    base_weights: those of the base that loading the adapter changed (`rewritten_weights`).
+    """
+
+    model: Any
+    encoder: Encoder
+    base_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> int:
+        """The longest conversation that the model was made for, in tokens, its answer included."""
+        return positions(self.model.config.to_dict())
+
+    def prompt_ids(self, system: str, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of a conversation whose last turn is to be answered.
+
+        Raises:
+            UserError: a terminal or a pipe sent bytes that are no letters.
+            ModelError: a token that the tokenizer has and the model does not.
+        """
+        try:
+            "".join((system, *(turn.instruction for turn in turns))).encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("what was typed or sent is not text in UTF-8. Send it again in that encoding") from None
+        ids = self.encoder.encode_prompt(system, turns)
+        self.encoder.check_embedding(max(ids), self.model.config.vocab_size)
+        return ids
+
+    def unheard(self, system: str) -> str:
+        """What to say where a system text does not reach the model, because the chat template leaves it out or refuses
+        it; "" where it does."""
+        try:
+            pieces = self.encoder.prompt.pieces(system, [OpenExchange("Hi")])
+        except RefusedRow as error:
+            return str(error)
+        return "" if came_back(system, "".join(piece.text for piece in pieces)) else UNHEARD
+
+    def fits(self, question: Question) -> bool:
+        """Whether a prompt leaves room for an answer in what the model was made for."""
+        return len(self.prompt_ids(question.system, [question.turn])) < self.positions
+
+    def untuned(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """A block in which the base answers, as if it had no adapter; nothing changes where not `wanted`."""
+        return without_adapter(self.model, self.base_weights) if wanted else nullcontext()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn. temperature 0 takes the likeliest token every time; top_k 0 and top_p 1 cut nothing."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 0.95
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, its number of tokens, and whether the model ended it itself or reached `max_new_tokens`."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device | None = None) -> Assistant:
+    """The base model with its adapter, in a float format; None: the recipe's, or the fastest one for int8.
+
+    on: the device, this machine's best one unless given.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+        UserError: a format that there is not, or that this device does not have.
+    """
+    if precision not in (None, "bf16", "fp16", "fp32"):
+        raise UserError(f"--precision {precision}: answers and losses are computed in bf16, fp16 or fp32")
+    on = on or device()
+    if precision is not None:
+        choice = choose_precision(precision, on)
+    else:
+        wanted = tuned.recipe.precision
+        choice = nearest_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on)
+        if choice.precision != wanted and wanted not in ("int8", "auto"):
+            logging.getLogger(__name__).warning("precision %s: %s", choice.precision, choice.reason)
+    model = load_base(tuned.base, choice.dtype, on)
+    base_weights = rewritten_weights(model, tuned.adapter)
+    return Assistant(load_adapter(model, tuned.adapter), tuned.encoder, base_weights)
+
+
+@contextmanager
+def generating(model: Any) -> Iterator[None]:
+    """Evaluation mode, with Transformers' own attention; put back as it was afterwards."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention, was_training = base.config._attn_implementation, model.training
+    base.set_attn_implementation("sdpa")
+    model.eval()
+    try:
+        with torch.no_grad(), uncompiled():
+            yield
+    finally:
+        base.set_attn_implementation(attention)
+        model.train(was_training)
+
+
+def _generation_config(assistant: Assistant, sampling: Sampling) -> GenerationConfig:
+    tokenizer = assistant.encoder.tokenizer
+    stops = [i for i in dict.fromkeys((assistant.encoder.stop_id, tokenizer.eos_token_id)) if i is not None]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        names = ("temperature", "top_p", "top_k")
+        options = {"do_sample": True} | {name: getattr(sampling, name) for name in names}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=stops or None, pad_token_id=pad, use_cache=True, **options,
+    )  # fmt: skip
+
+
+def _room(assistant: Assistant, prompt: Sequence[int], text: str) -> int:
+    if len(prompt) >= assistant.positions:
+        raise UserError(
+            f"the prompt {excerpt(text)} has {len(prompt):,} tokens, and the model was made for "
+            f"{assistant.positions:,}. Shorten it"
+        )
+    return assistant.positions - len(prompt)
+
+
+def _left_padded(prompts: Sequence[list[int]], pad: int, on: torch.device) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=on), "attention_mask": torch.tensor(mask, device=on)}
+
+
+def answers(
+    assistant: Assistant,
+    questions: Sequence[Question],
+    max_new_tokens: int = 80,
+    at_once: int = 32,
+    console: Console | None = None,
+) -> list[Answer]:
+    """Greedy answers to single prompts.
+
+    at_once: prompts in a batch at most, fewer where memory is short.
+    console: a terminal to show on how many are answered.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer in what the model was made for.
+        MachineError: there is not enough memory even for one prompt.
+    """
+    prompts = [assistant.prompt_ids(question.system, [question.turn]) for question in questions]
+    rooms = [_room(assistant, ids, asked.turn.instruction) for ids, asked in zip(prompts, questions, strict=True)]
+    given = _each_answer(assistant, prompts, [min(max_new_tokens, room) for room in rooms], at_once)
+    found = dict(tracked(given, "answering", console, len(prompts)))
+    return [found[index] for index in range(len(prompts))]
+
+
+def _each_answer(
+    assistant: Assistant, prompts: Sequence[list[int]], room: Sequence[int], at_once: int
+) -> Iterator[tuple[int, Answer]]:
+    """Each prompt's index with its answer, the longest first; where memory does not do, half as many at once.
+
+    room: tokens that each answer may have; those in a batch may have as many.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    while by_length:
+        longest = by_length[0]
+        size = min(at_once, _most_at_once(assistant, len(prompts[longest]) + room[longest]))
+        batch = [index for index in by_length[:size] if room[index] == room[longest]]
+        try:
+            given = _answered(assistant, [prompts[index] for index in batch], room[longest])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise MachineError(TOO_LONG) from None
+            at_once = len(batch) // 2
+            torch.cuda.empty_cache()
+            continue
+        yield from zip(batch, given, strict=True)
+        by_length = by_length[len(batch) :]
+
+
+def _most_at_once(assistant: Assistant, length: int) -> int:
+    """How many prompts of a length, answers included, memory has room for: keys and values, and one layer at work
+    with its mask."""
+    config, on = assistant.model.config, assistant.model.device
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    values = keys_and_values + 8 * config.hidden_size + 3 * config.intermediate_size + 2 * length
+    free = SHARE * available_memory(on)
+    return max(1, int(free / (length * values * assistant.model.dtype.itemsize)))
+
+
+def _answered(assistant: Assistant, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Answer]:
+    config = _generation_config(assistant, Sampling(max_new_tokens))
+    batch = _left_padded(prompts, config.pad_token_id, assistant.model.device)  # pyright: ignore[reportArgumentType]
+    with generating(assistant.model):
+        output = assistant.model.generate(**batch, generation_config=config)
+    return [_answer(assistant, ids, config) for ids in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def _answer(assistant: Assistant, ids: list[int], config: GenerationConfig) -> Answer:
+    length = _length(ids, config)
+    return Answer(_text(assistant.encoder.tokenizer, ids[:length]), length, length < len(ids))
+
+
+def _length(ids: Sequence[int], config: GenerationConfig) -> int:
+    """How many of the new tokens stand before the first that ends the answer."""
+    stops: Any = config.eos_token_id or []
+    return next((place for place, number in enumerate(ids) if number in stops), len(ids))
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+
+class _Streamer(BaseStreamer):
+    """Hands an answer's text to a function as it grows; all of it together is the `Answer`'s own text, unless a stray
+    byte spoils a letter that was shown already.
+
+    Each time all tokens are decoded, because a token's text depends on those before it. What may still change is held
+    back: a letter of which only some bytes are there, and white space at the end.
+    """
+
+    def __init__(self, tokenizer: Any, config: GenerationConfig, write: Callable[[str], None]) -> None:
+        self.tokenizer, self.config, self.write = tokenizer, config, write
+        self.ids: list[int] = []
+        self.shown = ""
+        self.saw_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt at first, then one new token after another: int64 [1] each."""
+        if self.saw_prompt:
+            self.ids += value.flatten().tolist()
+            self._show(self._text().rstrip("\ufffd").rstrip())
+        self.saw_prompt = True
+
+    def end(self) -> None:
+        self._show(self._text())
+
+    def _text(self) -> str:
+        return _text(self.tokenizer, self.ids[: _length(self.ids, self.config)])
+
+    def _show(self, text: str) -> None:
+        if not self.shown.startswith(text):
+            same = next((place for place, (a, b) in enumerate(zip(text, self.shown, strict=False)) if a != b), None)
+            self.write(text[len(self.shown) if same is None else same :])
+            self.shown = text
+
+
+def stream_answer(
+    assistant: Assistant,
+    turns: Sequence[Turn],
+    write: Callable[[str], None],
+    system: str = "",
+    sampling: Sampling | None = None,
+) -> Answer:
+    """Answer the last turn, passing the text to `write` as it comes.
+
+    Raises:
+        UserError: the conversation leaves no room for an answer in what the model was made for, or is no text.
+        MachineError: there is not enough memory for it.
+    """
+    sampling = sampling or Sampling()
+    prompt = assistant.prompt_ids(system, turns)
+    config = _generation_config(assistant, sampling)
+    config.max_new_tokens = min(sampling.max_new_tokens, _room(assistant, prompt, turns[-1].instruction))
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    batch = _left_padded([prompt], 0, assistant.model.device)
+    streamer = _Streamer(assistant.encoder.tokenizer, config, write)
+    try:
+        with generating(assistant.model):
+            output = assistant.model.generate(**batch, generation_config=config, streamer=streamer)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(TOO_LONG) from None
+    return _answer(assistant, output[0, len(prompt) :].tolist(), config)

@@ -1,0 +1,279 @@
+"""A frozen linear layer in int8 whose forward and input-gradient products both run as int8 GEMMs.
+
+The weight is stored once, in int8 with one scale an output channel, and serves both products: the channel scales are
+multiplied into the incoming gradient before that is quantised, so nothing is transposed and nothing kept twice.
+Activations and gradients are quantised as they come, one scale a token. Plain int8 ruins a Llama, because a few input
+channels are hundreds of times larger than the rest. Three things mend it
+(tests/model/frozen/test_int8.py holds the figures):
+
+- smoothing moves the spread of the activations into the weight, where it does less harm: input channel j is divided
+  by s_j = max|x_j|^0.5 / max|w_j|^0.5 and weight column j multiplied by it (SmoothQuant, arXiv 2211.10438);
+- the FLOAT_CHANNELS input channels that still stand out stay in floating point (LLM.int8(), arXiv 2208.07339);
+- rotation by Hadamard matrices, within blocks of BLOCK channels, spreads what is left of the outliers over their
+  neighbours (QuaRot, arXiv 2404.00456). Inputs and outputs are both rotated, so that activations and gradients are.
+  With H H = BLOCK I, x and y the smoothed input and the output, and the stored weight Q = (H / BLOCK) W (H / BLOCK):
+  y = ((x H) Q') H and grad_x = ((grad_y H) Q) H.
+
+Gradients are rounded up or down at random, up the likelier the nearer: the many small ones beside a few large, such as
+the softmax's, would all be lost in rounding to nearest, and their sum with them. The random numbers of a row follow
+from its scale and its signs, so the same row gives the same integers wherever and whenever it comes, and others' are
+not its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from huarizo.host import int8_instructions
+from huarizo.kernels import int8 as kernel
+
+FLOAT_CHANNELS = 8
+BLOCK = 32  # of channels that are rotated together
+ROWS_AT_ONCE = 8 * BLOCK  # of a weight that is being quantised
+EXACT_DEPTH = 1024  # of int8 products whose sum is exact in fp32
+SMALLEST = 1e-12  # scale of a row of zeros
+
+# Shapes: T tokens, K input and N output channels, k float channels; K' and N' are K and N filled up to whole blocks.
+
+
+def quantise_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 with one scale a row: float32 [T, K] -> int8 [T, K], float32 [T, 1]."""
+    scale = x_TK.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / 127)
+    return torch.round(x_TK * (1 / scale)).to(torch.int8), scale
+
+
+def quantise_gradient(grad_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantise_rows`, but rounded stochastically: without bias, whatever is lost at a place."""
+    scale = grad_TN.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / 127)
+    steps = torch.floor(grad_TN * (1 / scale) + _noise(grad_TN, scale))
+    return steps.clamp(-128, 127).to(torch.int8), scale
+
+
+def _noise(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Evenly spread over [0, 1), float32 [T, N], for rows [T, N] with these scales, float32 [T, 1].
+
+    Channel n has the fraction of a start + n / golden ratio (a Weyl sequence), in units of 2^-32. The start is a hash
+    of the upper bits of the scale and of the sum of n^4 over the channels above zero: of what hardly ever is at the
+    mercy of the order in which the entries' own sums were taken.
+    """
+    n = torch.arange(rows.shape[1], device=rows.device)
+    signs = ((rows > 0) * (n**4 & 0xFFFFFFFF)).sum(-1, keepdim=True) & 0xFFFFFFFF
+    start = (scale.contiguous().view(torch.int32).long() >> 8) * 0x85EBCA6B + signs * 0x27D4EB2F
+    return ((start + n * 0x9E3779B9 & 0xFFFFFFFF) >> 9) * 2.0**-23
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """Blocks of the last dimension times the Hadamard matrix of order BLOCK, float [..., K] -> [..., K'].
+
+    Twice is BLOCK times once nothing. Entry i, j of the matrix is -1 to the number of ones that i and j share.
+    """
+    index = torch.arange(BLOCK, device=x.device)
+    shared = index[:, None] & index
+    for shift in (4, 2, 1):
+        shared = shared ^ (shared >> shift)
+    hadamard = (1 - 2 * (shared & 1)).to(x.dtype)
+    if x.shape[-1] % BLOCK:
+        x = F.pad(x, (0, -x.shape[-1] % BLOCK))
+    return (x.unflatten(-1, (-1, BLOCK)) @ hadamard).flatten(-2)
+
+
+def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
+    """int8 [M, K] times int8 [K, N], exact in int32 [M, N]; either may be a transposed view.
+
+    On a CPU without int8 instructions torch's own product is hundreds of times slower than fp32's, so parts of the
+    depth whose sums fp32 holds exactly (EXACT_DEPTH 128^2 = 2^24) are multiplied in fp32 and added as integers.
+    cuBLASLt wants more than 16 rows, K and N in multiples of 8, and the columns of b one after the other in memory:
+    fewer rows are filled up with zeros, and another b is turned, which costs little beside the product.
+    """
+    rows = a_MK.shape[0]
+    if a_MK.device.type == "cpu" and not int8_instructions():
+        parts = zip(a_MK.split(EXACT_DEPTH, 1), b_KN.split(EXACT_DEPTH, 0), strict=True)
+        return sum((a.float() @ b.float()).int() for a, b in parts)  # pyright: ignore
+    if a_MK.device.type == "cuda":
+        b_KN = b_KN if b_KN.stride(0) == 1 else b_KN.t().contiguous().t()
+        a_MK = F.pad(a_MK, (0, 0, 0, 17 - rows)) if rows <= 16 else a_MK.contiguous()
+        return torch.ops.aten._int_mm(a_MK, b_KN)[:rows]
+    return torch.ops.aten._int_mm(a_MK, b_KN)
+
+
+class _Int8Product(torch.autograd.Function):
+    """y = x W' + b, with the gradient for x alone; a packed weight goes to the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        input_scale: torch.Tensor,
+        inverse_smoothing: torch.Tensor,
+        float_channels: torch.Tensor,
+        float_weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        outputs: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale, inverse_smoothing)
+        if is_packed(weight):
+            rows = kernel.quantise(x, input_scale)
+            return kernel.forward(*rows, weight, scale, x, float_channels, float_weight, bias, outputs)
+        x_int8, x_scale = quantise_rows(rotated(x.float() * input_scale))
+        y = rotated(int8_product(x_int8, weight.t()).float() * x_scale * scale)[:, :outputs]
+        return (y + F.linear(x[:, float_channels], float_weight, bias).float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return input_gradient(grads[0], *ctx.saved_tensors), None, None, None, None, None, None, None, None
+
+
+def input_gradient(
+    grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smoothing: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the input, [T, K], from that of the output, [T, N]; the others are those of an `Int8Linear`."""
+    if is_packed(weight):
+        return kernel.backward(grad, weight, scale, inverse_smoothing)
+    grad_int8, grad_scale = quantise_gradient(rotated(grad.float()) * scale)
+    grad_x = rotated(int8_product(grad_int8, weight).float() * grad_scale)[:, : len(inverse_smoothing)]
+    return (grad_x * inverse_smoothing).to(grad.dtype)
+
+
+@torch.compiler.allow_in_graph  # the compiler takes it as one operation and traces both directions through it
+def int8_linear(
+    x_TK: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    input_scale: torch.Tensor,
+    inverse_smoothing: torch.Tensor,
+    float_channels: torch.Tensor,
+    float_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: int,
+) -> torch.Tensor:
+    """[T, K] -> [T, N = outputs] in the dtype of x, differentiable in x; the others are those of an `Int8Linear`."""
+    return _Int8Product.apply(  # pyright: ignore
+        x_TK, weight, scale, input_scale, inverse_smoothing, float_channels, float_weight, bias, outputs
+    )
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether a weight lies as kernels/int8.c wants it."""
+    return weight.dtype == torch.uint8
+
+
+class Int8Linear(nn.Module):
+    """x W' + b with a frozen int8 weight.
+
+    weight: int8 [N', K'], smoothed and rotated; scale: float32 [N']; inverse_smoothing: float32 [K], 1 / s_j;
+    input_scale: the same, zero in the float channels; float_channels: int64 [k], ascending; float_weight: [N, k] in the
+    activations' dtype. Where kernels/int8.c can be used, both weights are packed for it.
+    Not an nn.Linear, so that nothing takes it for one and adds floats to its int8 weight.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    input_scale: torch.Tensor
+    inverse_smoothing: torch.Tensor
+    float_channels: torch.Tensor
+    float_weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        input_scale: torch.Tensor,
+        inverse_smoothing: torch.Tensor,
+        float_channels: torch.Tensor,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.dtype = linear.weight.dtype  # of the activations
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("inverse_smoothing", inverse_smoothing)
+        self.register_buffer("float_channels", float_channels)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        for name in ("weight", "scale", "float_weight"):
+            self.register_buffer(name, None)
+        self.store(linear.weight.detach())
+
+    def store(self, weight: torch.Tensor) -> None:
+        """Quantise a weight, float [N, K], with the smoothing and the float channels that there are."""
+        pack = weight.device.type == "cpu" and kernel.reason_against(self.dtype) is None
+        quantised, scales = [], []
+        for rows in weight.split(ROWS_AT_ONCE):
+            smoothed = rows.float() / self.inverse_smoothing
+            part, scale = quantise_rows(rotated(rotated(smoothed).t()).t() / BLOCK**2)
+            quantised.append(kernel.packed(part) if pack else part)
+            scales.append(scale[:, 0])
+        self.weight, self.scale = torch.cat(quantised), torch.cat(scales)
+        float_weight = weight[:, self.float_channels].to(self.dtype)
+        self.float_weight = kernel.packed(float_weight) if pack else float_weight
+
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The int8 and the float weight, not packed: int8 [N', K'], float [N, k]."""
+        if not is_packed(self.weight):
+            return self.weight, self.float_weight
+        floats = kernel.unpacked(self.float_weight, self.out_features, len(self.float_channels))
+        return kernel.unpacked(self.weight), floats
+
+    def dequantised(self) -> torch.Tensor:
+        """The weight as it acts: float32 [N, K]."""
+        weight, float_weight = self.plain()
+        weight = rotated(rotated(weight.float() * self.scale[:, None]).t()).t()[: self.out_features, : self.in_features]
+        return (weight * self.inverse_smoothing).index_copy(1, self.float_channels, float_weight.float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N] in the dtype of x."""
+        y = int8_linear(
+            x.flatten(0, -2), self.weight, self.scale, self.input_scale, self.inverse_smoothing,
+            self.float_channels, self.float_weight, self.bias, self.out_features,
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """[T, N] -> [T, K]."""
+        return input_gradient(grad, self.weight, self.scale, self.inverse_smoothing)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, float_channels={len(self.float_channels)}"
+
+
+def reference(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
+    """The definition of correct: the same roundings in float64, the products exact.
+
+    x: [T, K]; returns float64 [T, N].
+    """
+    weight, float_weight = layer.plain()
+    scaled = rotated(x.double() * layer.input_scale)
+    step = scaled.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / 127
+    y = torch.round(scaled / step) * step @ (weight.double() * layer.scale[:, None]).t()
+    y = rotated(y)[:, : layer.out_features] + x.double()[:, layer.float_channels] @ float_weight.double().t()
+    return y if layer.bias is None else y + layer.bias.double()
+
+
+def reference_gradient(grad: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
+    """The definition of correct of the input gradient. grad: [T, N]; returns float64 [T, K]."""
+    scaled = rotated(grad.double()) * layer.scale
+    step = scaled.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / 127
+    rounded = torch.floor(scaled / step + _noise(scaled, step.float())) * step
+    grad_x = rounded @ layer.plain()[0].double()
+    return rotated(grad_x)[:, : layer.in_features] * layer.inverse_smoothing
+
+
+def quantise(linears: Sequence[nn.Linear], peaks: torch.Tensor) -> list[Int8Linear]:
+    """Int8 layers for linears that share one input, so that they share its quantised form as well.
+
+    peaks: float32 [K], the largest |x_j| seen of each input channel. The layers hold the very same tensors for
+    smoothing and float channels, by which a compiler sees that the quantised input is one value, and computes it once.
+    """
+    weights = torch.stack([linear.weight.detach().abs().amax(0).float() for linear in linears]).amax(0).clamp_min(1e-5)
+    smoothing = (peaks.clamp_min(1e-5) / weights).sqrt()
+    count = min(FLOAT_CHANNELS, len(peaks) // 4)
+    float_channels = (peaks / smoothing).topk(count).indices.sort().values
+    # In these the int8 weight serves the backward product alone: it is made as large as in the others.
+    typical = (weights * smoothing).median()
+    smoothing = smoothing.index_copy(0, float_channels, typical / weights[float_channels])
+    inverse_smoothing = 1 / smoothing
+    input_scale = inverse_smoothing.index_fill(0, float_channels, 0)
+    return [Int8Linear(linear, input_scale, inverse_smoothing, float_channels) for linear in linears]

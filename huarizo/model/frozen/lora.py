@@ -1,0 +1,110 @@
+"""LoRA on an int8 layer, registered with PEFT through its hook for custom modules.
+
+    y = W_int8 x + scaling B A dropout(x)
+
+A [r, K] and B [N, r] are kept in fp32 and multiplied in the dtype of the activations, as autocast would. They see the
+activations that the float model would see, not the quantised ones, so that the adapter is right for the float model:
+it is saved as an ordinary PEFT adapter.
+Seen with peft 0.19 to 0.21; tests/model/frozen/test_lora.py fails when the hook moves.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from huarizo.model.dropout import HashedDropout
+from huarizo.model.frozen.int8 import Int8Linear
+
+NEEDS_NO_WEIGHT = ("gaussian", "eva")  # inits by name that do not look at the base weight
+
+
+class Int8LoraLinear(nn.Module, LoraLayer):
+    """An Int8Linear with adapters. PEFT makes it.
+
+    Raises:
+        ValueError: LoRA variants that change more than adding B A x (DoRA and others), or a LoRA bias.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.fan_in_fan_out = False
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> None:
+        if config.lora_bias:
+            raise ValueError("lora_bias is not supported with precision int8. Use precision=bf16 or fp32")
+        try:
+            super().resolve_lora_variant(config=config)
+        except ValueError:
+            raise ValueError(
+                "this LoRA variant (DoRA, or another that changes more than adding B A x) is not supported with "
+                "precision int8. Use precision=bf16 or fp32"
+            ) from None
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:  # pyright: ignore
+        init = config.init_lora_weights
+        if isinstance(init, str) and init not in NEEDS_NO_WEIGHT:
+            with _float_weight(self.get_base_layer()):
+                super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+        else:
+            super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., K] -> [..., N] in the dtype of x."""
+        result = self.base_layer(x)
+        if self.disable_adapters:
+            return result
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                a = cast(nn.Linear, self.lora_A[name]).weight
+                b = (cast(nn.Linear, self.lora_B[name]).weight * self.scaling[name]).to(x.dtype)
+                dropout = self.lora_dropout[name]
+                fused = isinstance(dropout, HashedDropout)
+                h = dropout.linear(x, a) if fused else F.linear(dropout(x), a.to(x.dtype))
+                result = result + F.linear(h, b)
+        return result
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("an adapter is not merged into int8 weights: load the float base and merge it there")
+
+    def unmerge(self) -> None:
+        raise ValueError("nothing was merged: an adapter is not merged into int8 weights")
+
+
+@contextmanager
+def _float_weight(base: Any) -> Iterator[None]:
+    """Shows the weight in float32 inside the block, for inits that read and change it (PiSSA, OLoRA)."""
+    quantised, shown = base.weight, base.dequantised()
+    before = shown.clone()
+    base.weight = nn.Parameter(shown, requires_grad=False) if "weight" not in base._buffers else shown
+    try:
+        yield
+    finally:
+        changed, base.weight = base.weight.detach(), quantised
+    if not torch.equal(changed, before):
+        base.store(changed)
+
+
+def register(config: LoraConfig) -> LoraConfig:
+    """Tell PEFT what to make of an int8 layer. The registration is not saved with the adapter."""
+    config._register_custom_module({Int8Linear: Int8LoraLinear})
+    return config

@@ -1,0 +1,161 @@
+"""Losses of rows and texts, before and after training, with what they say and what they don't.
+
+The mean over tokens is a ratio of two sums over rows, and rows differ; so its confidence interval comes from the spread
+of the rows, not of the tokens, and a change is judged row by row, before against after.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from huarizo.console import tracked
+from huarizo.data.packing import cut, pack
+from huarizo.errors import MachineError
+from huarizo.inference.generate import Assistant
+from huarizo.machine import is_out_of_memory
+from huarizo.model.compile import uncompiled
+from huarizo.model.loss import PackedLoss
+
+Z975 = 1.959964  # the normal distribution's 97.5 % quantile
+LARGEST = 700  # nats, whose power of e a float still holds
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean loss over tokens, in nats, with its 95 % confidence interval; `low` and `high` are NaN for one row."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def perplexity(self) -> "Mean":
+        """e to the loss, with its interval."""
+        return Mean(*(math.exp(x) if not x > LARGEST else math.inf for x in (self.value, self.low, self.high)))
+
+    def __str__(self) -> str:
+        half = (self.high - self.low) / 2
+        return f"{self.value:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
+
+
+def student_t975(freedom: int) -> float:
+    """Student's t: 97.5 % quantile by degrees of freedom.
+
+    Exact for 1 and 2; beyond, the expansion in 1 / freedom of Abramowitz and Stegun, Handbook of Mathematical Functions
+    (1964), 26.7.5, which is 0.3 % too small at 3 and nearer from there on.
+    """
+    if freedom <= 2:
+        return (math.tan(0.475 * math.pi), 0.95 / math.sqrt(2 * 0.975 * 0.025))[freedom - 1]
+    z = Z975
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def mean_loss(sums: Sequence[float], tokens: Sequence[int]) -> Mean:
+    """The mean over all tokens of rows with these summed losses and numbers of tokens.
+
+    The interval is that of a ratio estimator over clusters, by linearisation (Cochran, Sampling Techniques, 3rd
+    edition, 1977, section 6.3): variance = n / (n - 1) * sum_i (s_i - r t_i)^2 / (sum_i t_i)^2, with Student's t on
+    n - 1 degrees of freedom. Below some 20 rows it is still too narrow where rows differ much.
+
+    The difference of two means over the same rows is had by giving the differences of the sums.
+    """
+    total, rows = sum(tokens), len(sums)
+    mean = math.fsum(sums) / total
+    if rows < 2:
+        return Mean(mean, math.nan, math.nan)
+    spread = math.fsum((s - mean * t) ** 2 for s, t in zip(sums, tokens, strict=True))
+    half = student_t975(rows - 1) * math.sqrt(rows / (rows - 1) * spread) / total
+    return Mean(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Summed losses of rows before and after training, in nats, and their numbers of labelled tokens."""
+
+    before: list[float]
+    after: list[float]
+    tokens: list[int]
+
+    @property
+    def mean_before(self) -> Mean:
+        return mean_loss(self.before, self.tokens)
+
+    @property
+    def mean_after(self) -> Mean:
+        return mean_loss(self.after, self.tokens)
+
+    @property
+    def change(self) -> Mean:
+        """After less before, by the same rows: narrower than either interval where rows move together."""
+        return mean_loss([after - before for before, after in zip(self.before, self.after, strict=True)], self.tokens)
+
+    def together(self, counts: Sequence[int]) -> "Losses":
+        """The same with neighbours made one row: so many of them for each, as one row's examples belong together."""
+        ends = list(itertools.accumulate(counts))
+        spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        before, after = ([math.fsum(each[span]) for span in spans] for each in (self.before, self.after))
+        return Losses(before, after, [sum(self.tokens[span]) for span in spans])
+
+
+def measure(assistant: Assistant, examples: Sequence[dict[str, Any]], console: Console | None = None) -> Losses:
+    """Losses of tokenised examples (`input_ids`, `labels`), without and with the adapter.
+
+    console: a terminal to show on how many are measured.
+
+    Raises:
+        MachineError: the longest example does not fit into memory.
+    """
+
+    def measured() -> list[tuple[float, int]]:
+        return list(tracked(_row_losses(assistant.model, examples), "reading", console, len(examples)))
+
+    with assistant.untuned():
+        before = measured()
+    after = measured()
+    return Losses([loss for loss, _ in before], [loss for loss, _ in after], [count for _, count in after])
+
+
+def _row_losses(model: Any, examples: Sequence[dict[str, Any]]) -> Iterator[tuple[float, int]]:
+    """(summed loss, labelled tokens) of each example, packed into batches that get smaller where memory is short."""
+    losses = PackedLoss(model.get_base_model())
+    model.eval()
+    done, budget = 0, BATCH_TOKENS
+    while done < len(examples):
+        rest = examples[done : done + 256]
+        first = cut([len(example["input_ids"]) for example in rest], budget)[0]
+        try:
+            found = _batch_losses(losses, model, [rest[index] for index in first])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(first) == 1:
+                raise MachineError(
+                    "there is not enough memory for the longest row. Use a smaller data.max_length"
+                ) from None
+            budget //= 2
+            torch.cuda.empty_cache()
+            continue
+        yield from found
+        done += len(first)
+
+
+def _batch_losses(losses: PackedLoss, model: Any, examples: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
+    batch = pack(examples)
+    rows = torch.bucketize(batch["label_positions"], batch["cu_seqlens"][1:].long(), right=True)
+    with uncompiled():
+        each = losses.by_token(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    sums = torch.zeros(len(examples), dtype=torch.float64).index_add(0, rows, each.double().cpu())
+    return list(zip(sums.tolist(), rows.bincount(minlength=len(examples)).tolist(), strict=True))
