@@ -6,7 +6,7 @@
  *
  * W is int8 [N, K], one copy for both directions; F, the float weight, [N, k]; rotate multiplies each BLOCK neighbours
  * in a row by the Hadamard matrix, in whose stead are sums and differences of pairs. The model's definition of all this,
- * in plain torch, is huarizo/model/int8.py.
+ * in plain torch, is huarizo/model/frozen/int8.py.
  *
  * vpdpbusd adds to each of 16 int32 the product of four unsigned with four signed bytes. The weight is therefore kept as
  * unsigned bytes, 128 too large, and every sum starts from -128 times the sum of the quantised row.

@@ -1,7 +1,7 @@
 """The products of a frozen int8 linear layer in C (int8.c), for bf16 and fp32 on CPUs with AVX512-VNNI.
 
 Only pointers and strides go to C; its results are the same bytes for any number of threads, which is torch's.
-Shapes: T tokens, K input and N output channels, k float channels. huarizo/model/int8.py defines what is correct.
+Shapes: T tokens, K input and N output channels, k float channels. huarizo/model/frozen/int8.py defines what is correct.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The int8 products in C: equal to the definition in huarizo/model/int8.py, and the same bytes on any number of threads."""
+"""The int8 products in C: equal to the definition in huarizo/model/frozen/int8.py, and the same bytes on any number of threads."""
 
 from collections.abc import Iterator
 
