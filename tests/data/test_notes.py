@@ -1,23 +1,14 @@
-"""What is said of rows that can be used, and the mapping that is proposed for columns with usual names."""
+"""Notes on rows that can be used, and the column mapping that is proposed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from huarizo.data.dataset import prepare_data
 from huarizo.data.notes import MAX_PLACES
 from huarizo.data.rows import read_rows
 from huarizo.errors import DataError
-from huarizo.model.load import load_tokenizer
-from huarizo.recipe import DataRecipe
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
+from tests.data.reading import write
 
 MAPPINGS = [
     (
@@ -71,16 +62,3 @@ def test_texts_that_stand_for_no_text(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "nan"}]
     many = write(tmp_path / "b.jsonl", [{"messages": turns}] * (MAX_PLACES + 3))
     assert "in 13 rows" in read_rows(many).notes[0] and "10 and 3 more)" in read_rows(many).notes[0]
-
-
-def test_heldout_rows_that_are_trained_on_are_said(tmp_path: Path, tiny_model_folder: Path) -> None:
-    rows = [{"instruction": f"Q{number}", "output": "A"} for number in range(4)]
-    train = write(tmp_path / "train.jsonl", rows)
-    heldout = write(tmp_path / "heldout.jsonl", [rows[2], {"instruction": "new", "output": "A"}, rows[0]])
-    tokenizer = load_tokenizer(tiny_model_folder)
-    data = prepare_data(DataRecipe(), 42, train, heldout, tokenizer, tmp_path / "cache")
-    assert data.notes == [
-        f"2 of 3 held-out rows are also trained on, so that the held-out loss says less: {heldout}, rows 1, 3"
-    ]
-    apart = write(tmp_path / "apart.jsonl", [{"instruction": "Q0", "output": "B"}])
-    assert prepare_data(DataRecipe(), 42, train, apart, tokenizer, tmp_path / "cache").notes == []
