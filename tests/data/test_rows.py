@@ -261,6 +261,7 @@ def test_any_json_is_rows_or_a_message(value: object, suffix: str) -> None:
         assert_rows_or_a_message(path)
 
 
+TEXT_SUFFIXES = [suffix for suffix in SUFFIXES if suffix not in (".parquet", ".arrow")]  # read in this process
 BEGINNINGS = st.sampled_from(
     [b"", b"[", b'{"messages": [', b'[{"instruction": "', b"instruction,output\n", b"PAR1", b'"']
 )
@@ -268,7 +269,7 @@ BEGINNINGS |= st.sampled_from([codecs.BOM_UTF8, codecs.BOM_UTF16_LE, b'{"instruc
 
 
 @settings(max_examples=150, deadline=None)
-@given(BEGINNINGS, st.binary(max_size=200), st.sampled_from([*SUFFIXES, ".txt", ".gz"]))
+@given(BEGINNINGS, st.binary(max_size=200), st.sampled_from([*TEXT_SUFFIXES, ".txt", ".gz"]))
 def test_any_bytes_are_rows_or_a_message(beginning: bytes, data: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"a{suffix}")
