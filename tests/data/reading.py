@@ -20,7 +20,7 @@ SUFFIXES = [".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"]
 SUFFIXES += [".arrow", ".jsonl.gz", ".json.zst", ".csv.gz"]
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 ABBREVIATIONS = {
-    "<NEEDED>": "Needed are, for sharegpt: conversations; messages: messages; alpaca: instruction and output; "
+    "<NEEDED>": "Required fields are, for sharegpt: conversations; messages: messages; alpaca: instruction and output; "
     "prompt-completion: prompt and completion; text: text.",
     "<MAPPING>": "data.columns.instruction=question data.columns.output=answer.",
     "<ROWS>": 'Write a list of rows: [{"instruction": "...", "output": "..."}].',

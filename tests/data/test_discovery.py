@@ -16,7 +16,7 @@ FILES = [
         "ext txt",
         "a.txt",
         "x",
-        "a.txt: has an extension that is not known (.txt). Huarizo reads <KNOWN>; rename it if it is one of "
+        "a.txt: has an unknown extension (.txt). Huarizo reads <KNOWN>; rename it if it is one of "
         "these, or convert it.",
     ),
     (

@@ -85,7 +85,7 @@ VALUES = [
     (
         "twice",
         '{"instruction": "Q", "output": "A", "output": "B"}',
-        ", field 'output': stands 2 times in one object. Keep one of them.",
+        ", field 'output': occurs 2 times in one object. Keep one of them.",
     ),
     (
         "surrogate",
@@ -105,4 +105,4 @@ def test_a_value_that_is_no_sound_text(tmp_path: Path, bad: str, expected: str) 
     message = complaint_about(tmp_path / "a.json", f"[{GOOD}, {bad}, {GOOD}]")
     assert message.startswith("1 of 3 rows can't be used:\n")
     assert f"\n  - a.json, row 2{expected}\n" in message
-    assert message.endswith("Mend them in the file, or leave them out: data.on_bad_row=skip")
+    assert message.endswith("Fix them in the file, or leave them out: data.on_bad_row=skip")

@@ -131,7 +131,7 @@ def test_a_history_that_is_no_list_of_pairs(tmp_path: Path, bad: str, expected: 
     message = complaint_about(tmp_path / "a.json", f"[{GOOD}, {bad}, {GOOD}]")
     assert message.startswith("1 of 3 rows can't be used:\n")
     assert f"\n  - a.json, row 2{expected}\n" in message
-    assert message.endswith("Mend them in the file, or leave them out: data.on_bad_row=skip")
+    assert message.endswith("Fix them in the file, or leave them out: data.on_bad_row=skip")
 
 
 # Name, a file of two rows the second of which is bad, the message.

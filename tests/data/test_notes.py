@@ -38,7 +38,7 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [row | {"context": "C"}, row | {"source": "web"}])
     write(tmp_path / "b.jsonl", [row | {"context": "C", "input": "I", "system_prompt": "S"}])
     assert read_rows(tmp_path).notes == [
-        "not used: context, source, system_prompt; to use what is there: "
+        "not used: context, source, system_prompt; to use them: "
         "data.columns.input=context data.columns.system=system_prompt"
     ]
     columns = {"input": "context"}
@@ -56,8 +56,8 @@ def test_texts_that_stand_for_no_text(tmp_path: Path) -> None:
     assert [row.exchanges[0].output for row in read.rows[3:5]] == ["A", "None"], "learnt as it stands"
     assert read.notes == [
         f"<noinput> is read as no input in 2 rows ({path}, rows 1, 2)",
-        f'"nan", "None" or "null" is a whole text, learnt as it stands, in 2 rows ({path}, rows 4, 5). '
-        "Delete these rows if it means that there was no text",
+        f'"nan", "None" or "null" is a whole text, and is learnt as written, in 2 rows ({path}, rows 4, 5). '
+        "Delete these rows if it means that the text is missing",
     ]
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "nan"}]
     many = write(tmp_path / "b.jsonl", [{"messages": turns}] * (MAX_PLACES + 3))

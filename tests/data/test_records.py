@@ -30,8 +30,8 @@ FILES = [
         "not json",
         "a.json",
         '[{"instruction": "Q",\n "output": A}]',
-        'a.json: is not JSON: expecting value, line 2, column 12, near \'n": "Q",\\n "output": A}]\'. Mend it '
-        "there, or write the file anew with a JSON library.",
+        'a.json: is not JSON: expecting value, line 2, column 12, near \'n": "Q",\\n "output": A}]\'. Fix it '
+        "there, or rewrite the file with a JSON library.",
     ),
     (
         "single quotes",
@@ -52,7 +52,7 @@ FILES = [
         "a.json",
         '[{"instruction": "say "hi"", "output": "A"}]',
         'a.json: is not JSON: expecting \',\' delimiter, line 1, column 24, near \'instruction": "say "hi"", '
-        '"output": "A"}\'. Part values by commas, and write quotation marks inside texts as \\".',
+        '"output": "A"}\'. Separate values with commas, and write quotation marks inside texts as \\".',
     ),
     (
         "unclosed",
@@ -122,7 +122,7 @@ FILES = [
         "semicolons",
         "a.csv",
         "instruction;output\nQ;A\n",
-        "a.csv: has one column, 'instruction;output', which seems to be parted by ';'. Save it with commas as "
+        "a.csv: has one column, 'instruction;output', which seems to be separated by ';'. Save it with commas as "
         ".csv, or with tabs as .tsv.",
     ),
     (
@@ -341,7 +341,7 @@ TABLES = [
         "cells fewer",
         "a.csv",
         "instruction,input,output\nQ,,A\nQ,A\n",
-        ", row 3: has 2 cells where the header has 3. Add the missing ones; empty cells are parted by commas too.",
+        ", row 3: has 2 cells where the header has 3. Add the missing ones; empty cells are separated by commas too.",
     ),
     (
         "after lines",

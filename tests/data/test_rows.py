@@ -138,7 +138,7 @@ def test_a_row_that_is_no_object(tmp_path: Path, bad: str, expected: str) -> Non
     message = complaint_about(tmp_path / "a.json", f"[{GOOD}, {bad}, {GOOD}]")
     assert message.startswith("1 of 3 rows can't be used:\n")
     assert f"\n  - a.json, row 2{expected}\n" in message
-    assert message.endswith("Mend them in the file, or leave them out: data.on_bad_row=skip")
+    assert message.endswith("Fix them in the file, or leave them out: data.on_bad_row=skip")
 
 
 def test_column_mapping(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_skip_and_what_is_written_of_it(tmp_path: Path) -> None:
 def test_nothing_left_to_train_on(tmp_path: Path) -> None:
     rows = read_rows(write(tmp_path / "a.json", [{"instruction": "Q", "output": ""}]))
     with pytest.raises(
-        DataError, match=r"1 of 1 rows can't be used:\n.*\nNo good row is left\. Mend them in the file\."
+        DataError, match=r"1 of 1 rows can't be used:\n.*\nNo good row is left\. Fix them in the file\."
     ):
         require_good(rows, "skip")
 

@@ -42,7 +42,7 @@ TURNS = [
     (
         "content parts",
         '[{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image_url", "image_url": {}}]}, <A>]',
-        "[0].content[1]': is a part of the type 'image_url', not text. Only text can be trained on: write it as text, "
+        "[0].content[1]': is a part of type 'image_url', not text. Only text can be trained on: write it as text, "
         "or delete the row.",
     ),
     (
@@ -88,7 +88,7 @@ TURNS = [
     (
         "tool first",
         '[{"role": "tool", "content": "Q"}, <A>]',
-        "[0]': is a tool's turn without a call in front of it. Put the assistant's tool_calls before it.",
+        "[0]': is a tool's turn without a call before it. Put the assistant's tool_calls before it.",
     ),
     (
         "no result",
@@ -103,18 +103,18 @@ TURNS = [
     (
         "arguments",
         '[<U>, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}, <A>]',
-        '[1].tool_calls[0]\': has arguments that are no JSON object. Write them as {"name": value}.',
+        '[1].tool_calls[0]\': has arguments that are not a JSON object. Write them as {"name": value}.',
     ),
     (
         "call",
         '[<U>, {"role": "function_call", "content": "f(x)"}, <A>]',
-        '[1].content\': is no tool call. Write it as {"name": "...", "arguments": {...}}.',
+        '[1].content\': is not a tool call. Write it as {"name": "...", "arguments": {...}}.',
     ),
     ("only system", "[<S>]", "[0]': is a system turn and the only one. Add a user turn and its answer."),
     (
         "turn twice",
         '[{"role": "user", "role": "user", "content": "Q"}, <A>]',
-        "[0].role': stands 2 times in one object. Keep one of them.",
+        "[0].role': occurs 2 times in one object. Keep one of them.",
     ),
 ]
 
@@ -132,7 +132,7 @@ BAD_ROWS = [
     (
         "tools",
         '[{"messages": [<U>, <A>]}, {"messages": [<U>, <A>], "tools": [{"type": "function"}]}]',
-        "a.json, row 2, field 'tools[0]': describes no tool. Write it as "
+        "a.json, row 2, field 'tools[0]': does not describe a tool. Write it as "
         '{"type": "function", "function": {"name": "...", ...}}.',
     ),
     (
