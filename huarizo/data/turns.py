@@ -7,7 +7,7 @@ exchanges, each of which ends with an answer of the assistant. Turns that don't 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 from huarizo.data.discovery import excerpt
 from huarizo.data.fields import MISSING, Fields, kind_of, list_of, report_repeated_names
@@ -48,8 +48,19 @@ class Exchange:
     thinking: str = ""
 
 
-ToolCall = Mapping[str, object]
-"""A tool call in OpenAI's shape: {"type": "function", "function": {"name", "arguments"}}, and perhaps an "id"."""
+class FunctionCall(TypedDict):
+    """A function's name and its arguments, as an object or as its JSON text."""
+
+    name: str
+    arguments: dict[str, object] | str
+
+
+class ToolCall(TypedDict):
+    """A tool call in OpenAI's shape."""
+
+    id: NotRequired[str]
+    type: str
+    function: FunctionCall
 
 
 class Conversation(NamedTuple):

@@ -6,7 +6,7 @@ Chat templates get the environment that Transformers gives them (`render_jinja_t
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -54,10 +54,10 @@ class _Generation(Extension):
 class _Dict:
     """`dict` for templates, without giving them the class itself."""
 
-    def __call__(self, *args: Any, **kwargs: object) -> dict[object, object]:
+    def __call__(self, *args: Any, **kwargs: object) -> Mapping[Any, object]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict[object, object]:
+    def fromkeys(self, *args: Any) -> Mapping[Any, object]:
         return dict.fromkeys(*args)
 
 

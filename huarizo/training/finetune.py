@@ -218,8 +218,6 @@ def _counted(tokenised: TokenisedRows) -> str:
 def _tell(console: Console, prepared: Prepared, run: Run) -> None:
     """What is about to be trained, in a few lines."""
     recipe, data = prepared.recipe, prepared.data
-    lengths = data.train.dataset.with_format("arrow")
-    tokens = sum(len(ids) for batch in lengths.iter(1000) for ids in batch["input_ids"])
     notes = [f"{len(data.train.cut)} cut at {recipe.data.max_length} tokens" if data.train.cut else ""]
     notes += [f"{len(data.train.left_out)} left out (no response within that)" if data.train.left_out else ""]
     notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
@@ -228,7 +226,7 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
         "device": describe(device(), weight_bytes(config, prepared.choice.precision, prepared.choice.dtype)),
         "model": recipe.model,
         "data": f"{', '.join(names_of(recipe.data.train))}: {_counted(data.train)} ({data.format}), "
-        f"{tokens:,} tokens" + "".join(f"; {note}" for note in notes if note),
+        f"{data.train.tokens:,} tokens" + "".join(f"; {note}" for note in notes if note),
         "held out": _counted(data.heldout) if data.heldout else "none",
         "prompt": recipe.data.prompt.splitlines()[0],
         "precision": f"{prepared.choice.precision}: {prepared.choice.reason}",
@@ -236,7 +234,7 @@ def _tell(console: Console, prepared: Prepared, run: Run) -> None:
         + (", activation checkpointing" if recipe.trainer.get("gradient_checkpointing") else ""),
     }
     if device().type == "cpu":
-        lines |= _told_of_the_cpu(prepared, tokens)
+        lines |= _told_of_the_cpu(prepared, data.train.tokens)
     for key, value in lines.items():
         console.print(Text(f"{key:<10} {value}"), soft_wrap=True)
         for note in data.notes if key == "data" else ():

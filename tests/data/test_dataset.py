@@ -54,7 +54,7 @@ def test_heldout_rows_that_are_trained_on_are_noted(tmp_path: Path, tiny_model_f
     tokenizer = load_tokenizer(tiny_model_folder)
     data = prepare_data(DataRecipe(), 42, train, heldout, tokenizer, tmp_path / "cache")
     assert data.notes == [
-        f"2 of 3 held-out rows are also trained on, so that the held-out loss says less: {heldout}, rows 1, 3"
+        f"2 of 3 held-out rows are also trained on, which makes the held-out loss too low: {heldout}, rows 1, 3"
     ]
     apart = write(tmp_path / "apart.jsonl", [{"instruction": "Q0", "output": "B"}])
     assert prepare_data(DataRecipe(), 42, train, apart, tokenizer, tmp_path / "cache").notes == []

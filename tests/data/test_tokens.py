@@ -141,6 +141,7 @@ def test_prepared_rows_are_cached_by_content(tmp_path: Path) -> None:
     encoder = Encoder(TINY, prompt_format("alpaca", TINY))
     first = tokenise(rows, encoder, tmp_path)
     assert len(first.dataset) == 2500 and first.left_out == [2500]
+    assert first.tokens == sum(map(len, first.dataset["input_ids"]))
     (file,) = tmp_path.glob("*.arrow")
     stamp = file.stat().st_mtime_ns
     again = tokenise(rows, encoder, tmp_path)
