@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from huarizo.errors import DataError
 from huarizo.hub.data_card import card_in
-from huarizo.hub.data_files import PACKINGS, TEXT_SUFFIXES, Part, choose, inside
+from huarizo.hub.data_files import PACKINGS, TEXT_SUFFIXES, Part, choose, visible_files
 
 PACKED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z", ".rar")
 KNOWN = f"{', '.join(TEXT_SUFFIXES)} (also with {' or '.join(PACKINGS)} after it), .parquet, .arrow"
@@ -93,7 +93,7 @@ def data_files(path: Path) -> list[Path]:
     if not _is_folder(path):
         return [path]
     with told(path):
-        found = sorted(inside(path))
+        found = sorted(visible_files(path))
         card = card_in(path)
     files = [path / file for file in choose(shown(path), found, Part(), card=card).files]
     if not files:
