@@ -179,11 +179,8 @@ def _with_thinking_in_output(turn: Turn) -> Turn:
 class ChatFormat:
     """The model's own chat template, split where an answer begins and where it ends.
 
-    Args:
-        tokenizer: has the chat template.
-        date: the current day for the template, YYYY-MM-DD; today by default. The attribute is None if the template
-            doesn't ask for the day.
-        words: added tokens that may occur in rows like any other word.
+    date: the current day for the template, YYYY-MM-DD; today by default, and None if the template doesn't ask for it.
+    words: added tokens that may occur in rows like any other word.
 
     Raises:
         ModelError: the template can't be split there, because it rewrites the answer.
@@ -235,11 +232,8 @@ class ChatFormat:
         ]
 
     def examples(self, system: str, turns: Sequence[Turn], tools: str = "") -> list[list[Piece]]:
-        """All answers, in as few examples as possible.
-
-        A new example begins where the template writes the earlier turns differently from how the model read and wrote
-        them: without the thinking, for instance, or with another token at the end.
-        """
+        """All answers. A new example begins where the template writes the earlier turns differently from how the model
+        read and wrote them: without the thinking, for instance, or with another token at the end."""
         examples: list[list[Piece]] = []
         messages: list[Message] = [{"role": "system", "content": system}] if system else []
         so_far = ""  # text of the current example
@@ -304,10 +298,7 @@ class ChatFormat:
 
     @functools.cached_property
     def _call_style(self) -> tuple[bool, str | None]:
-        """How the template reads tool calls: (whether with arguments as a JSON text, the content if there is no text).
-
-        It is the first combination with which the template writes the arguments as JSON.
-        """
+        """The first (arguments as JSON text?, content of a call without text) with which it writes arguments as JSON."""
         arguments: dict[str, object] = {PLACE: [VALUE, True]}  # Python and JSON write it differently
         call: ToolCall = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
         wanted = "".join(json.dumps(arguments).split())
@@ -375,11 +366,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def prompt_format(
-    name: str,
-    tokenizer: "Tokenizer",
-    eos: bool = True,
-    date: str | None = None,
-    words: Sequence[str] = (),
+    name: str, tokenizer: "Tokenizer", eos: bool = True, date: str | None = None, words: Sequence[str] = ()
 ) -> PromptFormat:
     """The prompt format named by `data.prompt`.
 

@@ -100,7 +100,7 @@ class AnswerShape:
     def _call_pieces(self, written: str, output: str) -> list[Piece]:
         """The template writes a tool call as a whole, and may end it with a special token of its own."""
         if output and not appears_in(output, written):
-            raise RefusedRow("the chat template leaves out the text beside a tool call")
+            raise RefusedRow("the chat template leaves out the text of a tool call")
         if written.endswith(self.tail):
             return [Piece("opening", written.removesuffix(self.tail) + self.close), Piece("stop", self.stop)]
         text = written.rstrip()
@@ -115,7 +115,7 @@ class AnswerShape:
             raise RefusedRow("the chat template leaves out a part of the answer")
         if not output.lstrip().startswith(self.prefill.strip()):
             what = f"the chat template begins every answer with {excerpt(self.prefill)}, and this one does not"
-            raise RefusedRow(what, "Write the thinking in front of the answer, or use data.prompt=alpaca")
+            raise RefusedRow(what, "Write the thinking before the answer, or use data.prompt=alpaca")
         rest = output.lstrip().removeprefix(self.prefill.strip())
         blank = self.prefill[len(self.prefill.rstrip()) :]
         return rest.removeprefix(blank) if blank else rest
