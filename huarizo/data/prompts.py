@@ -298,7 +298,7 @@ class ChatFormat:
 
     @functools.cached_property
     def _call_style(self) -> tuple[bool, str | None]:
-        """The first (arguments as JSON text?, content of a call without text) with which it writes arguments as JSON."""
+        """The first (arguments as JSON text?, content of a call without text) that the template writes as JSON."""
         arguments: dict[str, object] = {PLACE: [VALUE, True]}  # Python and JSON write it differently
         call: ToolCall = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
         wanted = "".join(json.dumps(arguments).split())
