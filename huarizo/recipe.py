@@ -131,7 +131,7 @@ class DataRecipe(Section):
     prompt: str = Field(
         default="auto",
         description="alpaca | stanford | chat (the model's own template) | a Jinja template with {{ instruction }} and "
-        "{{ input }}; auto = chat where the model has a template, alpaca otherwise",
+        "{{ input }}; auto = chat if the model has a template, otherwise alpaca",
     )
     labels: Literal["auto", "response", "all"] = Field(
         default="auto",
