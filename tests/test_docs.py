@@ -10,6 +10,7 @@ PAGES = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md"
 PAGES += [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+NAME = re.compile(r"`((?:\w+\.)?(?:[A-Z]\w+|_?[a-z0-9]+(?:_[a-z0-9]+)+))`")
 PATH = re.compile(r"`((?:[\w*]+/)*[\w*]+\.(?:py|c|h|md|txt|toml))`")
 
 
@@ -67,3 +68,12 @@ def test_every_path_named_exists(name: str) -> None:
         places = [ROOT, ROOT / "huarizo"]
         deep = [] if "/" in path else [*(ROOT / "huarizo").rglob(path), *(ROOT / "tests").rglob(path)]
         assert deep or any(list(place.glob(path)) for place in places), path
+
+
+def test_every_function_of_the_walks_exists() -> None:
+    """Names of functions, classes and constants in the architecture page occur in the package."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    code = "\n".join(file.read_text() for file in (ROOT / "huarizo").rglob("*.py"))
+    names = {part for name in NAME.findall(text) for part in name.split(".")}
+    assert len(names) > 30
+    assert names <= set(re.findall(r"\w+", code))
