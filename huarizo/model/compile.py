@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from huarizo import kernels
 from huarizo.files import sha256_of
 from huarizo.machine import keep_compiled_code
-from huarizo.model.frozen import int8
+from huarizo.model import frozen
+from huarizo.model.frozen.linear import TRACED_AS_ONE
 
 
 def why_not(on: torch.device) -> str | None:
@@ -46,20 +48,21 @@ def compile_layers(model: Any, on: torch.device) -> str | None:
     reason = why_not(on) if len(devices) < 2 else "the model is spread over several cards"
     if reason is None:
         inner = model.get_base_model().model
-        _let_int8_be_cached()
+        _let_products_be_cached()
         model.enable_input_require_grads()  # the first layer like all others: one compilation less
         for layer in inner.layers:
             layer.compile(dynamic=True)
     return reason
 
 
-def _let_int8_be_cached() -> None:
-    """Tell torch's cache of compiled graphs that `int8_linear` does what its sources say and nothing else."""
+def _let_products_be_cached() -> None:
+    """Tell torch's cache of compiled graphs that products traced as one do what the sources say and nothing else."""
     import torch._inductor.config as inductor
 
-    name = f"{int8.int8_linear.__module__}.{int8.int8_linear.__name__}"
-    sources = int8.__file__, int8.kernel.__file__
-    inductor.unsafe_marked_cacheable_functions[name] = "".join(sha256_of(Path(source)) for source in sources)
+    sources = sorted(path for package in (frozen, kernels) for path in Path(package.__path__[0]).glob("*.py"))
+    state = "".join(map(sha256_of, sources))
+    for product in TRACED_AS_ONE:
+        inductor.unsafe_marked_cacheable_functions[f"{product.__module__}.{product.__name__}"] = state
 
 
 def seconds_compiling() -> float:

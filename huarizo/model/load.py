@@ -13,6 +13,7 @@ from huarizo.errors import MachineError, ModelError
 from huarizo.hub.model_files import quantised
 from huarizo.machine import spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
+from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.weights import NO_ROOM, check_weights, first_line, tensors_of, unloadable
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
@@ -174,14 +175,15 @@ def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> in
 def weight_bytes(config: dict[str, Any], precision: str, dtype: torch.dtype) -> int:
     """What the frozen base occupies, in bytes: linears in `precision`, the embedding in `dtype`.
 
-    A head tied to the embedding takes nothing, unless it is int8: then it is a copy.
+    A head tied to the embedding takes nothing, unless it has a storage of its own: then it is a copy.
     """
     size = torch.finfo(dtype).bits // 8
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     shared = (config.get("num_key_value_heads") or heads) / heads
     layer = hidden * hidden * (2 + 2 * shared) + 3 * hidden * config["intermediate_size"]
-    linear_size = 1 if precision == "int8" else size
+    stored = STORAGES.get(precision)
+    linear_size = stored.bytes_per_weight if stored else size
     embedding = config["vocab_size"] * hidden
-    shares_embedding = precision != "int8" and config.get("tie_word_embeddings")
+    shares_embedding = not stored and config.get("tie_word_embeddings")
     head = 0 if shares_embedding else embedding * linear_size
     return int(config["num_hidden_layers"] * layer * linear_size + embedding * size + head)

@@ -15,8 +15,9 @@ import torch
 from huarizo.errors import RecipeError, listed
 from huarizo.model.adapter import CHECKS, VOCABULARY_LAYERS
 from huarizo.model.added_tokens import SETTING, lengthen
-from huarizo.model.frozen.int8 import Int8Linear
+from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.lora import register
+from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.weights import skeleton
 from huarizo.recipe import LoraRecipe
 
@@ -54,7 +55,7 @@ ALSO_REFUSED: dict[str, Callable[[Any], bool]] = {
 
 def linear_names(model: torch.nn.Module) -> list[str]:
     """Last parts of the names of the model's linear layers, such as q_proj, in order of appearance."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Int8Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | FrozenLinear)]
     names = [name.rpartition(".")[2] for name in linears]
     return list(dict.fromkeys(names))
 
@@ -70,13 +71,16 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
     model = skeleton(folder)
     lengthen(model, max(tokens, default=-1) + 1)
     _check_options(recipe.options)
-    if tokens and precision == "int8":
+    stored = precision in STORAGES
+    if tokens and stored:
         raise RecipeError(
-            f"{SETTING}: their rows are trained in float, and with precision int8 the head is frozen in 8 bit. Set "
-            "precision=bf16 or fp32"
+            f"{SETTING}: their rows are trained in float, and with precision {precision} the head is frozen in "
+            f"{precision}. Set precision=bf16 or fp32"
         )
-    if precision == "int8" and recipe.options.get("use_dora"):
-        raise RecipeError("lora.options.use_dora: not supported with precision int8. Set precision=bf16 or fp32")
+    if stored and recipe.options.get("use_dora"):
+        raise RecipeError(
+            f"lora.options.use_dora: not supported with precision {precision}. Set precision=bf16 or fp32"
+        )
     plain = {name: value for name, value in recipe.options.items() if name != "init_lora_weights"}
     with warnings.catch_warnings(record=True) as told, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
@@ -90,10 +94,10 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
         if not found:
             raise RecipeError(f"lora.options.modules_to_save: the model has no {name!r}")
         wrapped = any(isinstance(part, torch.nn.Linear) for module in found for part in module.modules())
-        if precision == "int8" and wrapped:
+        if stored and wrapped:
             raise RecipeError(
-                f"lora.options.modules_to_save: with precision int8 {name} is frozen in 8 bit. Set precision=bf16 or "
-                "fp32"
+                f"lora.options.modules_to_save: with precision {precision} {name} is frozen in {precision}. Set "
+                "precision=bf16 or fp32"
             )
 
 
@@ -122,7 +126,7 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = 
 
     known = linear_names(model)
     targets = recipe.target_modules
-    if targets == "all-linear":  # PEFT's own reading of the word does not know int8 layers
+    if targets == "all-linear":  # PEFT's own reading of the word does not know frozen layers
         targets = [name for name in known if name != "lm_head"]
     for name in targets:
         if name.rpartition(".")[2] not in known:
@@ -173,6 +177,6 @@ def _rows_config(model: Any, recipe: LoraRecipe, targets: Sequence[str], tokens:
 
 
 def count_weights(model: Any) -> int:
-    """All weights of a model: its parameters, and what is kept in int8."""
-    quantised = sum(module.weight.numel() for module in model.modules() if isinstance(module, Int8Linear))
-    return quantised + sum(parameter.numel() for parameter in model.parameters())
+    """All weights of a model: its parameters, and those of frozen layers with a storage of their own."""
+    stored = sum(module.count_weights() for module in model.modules() if isinstance(module, FrozenLinear))
+    return stored + sum(parameter.numel() for parameter in model.parameters())

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from huarizo.model.dropout import at_places
-from huarizo.model.frozen.int8 import Int8Linear
+from huarizo.model.frozen.linear import input_gradient_of
 
 CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
 
@@ -55,15 +55,13 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grads = [torch.zeros_like(parameter) for parameter in parameters]
+        input_gradient = None if parameters else input_gradient_of(head)
         rows = _rows(head)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            if isinstance(head, torch.nn.Linear) and not parameters:
-                loss, grad_logits = gradient(F.linear(hidden[part], head.weight, head.bias), targets[part])
-                grad_hidden[part] = grad_logits @ head.weight
-            elif isinstance(head, Int8Linear):
+            if input_gradient is not None:
                 loss, grad_logits = gradient(head(hidden[part]), targets[part])
-                grad_hidden[part] = head.input_gradient(grad_logits)
+                grad_hidden[part] = input_gradient(grad_logits)
             else:
                 with torch.enable_grad(), at_places(head, places[part]):
                     chunk = hidden[part].detach().requires_grad_()

@@ -39,7 +39,8 @@ from huarizo.kernels.dropout import reason_against
 from huarizo.machine import Choice, describe, device, minutes_in_float
 from huarizo.model.added_tokens import lengthen, rows_to_train
 from huarizo.model.compile import compile_layers
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
+from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.load import load_base, read_config, weight_bytes
 from huarizo.model.lora import add_lora, count_weights
 from huarizo.recipe import Recipe, names_of, to_yaml
@@ -71,12 +72,12 @@ class Result:
 def load_frozen(folder: Path, choice: Choice, rows: Any) -> Any:
     """The frozen base on this device, in the chosen precision.
 
-    rows: the tokenised training rows; the first few of them show an int8 base which input channels stand out.
+    rows: the tokenised training rows; the first few of them show a quantised base which input channels stand out.
     """
-    if choice.precision != "int8":
+    if choice.precision not in STORAGES:
         return load_base(folder, choice.dtype, device())
     first = cut([len(ids) for ids in rows[:CALIBRATION_ROWS]["input_ids"]], CALIBRATION_TOKENS)[0]
-    return load_int8_base(folder, choice.dtype, device(), pack([rows[index] for index in first]))
+    return load_quantised_base(folder, choice.precision, choice.dtype, device(), pack([rows[index] for index in first]))
 
 
 def load_model(prepared: Prepared) -> Any:

@@ -1,4 +1,4 @@
-"""A local model folder becomes a Llama whose decoder layers are int8, one layer at a time.
+"""A local model folder becomes a model whose linear layers are quantised, one decoder layer at a time.
 
 Each layer is read in its float dtype, a few training rows run through it so that its input channels show their size,
 then its linears are quantised and the float weights let go; the output head likewise. The whole float model never
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from huarizo.model.attention import NAME as PACKED_ATTENTION
-from huarizo.model.frozen.int8 import quantise
+from huarizo.model.frozen.storages import STORAGES, Storage
 from huarizo.model.load import read_config
 from huarizo.model.weights import HEAD, check_weights, read_tensor, tensors_of, unloadable
 
@@ -58,21 +58,23 @@ def _peaks(layer: nn.Module) -> Iterator[dict[nn.Module, torch.Tensor]]:
         handle.remove()
 
 
-def quantise_layer(layer: nn.Module, peaks: dict[nn.Module, torch.Tensor]) -> None:
-    """Put int8 layers in the place of the linears of a decoder layer."""
+def quantise_layer(layer: nn.Module, peaks: dict[nn.Module, torch.Tensor], storage: Storage) -> None:
+    """Put layers of a storage in the place of the linears of a decoder layer."""
     for part, names in GROUPS:
         parent = layer.get_submodule(part)
         linears: Sequence[Any] = [getattr(parent, name) for name in names]
-        for name, replacement in zip(names, quantise(linears, peaks[linears[0]]), strict=True):
+        for name, replacement in zip(names, storage.quantise(linears, peaks[linears[0]]), strict=True):
             setattr(parent, name, replacement)
 
 
 @torch.no_grad()
-def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calibration: dict[str, torch.Tensor]) -> Any:
-    """The frozen base with int8 linears on `device`, with packed attention.
+def load_quantised_base(
+    folder: Path, storage: str, dtype: torch.dtype, device: torch.device, calibration: dict[str, torch.Tensor]
+) -> Any:
+    """The frozen base on `device` with its linears kept as a storage does, with packed attention.
 
-    dtype: of the activations and of what is not quantised; calibration: a packed batch (`huarizo.data.packing.pack`) of
-    training rows. The same rows give the same int8 weights.
+    storage: one of `STORAGES`; dtype: of the activations and of what is not quantised; calibration: a packed batch
+    (`huarizo.data.packing.pack`) of training rows. The same rows give the same weights.
 
     Raises:
         MachineError: there is not enough memory for it.
@@ -81,6 +83,7 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+    kept = STORAGES[storage]
     read_config(folder)
     check_weights(folder)
     config = LlamaConfig.from_pretrained(folder, local_files_only=True)
@@ -102,14 +105,14 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
             weights.fill(layer, f"model.layers.{number}")
             with _peaks(layer) as peaks:
                 hidden = layer(hidden, position_embeddings=embeddings, cu_seqlens=cu_seqlens)
-            quantise_layer(layer, peaks)
+            quantise_layer(layer, peaks, kept)
         if HEAD in weights.files:
             weights.fill(model.lm_head, "lm_head")
         else:
             model.tie_weights()
         with _peaks(model) as peaks:
             model.lm_head(inner.norm(hidden))
-        model.lm_head = quantise([model.lm_head], peaks[model.lm_head])[0]
+        model.lm_head = kept.quantise([model.lm_head], peaks[model.lm_head])[0]
     except (RuntimeError, ValueError, KeyError) as error:
         raise unloadable(folder, error) from None
     model.generation_config = GenerationConfig()  # as load_base
