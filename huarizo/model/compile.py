@@ -1,6 +1,6 @@
 """Compiles the decoder layers, so that what stands between their matrix products runs as a few fused loops.
 
-All layers of a Llama are alike, so one is compiled, with the number of tokens left open, and serves them all (regional
+All layers of a model are alike, so one is compiled, with the number of tokens left open, and serves them all (regional
 compilation). What was compiled is kept between runs. Where nothing can be compiled the layers run as they are, slower
 and just as right, and the reason is told.
 """
@@ -17,6 +17,7 @@ from huarizo import kernels
 from huarizo.files import sha256_of
 from huarizo.machine import keep_compiled_code
 from huarizo.model import frozen
+from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.frozen.linear import TRACED_AS_ONE
 
 
@@ -47,10 +48,10 @@ def compile_layers(model: Any, on: torch.device) -> str | None:
     devices = set(getattr(model.get_base_model(), "hf_device_map", {}).values())
     reason = why_not(on) if len(devices) < 2 else "the model is spread over several cards"
     if reason is None:
-        inner = model.get_base_model().model
+        base = model.get_base_model()
         _let_products_be_cached()
         model.enable_input_require_grads()  # the first layer like all others: one compilation less
-        for layer in inner.layers:
+        for layer in base.get_submodule(architecture_of(base.config).layers):
             layer.compile(dynamic=True)
     return reason
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from huarizo.errors import RecipeError, listed
-from huarizo.model.adapter import CHECKS, VOCABULARY_LAYERS
+from huarizo.model.adapter import CHECKS
 from huarizo.model.added_tokens import SETTING, lengthen
+from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.lora import register
 from huarizo.model.frozen.storages import STORAGES
@@ -22,13 +23,13 @@ from huarizo.model.weights import skeleton
 from huarizo.recipe import LoraRecipe
 
 BY_HUARIZO = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version")
-NO_BIAS = "chat, merge and export load changes of weights alone, and most Llamas have no biases"
+NO_BIAS = "chat, merge and export load changes of weights alone, and most models have no biases"
 WITH_ROWS = "it begins from gradients or activations of rows; pissa and olora begin from the weights alone"
 REASONS = {
     **dict.fromkeys(BY_HUARIZO, "Huarizo sets it"),
     "bias": NO_BIAS,
     "lora_bias": NO_BIAS,
-    "fan_in_fan_out": "a Llama's linear layers are kept as [out, in]",
+    "fan_in_fan_out": "the model's linear layers are kept as [out, in]",
     "exclude_modules": "give a list of plain names, not a pattern",
     "rank_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and ranks, not patterns",
     "alpha_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and numbers, not patterns",
@@ -37,7 +38,7 @@ REASONS = {
     "gradients or activations of rows; what loftq and pissa_niter_N leave of the base is another at each loading",
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), WITH_ROWS),
     "layer_replication": "the result has other layers than the base, so that no GGUF or merged base fits it",
-    "target_parameters": "it is for mixtures of experts, and a Llama has none",
+    "target_parameters": "it is for mixtures of experts, and this model has none",
     "trainable_token_indices": "name the tokens: data.special_tokens trains their rows",
     "ensure_weight_tying": "train the embedding or the head, not both, or neither",
     "use_qalora": "it is for GPTQ bases, and Huarizo adds LoRA to float ones",
@@ -127,7 +128,7 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = 
     known = linear_names(model)
     targets = recipe.target_modules
     if targets == "all-linear":  # PEFT's own reading of the word does not know frozen layers
-        targets = [name for name in known if name != "lm_head"]
+        targets = [name for name in known if name != architecture_of(model.config).vocabulary_layers[1]]
     for name in targets:
         if name.rpartition(".")[2] not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -160,20 +161,19 @@ def _rows_config(model: Any, recipe: LoraRecipe, targets: Sequence[str], tokens:
     """
     if not tokens:
         return {}
-    whole = [name for name in recipe.options.get("modules_to_save") or [] if name in VOCABULARY_LAYERS]
-    if set(whole) == set(VOCABULARY_LAYERS):
+    embedding, head = architecture_of(model.config).vocabulary_layers
+    whole = [name for name in recipe.options.get("modules_to_save") or [] if name in (embedding, head)]
+    if set(whole) == {embedding, head}:
         return {}
     if whole:
         raise RecipeError(
-            f"lora.options.modules_to_save: with {SETTING} name embedding and head, [embed_tokens, lm_head], or "
+            f"lora.options.modules_to_save: with {SETTING} name embedding and head, [{embedding}, {head}], or "
             f"neither, not {whole[0]} alone"
         )
-    if any(name.rpartition(".")[2] == "lm_head" for name in targets):
-        raise RecipeError(f"lora.target_modules: with {SETTING} the head's rows are trained, so lm_head can't be here")
+    if any(name.rpartition(".")[2] == head for name in targets):
+        raise RecipeError(f"lora.target_modules: with {SETTING} the head's rows are trained, so {head} can't be here")
     ids = list(tokens)
-    return {
-        "trainable_token_indices": ids if model.config.tie_word_embeddings else dict.fromkeys(VOCABULARY_LAYERS, ids)
-    }
+    return {"trainable_token_indices": ids if model.config.tie_word_embeddings else {embedding: ids, head: ids}}
 
 
 def count_weights(model: Any) -> int:

@@ -20,6 +20,7 @@ from huarizo.training.prepare import _fit_memory, prepare
 from tests.tiny import make_model
 
 TINYLLAMA = {
+    "model_type": "llama",
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
     "num_key_value_heads": 4, "vocab_size": 32000,
 }  # fmt: skip

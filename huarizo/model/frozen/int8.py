@@ -174,7 +174,6 @@ class Int8Linear(FrozenLinear):
     inverse_smoothing: torch.Tensor
     float_channels: torch.Tensor
     float_weight: torch.Tensor
-    bias: torch.Tensor | None
 
     def __init__(
         self,

@@ -33,6 +33,8 @@ class FrozenLinear(nn.Module, abc.ABC):
     """Of the activations."""
     weight: torch.Tensor
     """What is stored, a buffer in the layout of the storage. PEFT reads its device."""
+    bias: torch.Tensor | None
+    """b, [N], a buffer."""
 
     @abc.abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,8 +53,8 @@ class FrozenLinear(nn.Module, abc.ABC):
         """Keep another weight, float [N, K]."""
 
     def count_weights(self) -> int:
-        """How many numbers W has, whatever the storage adds or packs together."""
-        return self.in_features * self.out_features
+        """How many numbers W and b have, whatever the storage adds or packs together."""
+        return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
 
 
 def input_gradient_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
