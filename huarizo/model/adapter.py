@@ -157,7 +157,7 @@ def _places(name: str, shape: list[int]) -> int:
 
 def trained_rows(config: Any) -> dict[str, list[int]]:
     """The ids of the tokens whose rows an adapter has, by the last part of the layer's name."""
-    found = config.trainable_token_indices or {}
+    found: Any = config.trainable_token_indices or {}
     found = found if isinstance(found, dict) else dict.fromkeys(vocabulary_layers()[0], found)
     return {name.rpartition(".")[2]: numbers for name, numbers in found.items()}
 

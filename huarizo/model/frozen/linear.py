@@ -79,4 +79,5 @@ def traced_as_one(product: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     Its tensors may come in a NamedTuple.
     """
     TRACED_AS_ONE.append(product)
-    return torch.compiler.allow_in_graph(product)
+    torch.compiler.allow_in_graph(product)
+    return product

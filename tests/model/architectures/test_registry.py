@@ -36,6 +36,7 @@ from huarizo.model.lora import add_lora, count_weights, linear_names
 from huarizo.model.loss import PackedLoss
 from huarizo.model.merge import MergedWeights
 from huarizo.recipe import make_recipe
+from huarizo.results.gguf import layout_of
 from tests.stock import padded_loss_and_gradients
 
 CPU = torch.device("cpu")
@@ -215,6 +216,11 @@ def test_rows_of_tokens_are_trained_under_its_names(folder: Path) -> None:
     assert model.peft_config["default"].trainable_token_indices == {embedding: [3, 5], head: [3, 5]}
     _, gradients = loss_and_gradients(model, EXAMPLES)
     assert sum("trainable_tokens_delta" in name for name in gradients) == 2
+
+
+def test_without_a_gguf_layout_it_is_not_exported(folder: Path) -> None:
+    with pytest.raises(ModelError, match="models can't be written as GGUF"):
+        layout_of(MergedWeights(folder, None))
 
 
 def test_its_layers_are_the_ones_that_are_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
