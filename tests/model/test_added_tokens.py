@@ -264,7 +264,7 @@ def test_foreign_rows_of_single_tokens_are_merged_as_peft_means_them(ids: Any, t
 
 def test_left_to_the_machine_the_precision_is_a_float_one(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
-    assert prepare(recipe_for(base, tmp_path, precision="auto")).choice.precision != "int8"
+    assert prepare(recipe_for(base, tmp_path, precision="auto")).plan.choice.precision != "int8"
 
 
 def test_a_tokenizer_that_no_row_needs_may_be_broken(tmp_path: Path) -> None:

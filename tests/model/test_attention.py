@@ -253,7 +253,8 @@ def test_masks_and_attention_both_ways_are_refused() -> None:
     encoder.is_causal = False
     with pytest.raises(ModelError, match="is_causal=False"):
         attention.packed_attention(encoder, x, x, x, None, cu_seqlens=cu_seqlens)
-    assert attention.packed_attention(encoder, x, x, x, None, cu_seqlens=cu_seqlens, is_causal=True)
+    out, _ = attention.packed_attention(encoder, x, x, x, None, cu_seqlens=cu_seqlens, is_causal=True)
+    assert out.shape == (1, 5, 2, 16)
 
 
 def test_a_model_with_a_sliding_window_is_refused_and_one_without_taken() -> None:
