@@ -82,15 +82,19 @@ def odd_entry(folder: Path) -> str | None:
     return None
 
 
+class PanicError(ValueError):
+    """A Rust library panicked."""
+
+
 @contextmanager
 def without_panics() -> Iterator[None]:
-    """Turn a panic of a Rust library, which is a BaseException, into a ValueError."""
+    """Turn a panic of a Rust library, which is a BaseException, into a PanicError."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the library that reads it gives up: {error}") from None
+        raise PanicError(f"the library that reads it gives up: {error}") from None
 
 
 def interruptible(call: Callable[[], T]) -> T:
@@ -99,7 +103,7 @@ def interruptible(call: Callable[[], T]) -> T:
     The call runs in a daemon thread; after Ctrl-C that thread is abandoned and ends with the process.
 
     Raises:
-        ValueError: a Rust library panicked.
+        PanicError: a Rust library panicked.
         Exception: whatever the call raises.
     """
     results: list[T] = []
