@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -36,7 +36,12 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    was_cut: bool
+    was_cut: bool = False
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Example":
+        """The example in a row of the tokenised data."""
+        return cls(row["input_ids"], row["labels"])
 
 
 class Encoder:

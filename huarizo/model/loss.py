@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from huarizo.data.packing import PackedBatch
 from huarizo.model.dropout import at_places
 from huarizo.model.frozen.int8 import Int8Linear
 
@@ -124,7 +125,7 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Ten
 
 
 class PackedLoss:
-    """The summed loss of packed batches (see `huarizo.data.packing.pack`), through a model around the Llama `base`.
+    """The summed loss of packed batches (see `huarizo.data.packing`), through a model around the Llama `base`.
 
     compiled: whether the gradient of the logits is compiled.
     """
@@ -133,35 +134,29 @@ class PackedLoss:
         self.base = base
         self.gradient = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
 
-    def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, model: Any, batch: PackedBatch) -> torch.Tensor:
         """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
-        hidden, places = self._labelled(model, batch), batch["places"][batch["label_positions"]]
-        on = hidden.device
-        return summed_loss(hidden, self.base.lm_head, batch["targets"].to(on), self.gradient, places.to(on))
+        hidden_LH, places_L = self._labelled(model, batch), batch.places[batch.label_positions]
+        on = hidden_LH.device
+        return summed_loss(hidden_LH, self.base.lm_head, batch.targets.to(on), self.gradient, places_L.to(on))
 
-    def by_token(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def by_token(self, model: Any, batch: PackedBatch) -> torch.Tensor:
         """The loss of each labelled token of a batch: [L] float32, without gradient."""
         with torch.no_grad():
-            hidden = self._labelled(model, batch)
-            return token_losses(hidden, self.base.lm_head, batch["targets"].to(hidden.device))
+            hidden_LH = self._labelled(model, batch)
+            return token_losses(hidden_LH, self.base.lm_head, batch.targets.to(hidden_LH.device))
 
-    def _labelled(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _labelled(self, model: Any, batch: PackedBatch) -> torch.Tensor:
         """Hidden states at the labelled positions, [L, H], on the head's device, which may be another than the inputs'.
 
         The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head.
         """
-        nothing = torch.empty(0, dtype=torch.long, device=batch["input_ids"].device)
+        nothing = torch.empty(0, dtype=torch.long, device=batch.input_ids.device)
         with _last_hidden(self.base) as states:
-            model(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                cu_seqlens=batch["cu_seqlens"],
-                logits_to_keep=nothing,
-                use_cache=False,
-            )
-        head = self.base.lm_head
-        labelled = states[0][0, batch["label_positions"].to(states[0].device)]
-        return labelled.to(next(itertools.chain(head.parameters(), head.buffers())).device)
+            model(**batch.model_inputs(), logits_to_keep=nothing, use_cache=False)
+        head, hidden_TH = self.base.lm_head, states[0][0]
+        hidden_LH = hidden_TH[batch.label_positions.to(hidden_TH.device)]
+        return hidden_LH.to(next(itertools.chain(head.parameters(), head.buffers())).device)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.text import Text
 
 from huarizo.console import PlainConsole
-from huarizo.data.packing import cut, pack
+from huarizo.data.packing import pack_within
 from huarizo.data.rows import write_skipped
-from huarizo.data.tokens import TokenisedRows
+from huarizo.data.tokens import Example, TokenisedRows
 from huarizo.errors import Interrupted, MachineError, UserError
 from huarizo.files import (
     make_folder,
@@ -75,8 +75,8 @@ def load_frozen(folder: Path, choice: Choice, rows: Any) -> Any:
     """
     if choice.precision != "int8":
         return load_base(folder, choice.dtype, device())
-    first = cut([len(ids) for ids in rows[:CALIBRATION_ROWS]["input_ids"]], CALIBRATION_TOKENS)[0]
-    return load_int8_base(folder, choice.dtype, device(), pack([rows[index] for index in first]))
+    examples = [Example.from_row(row) for row in itertools.islice(rows, CALIBRATION_ROWS)]
+    return load_int8_base(folder, choice.dtype, device(), next(pack_within(CALIBRATION_TOKENS, examples)))
 
 
 def load_model(prepared: Prepared) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from huarizo.data.packing import PackedBatch
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 from huarizo.model.frozen.int8 import quantise
 from huarizo.model.load import read_config
@@ -68,11 +69,11 @@ def quantise_layer(layer: nn.Module, peaks: dict[nn.Module, torch.Tensor]) -> No
 
 
 @torch.no_grad()
-def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calibration: dict[str, torch.Tensor]) -> Any:
+def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calibration: PackedBatch) -> Any:
     """The frozen base with int8 linears on `device`, with packed attention.
 
-    dtype: of the activations and of what is not quantised; calibration: a packed batch (`huarizo.data.packing.pack`) of
-    training rows. The same rows give the same int8 weights.
+    dtype: of the activations and of what is not quantised; calibration: a packed batch of training rows. The same rows
+    give the same int8 weights.
 
     Raises:
         MachineError: there is not enough memory for it.
@@ -95,13 +96,13 @@ def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calib
         inner.rotary_emb = LlamaRotaryEmbedding(config).to(device)
         weights.fill(inner.embed_tokens, "model.embed_tokens")
         weights.fill(inner.norm, "model.norm")
-        hidden = inner.embed_tokens(calibration["input_ids"].to(device))
-        embeddings = inner.rotary_emb(hidden, calibration["position_ids"].to(device))
-        cu_seqlens = calibration["cu_seqlens"]
+        calibration = calibration.to(device)
+        hidden = inner.embed_tokens(calibration.input_ids)
+        embeddings = inner.rotary_emb(hidden, calibration.position_ids)
         for number, layer in enumerate(inner.layers):
             weights.fill(layer, f"model.layers.{number}")
             with _peaks(layer) as peaks:
-                hidden = layer(hidden, position_embeddings=embeddings, cu_seqlens=cu_seqlens)
+                hidden = layer(hidden, position_embeddings=embeddings, cu_seqlens=calibration.cu_seqlens)
             quantise_layer(layer, peaks)
         if HEAD in weights.files:
             weights.fill(model.lm_head, "lm_head")
