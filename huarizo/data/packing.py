@@ -11,14 +11,13 @@ alone. How a step is cut into micro-batches and dealt out to processes depends o
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from huarizo.data.tokens import IGNORED, Example
+from huarizo.data.tokens import IGNORED, Example, TokenisedRow
 
 # Shapes: T tokens of a packed row, n examples in it, L labels.
 
@@ -196,7 +195,7 @@ class StepCollator:
     rank: int = 0
     world_size: int = 1
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Step:
+    def __call__(self, rows: Sequence[TokenisedRow]) -> Step:
         examples = [Example.from_row(row) for row in rows]
         lengths = lengths_of(examples)
         share = slice(self.rank, None, self.world_size)

@@ -8,10 +8,10 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypedDict
 
 import numpy as np
 
@@ -30,6 +30,13 @@ LAYOUT = 3  # of the cached file; part of its key
 DAY = 86400  # seconds
 
 
+class TokenisedRow(TypedDict):
+    """An example as a row of the tokenised data set."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One conversation as the model sees it: `input_ids` and `labels` of the same length; -100 = not learnt."""
@@ -39,8 +46,8 @@ class Example:
     was_cut: bool = False
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> "Example":
-        """The example in a row of the tokenised data."""
+    def from_row(cls, row: TokenisedRow) -> "Example":
+        """The example in a row of the tokenised data set."""
         return cls(row["input_ids"], row["labels"])
 
 

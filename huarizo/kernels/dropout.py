@@ -1,4 +1,8 @@
-"""Dropout with a hashed mask, alone and in front of a thin linear layer, in C (dropout.c), for bf16 and fp32."""
+"""Dropout with a hashed mask, alone and in front of a thin linear layer, in C (dropout.c), for bf16 and fp32.
+
+Only pointers and strides go to C; its results are the same bytes for any number of threads, which is torch's.
+Shapes: T tokens, K channels, r the rank.
+"""
 
 import ctypes
 import functools
@@ -10,7 +14,7 @@ from huarizo.kernels.call import address, run
 
 
 class Call(ctypes.Structure):
-    """`Call` in dropout.c. The stride is in bytes."""
+    """`Call` in dropout.c; the stride is in bytes."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),

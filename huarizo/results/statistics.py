@@ -22,6 +22,8 @@ from huarizo.machine import is_out_of_memory
 from huarizo.model.compile import uncompiled
 from huarizo.model.loss import PackedLoss
 
+# Shapes: n examples of a batch, L labelled tokens in it.
+
 Z975 = 1.959964  # the normal distribution's 97.5 % quantile
 LARGEST = 700  # nats, whose power of e a float still holds
 BATCH_TOKENS = 2048
