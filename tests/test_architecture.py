@@ -12,7 +12,7 @@ TIERS = {
     "what is done": {"training", "inference", "results", "doctor"},
     "what it is done with": {"data", "model", "hub"},
     "what everything stands on": {
-        "kernels", "machine", "host", "recipe", "recipe_file", "runs", "files", "console", "errors", "sandbox",
+        "kernels", "plan", "events", "machine", "host", "recipe", "recipe_file", "runs", "files", "console", "errors", "sandbox",
     },
 }  # fmt: skip
 """From what stands above all to what everything stands on: a module imports from its own tier or from one below."""

@@ -1,4 +1,4 @@
-"""What a run may be gone on with, who may, when it stops, and that it is asked for."""
+"""Whether a run can be resumed, by whom, when it stops, and that resuming is offered."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,25 @@ import torch
 import yaml
 from rich.console import Console
 
-import huarizo.training.finetune
+import huarizo.training.session
 from huarizo.errors import HuarizoError, Interrupted, MachineError, UserError
+from huarizo.events import Event, Step
+from huarizo.plan import Choice, Memory, Plan
 from huarizo.recipe import Recipe, fields, make_recipe, to_yaml
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint
-from huarizo.training.compatibility import compare, compared_compilation, facts_of
+from huarizo.training.compatibility import EFFECTS, changes_since, effect_of, facts_of
 from huarizo.training.finetune import fine_tune, resume
 from huarizo.training.interrupt import Signals
 from huarizo.training.lock import STALE_AFTER, LockLostError, RunLock
-from huarizo.training.saving import SaveAndStop
+from huarizo.training.loop import Loop
 from huarizo.training.trainer import LoraTrainer
+
+PLAN = Plan(
+    device="cpu: test", world_size=1, choice=Choice("fp32", "", torch.float32), micro_batch_tokens=64,
+    activation_checkpointing=False, compiled=True, compilation="",
+    memory=Memory(weights=0, adapter=0, activations=0, available=0),
+)  # fmt: skip
 
 
 class Killed(BaseException):
@@ -52,19 +61,15 @@ def said(console: Console) -> str:
 
 
 @pytest.fixture
-def stopped(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def stopped(recipe: Recipe) -> Iterator[Run]:
     """A run that was killed after its fifth step; four are saved."""
-    end_of_step = SaveAndStop.on_step_end
 
-    def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
+    def killer(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 5:
             raise Killed
-        end_of_step(self, args, state, control, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SaveAndStop, "on_step_end", killed)
-        with pytest.raises(Killed):
-            fine_tune(recipe, console=Console(quiet=True))
+    with pytest.raises(Killed):
+        fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
     assert recipe.output is not None
     yield Run(Path(recipe.output))
 
@@ -86,7 +91,7 @@ def edit(run: Run, key: str, value: Any) -> None:
 )  # fmt: skip
 def test_what_would_be_another_run_is_refused(stopped: Run, key: str, value: Any) -> None:
     edit(stopped, key, value)
-    with pytest.raises(UserError, match="can't be gone on with") as error:
+    with pytest.raises(UserError, match="can't be resumed") as error:
         resume(stopped, Console(quiet=True))
     assert key in str(error.value) or "the rows" in str(error.value)
     assert "start a new run" in str(error.value)
@@ -136,13 +141,13 @@ def test_a_changed_setting_is_refused_unless_it_is_used(key: str) -> None:
         values[section][name] = value
         return make_recipe(**values)
 
-    now = facts_of(recipe, "data", "fp32", torch.device("cpu"))
+    now = facts_of(recipe, "data", PLAN, torch.device("cpu"))
     checkpoint = Checkpoint(Path("step-000004"), now, {"recipe.yaml": to_yaml(recipe).encode()})
     if key in REFUSED:
         with pytest.raises(UserError, match=rf"{re.escape(key)}[.\w]* was .* start a new"):
-            compare(checkpoint, with_value(REFUSED[key]), now)
+            changes_since(checkpoint, with_value(REFUSED[key]), now)
     else:
-        compare(checkpoint, with_value(USED[key]), now)
+        changes_since(checkpoint, with_value(USED[key]), now)
 
 
 def test_a_setting_that_is_not_refused_is_used_and_told(stopped: Run, console: Console) -> None:
@@ -152,14 +157,14 @@ def test_a_setting_that_is_not_refused_is_used_and_told(stopped: Run, console: C
     manifest = next(stopped.checkpoints.glob("step-*4/manifest.json"))
     assert json.loads(manifest.read_text())["versions"]["torch"]
     trainers: list[Any] = []
-    begin = SaveAndStop.on_train_begin
+    begin = Loop.on_train_begin
     with pytest.MonkeyPatch.context() as patch:
 
         def seen(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainers.append((args, kwargs["model"]))
             begin(self, args, state, control, **kwargs)
 
-        patch.setattr(SaveAndStop, "on_train_begin", seen)
+        patch.setattr(Loop, "on_train_begin", seen)
         result = resume(stopped, console)
     assert "not bit-identical: lora.dropout was 0.2 and is 0.0; trainer.logging_steps was None" in said(console)
     rows = result.metrics
@@ -190,13 +195,13 @@ def test_the_same_command_offers_to_go_on(stopped: Run, recipe: Recipe, console:
         return False
 
     with pytest.raises(UserError, match="huarizo resume"):
-        fine_tune(recipe, go_on=no)
+        fine_tune(recipe, resume_instead=no)
     assert asked == [stopped]
     other = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": 2})})
     with pytest.raises(UserError, match="huarizo resume"):
-        fine_tune(other, go_on=no)
+        fine_tune(other, resume_instead=no)
     assert len(asked) == 1, "another recipe is not offered"
-    result = fine_tune(recipe, console=console, go_on=lambda run: True)
+    result = fine_tune(recipe, console=console, resume_instead=lambda run: True)
     assert "going on from step 4" in said(console) and result.run == stopped and stopped.is_complete()
     with pytest.raises(UserError, match="complete"):
         resume(stopped)
@@ -289,13 +294,13 @@ def test_checkpoints_come_by_time_but_cost_no_more_than_a_hundredth(
 def test_data_that_changes_during_the_run_is_told(
     recipe: Recipe, console: Console, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = huarizo.training.finetune.load_model
+    load = huarizo.training.session.load_model
 
     def changing(prepared: Any) -> Any:
         alpaca_file.write_text("[]")
         return load(prepared)
 
-    monkeypatch.setattr(huarizo.training.finetune, "load_model", changing)
+    monkeypatch.setattr(huarizo.training.session, "load_model", changing)
     fine_tune(recipe, console=console)
     assert f"{alpaca_file} changed during the run" in said(console)
 
@@ -316,7 +321,7 @@ def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_fi
 
 
 def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huarizo.training.finetune, "space_needed", lambda trainable, keep: 10**18)
+    monkeypatch.setattr(huarizo.training.session, "space_needed", lambda trainable, keep: 10**18)
     with pytest.raises(MachineError, match="checkpoints and adapter take"):
         fine_tune(recipe)
 
@@ -367,16 +372,14 @@ def test_a_run_that_was_taken_over_stops_and_writes_no_more(
     recipe: Recipe, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert recipe.output is not None
-    run, begin = Run(Path(recipe.output)), SaveAndStop.on_step_begin
+    run = Run(Path(recipe.output))
 
-    def taken_over(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
+    def taken_over(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 3:
             (run.path / ".lock").write_text(json.dumps(OTHER))
-        begin(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(SaveAndStop, "on_step_begin", taken_over)
     with pytest.raises(LockLostError, match="writes no more"):
-        fine_tune(recipe, console=console)
+        fine_tune(recipe, console=console, listeners=[taken_over])
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000002"]
     assert "Going on" not in said(console) and not run.adapter.exists()
     assert json.loads((run.path / ".lock").read_text()) == OTHER
@@ -391,18 +394,24 @@ def test_other_kernels_instructions_and_compilation_are_told(monkeypatch: pytest
             "huarizo.training.compatibility.load_kernel",
             lambda name, there=there: object() if name in there else "no compiler",
         )
-        states.append(facts_of(recipe, "data", "fp32", torch.device("cpu")) | {"compiled": not states})
+        plan = replace(PLAN, compiled=not states)
+        states.append(facts_of(recipe, "data", plan, torch.device("cpu")))
     then, now = states
     checkpoint = Checkpoint(Path("step-000004"), then, {"recipe.yaml": to_yaml(recipe).encode()})
-    assert compare(checkpoint, recipe, then) == []
-    assert compare(checkpoint, recipe, now) == [
+    assert changes_since(checkpoint, recipe, then) == []
+    assert changes_since(checkpoint, recipe, now) == [
         "instructions: avx2 avx512f then, avx2 now", "kernels: attention dropout then, none now",
+        "layers compiled: yes then, no now",
     ]  # fmt: skip
-    assert compared_compilation(checkpoint, None) is None
-    told = compared_compilation(checkpoint, "no compiler")
-    assert told == "layers: compiled then, not now: no compiler"
-    checkpoint = Checkpoint(checkpoint.path, now, checkpoint.files)
-    assert compared_compilation(checkpoint, None) == "layers: not compiled then, compiled now"
+    checkpoint = Checkpoint(checkpoint.path, {k: v for k, v in now.items() if k != "compiled"}, checkpoint.files)
+    assert changes_since(checkpoint, recipe, now) == [], "a checkpoint that does not say it"
+
+
+def test_every_setting_has_an_effect_on_a_run_that_is_resumed() -> None:
+    known = {key for key, _ in fields()}
+    assert all(effect_of(key) for key in known)
+    sections = {key.partition(".")[0] for key in known}
+    assert {key for key in EFFECTS if not key.startswith("trainer.")} <= known | sections
 
 
 @pytest.mark.parametrize(("planned_now", "used"), [(None, 64), (128, 128)])

@@ -12,14 +12,16 @@ from huarizo.data.packing import StepCollator, order
 from huarizo.data.prompts import TextFormat, alpaca
 from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import Encoder
-from huarizo.machine import Choice
+from huarizo.events import Events
 from huarizo.model.attention import NAME as PACKED
 from huarizo.model.lora import add_lora
+from huarizo.plan import Choice
 from huarizo.recipe import Recipe, load_recipe, make_recipe
 from huarizo.runs import Run
 from huarizo.training.interrupt import Signals
-from huarizo.training.progress import Metrics, ShowProgress
-from huarizo.training.saving import SaveAndStop
+from huarizo.training.metrics import Metrics
+from huarizo.training.progress import Terminal
+from huarizo.training.saving import Saver, Stopping
 from huarizo.training.trainer import LoraTrainer, training_arguments
 from tests.stock import padded_loss_and_gradients, tutorial_run
 from tests.tiny import make_model
@@ -65,13 +67,13 @@ def make_trainer(
     run, cpu = Run(tmp_path / "run"), torch.device("cpu")
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     args = training_arguments(recipe, run, Choice("fp32", "test", torch.float32), cpu)
-    quiet, metrics = Console(quiet=True), Metrics(tmp_path / "metrics.jsonl", rows_so_far)
-    saving = None
-    if recipe.training.save_every:
-        saving = SaveAndStop(recipe, run.checkpoints, {}, metrics, quiet, Signals())
-    trainer = LoraTrainer(model, args, rows, [], recipe, run, budget, saving=saving)
-    trainer.add_callback(ShowProgress(metrics, console or quiet, cpu, trainer))
-    return trainer
+    metrics = Metrics(tmp_path / "metrics.jsonl", rows_so_far or [])
+    events = Events([Terminal(console or Console(quiet=True)), metrics])
+    saver = Saver(run, recipe, {}, metrics, events, budget) if recipe.training.save_every else None
+    return LoraTrainer(
+        model, args, rows, [], recipe, budget, events=events, saver=saver, stopping=Stopping(Signals()),
+        elapsed_before=metrics.elapsed_s,
+    )  # fmt: skip
 
 
 def packed_loss_and_gradients(trainer: LoraTrainer, examples: list[Any]) -> tuple[float, dict[str, torch.Tensor]]:
