@@ -48,6 +48,11 @@ class Call(ctypes.Structure):
     )
 
 
+def library() -> ctypes.CDLL | str:
+    """What attention.c becomes on this CPU, or the reason why nothing does."""
+    return build.load("attention", Call)
+
+
 @functools.cache
 def reason_against(dtype: torch.dtype, size: int) -> str | None:
     """Why heads of this dtype and size can't be attended to in C; None where they can."""
@@ -57,8 +62,8 @@ def reason_against(dtype: torch.dtype, size: int) -> str | None:
         return f"a head's size must be a multiple of 16 up to {LARGEST}, not {size}"
     if dtype == torch.bfloat16 and "avx512_bf16" not in cpu_flags():
         return "this CPU has no avx512_bf16"
-    library = build.load("attention", Call)
-    return library if isinstance(library, str) else None
+    found = library()
+    return found if isinstance(found, str) else None
 
 
 def forward(
@@ -119,4 +124,4 @@ def _run(function: str, cu_seqlens: torch.Tensor, scale: float, lse: torch.Tenso
             head, token, _ = x.stride()
             held.append(x)
         setattr(call, name, (x.data_ptr(), head * dtype.itemsize, token * dtype.itemsize))
-    run("attention", function, call)
+    run(library(), function, call)

@@ -9,8 +9,6 @@ import ctypes
 
 import torch
 
-from huarizo.kernels import build
-
 BAD_BOUNDARIES, NO_MEMORY = 1, 2  # what a kernel returns; vectors.h has the same
 
 
@@ -27,14 +25,14 @@ def address(wanted_by: str, tensor: torch.Tensor | None, dtype: torch.dtype, *sh
     return tensor.data_ptr()
 
 
-def run(source: str, function: str, call: ctypes.Structure) -> None:
-    """Call `huarizo_{function}` of `{source}.c`.
+def run(library: ctypes.CDLL | str, function: str, call: ctypes.Structure) -> None:
+    """Call `huarizo_{function}` of a library that there is.
 
     Raises:
         MemoryError: there is no memory for what it needs beside its results.
         ValueError: the boundaries of the examples don't rise from 0 to the row's length.
     """
-    status = getattr(build.load(source, type(call)), f"huarizo_{function}")(ctypes.byref(call))
+    status = getattr(library, f"huarizo_{function}")(ctypes.byref(call))
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for {function}")
     if status == BAD_BOUNDARIES:

@@ -35,13 +35,18 @@ class Call(ctypes.Structure):
     )
 
 
+def library() -> ctypes.CDLL | str:
+    """What dropout.c becomes on this CPU, or the reason why nothing does."""
+    return build.load("dropout", Call)
+
+
 @functools.cache
 def reason_against(dtype: torch.dtype) -> str | None:
     """Why values of this dtype can't be dropped in C; None where they can."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there is no kernel for {dtype}"
-    library = build.load("dropout", Call)
-    return library if isinstance(library, str) else None
+    found = library()
+    return found if isinstance(found, str) else None
 
 
 def dropped(x: torch.Tensor, places: torch.Tensor, seed: int, threshold: int, scale: float) -> torch.Tensor:
@@ -99,4 +104,4 @@ def _run(
         grad=address(function, grad, torch.float32, rank, inputs), seed=seed, threshold=threshold, scale=scale,
         bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(),
     )  # fmt: skip
-    run("dropout", function, call)
+    run(library(), function, call)

@@ -45,6 +45,11 @@ class Call(ctypes.Structure):
     )
 
 
+def library() -> ctypes.CDLL | str:
+    """What int8.c becomes on this CPU, or the reason why nothing does."""
+    return build.load("int8", Call)
+
+
 @functools.cache
 def reason_against(dtype: torch.dtype) -> str | None:
     """Why layers whose activations have this dtype can't be computed in C; None where they can."""
@@ -55,8 +60,8 @@ def reason_against(dtype: torch.dtype) -> str | None:
     needed = {"avx512_vnni", "avx512_bf16"} if dtype == torch.bfloat16 else {"avx512_vnni"}
     if missing := needed - cpu_flags():
         return f"this CPU has no {', '.join(sorted(missing))}"
-    library = build.load("int8", Call)
-    return library if isinstance(library, str) else None
+    found = library()
+    return found if isinstance(found, str) else None
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
@@ -181,4 +186,4 @@ def _run(function: str, x: torch.Tensor, inputs: int, outputs: int, **tensors: t
         quantised_stride=stride, x=x.data_ptr(), bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(),
         **{name: address(function, tensor, *wanted[name]) for name, tensor in tensors.items()},
     )  # fmt: skip
-    run("int8", function, call)
+    run(library(), function, call)
