@@ -1,4 +1,4 @@
-"""The commands that train: a new run, or an interrupted one from its last checkpoint."""
+"""The commands that train: start a new run, or resume an interrupted one."""
 
 import sys
 from importlib.metadata import version
@@ -22,15 +22,19 @@ app = typer.Typer()
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="lora.r=16 ...")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings that override the recipe, such as lora.r=16"),
+    ] = None,
     show_data: Annotated[
-        int, typer.Option(metavar="N", min=0, help="print N rows as the model sees them, and stop")
+        int, typer.Option(metavar="N", min=0, help="print N rows as the model sees them, then exit")
     ] = 0,
     resume: Annotated[
-        bool | None, typer.Option(help="go on with an unfinished run of the same recipe and data; default: ask")
+        bool | None,
+        typer.Option(help="resume an unfinished run of the same recipe and data, if there is one; default: ask"),
     ] = None,
 ) -> None:
-    """Train by a recipe. The last word of the last line is the run folder."""
+    """Train from a recipe. The last word of the last line printed is the run folder."""
     _greet()
     loaded = load_recipe(recipe, overrides or [])
     quiet_libraries()
@@ -55,7 +59,7 @@ def train(
 
 @app.command("resume")
 def resume_run(run: RunName) -> None:
-    """Go on with an interrupted run from its last checkpoint."""
+    """Resume an interrupted run from its last checkpoint."""
     _greet()
     opened = open_run(run)
     quiet_libraries()

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from huarizo.data.packing import PackedBatch
 from huarizo.model.dropout import at_places
-from huarizo.model.frozen.int8 import Int8Linear
+from huarizo.model.frozen.linear import input_gradient_of
 
 # Shapes: T tokens of a packed row, L of them labelled, C labelled ones of a chunk; H the hidden size, V the vocabulary.
 
@@ -62,15 +63,13 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grads = [torch.zeros_like(parameter) for parameter in parameters]
+        input_gradient = None if parameters else input_gradient_of(head)
         rows = _rows(head)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            if isinstance(head, torch.nn.Linear) and not parameters:
-                loss, grad_logits = gradient(F.linear(hidden[part], head.weight, head.bias), targets[part])
-                grad_hidden[part] = grad_logits @ head.weight
-            elif isinstance(head, Int8Linear):
+            if input_gradient is not None:
                 loss, grad_logits = gradient(head(hidden[part]), targets[part])
-                grad_hidden[part] = head.input_gradient(grad_logits)
+                grad_hidden[part] = input_gradient(grad_logits)
             else:
                 with torch.enable_grad(), at_places(head, places[part]):
                     chunk = hidden[part].detach().requires_grad_()
@@ -131,19 +130,21 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Ten
 
 
 class PackedLoss:
-    """The summed loss of packed batches (see `huarizo.data.packing`), through a model around the Llama `base`.
+    """The summed loss of packed batches (see `huarizo.data.packing`), through a model around `base`.
 
     compiled: whether the gradient of the logits is compiled.
     """
 
-    def __init__(self, base: torch.nn.Module, compiled: bool = False) -> None:
+    def __init__(self, base: PreTrainedModel, compiled: bool = False) -> None:
         self.base = base
         self.gradient: Gradient = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
 
     @property
     def head(self) -> torch.nn.Module:
         """The output head; an adapter may have taken its place."""
-        return self.base.get_submodule("lm_head")
+        head = self.base.get_output_embeddings()
+        assert head is not None
+        return head
 
     def __call__(self, model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
         """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
@@ -171,11 +172,10 @@ class PackedLoss:
 
 
 @contextmanager
-def _last_hidden(base: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+def _last_hidden(base: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """Collects the hidden states behind the last norm, [1, T, H], of each forward pass inside the block."""
     states: list[torch.Tensor] = []
-    decoder = base.get_submodule("model")
-    handle = decoder.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    handle = base.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
     try:
         yield states
     finally:

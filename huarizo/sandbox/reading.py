@@ -74,22 +74,26 @@ def odd_entry(folder: Path) -> str | None:
     return None
 
 
+class PanicError(ValueError):
+    """A library in Rust gave up."""
+
+
 @contextmanager
 def without_panics() -> Iterator[None]:
-    """A panic of a library in Rust, which is no Exception, becomes a ValueError."""
+    """A panic of a library in Rust, which is no Exception, becomes a PanicError."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the library that reads it gives up: {error}") from None
+        raise PanicError(f"the library that reads it gives up: {error}") from None
 
 
 def interruptible(call: Callable[[], T]) -> T:
     """What a call of a library returns, which Ctrl-C ends also where the library, deep in Rust, looks at no signal.
 
     It works in a thread that is left to itself then and ends with the process. Raises what the call raises; a panic
-    becomes a ValueError.
+    becomes a PanicError.
     """
     results: list[T] = []
     errors: list[BaseException] = []

@@ -10,7 +10,8 @@ from huarizo.data.packing import pack_within
 from huarizo.data.tokens import Example
 from huarizo.machine import device
 from huarizo.model.added_tokens import lengthen, rows_to_train
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
+from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.load import load_base
 from huarizo.model.lora import add_lora
 from huarizo.plan import Choice
@@ -22,13 +23,15 @@ CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; they show which inpu
 def load_frozen(folder: Path, choice: Choice, rows: Dataset) -> PreTrainedModel:
     """The frozen base on this device, in the chosen precision.
 
-    rows: the tokenised training rows; the first few of them show an int8 base which input channels stand out.
+    rows: the tokenised training rows; the first few of them show a quantised base which input channels stand out.
     """
-    if choice.precision != "int8":
+    if choice.precision not in STORAGES:
         return load_base(folder, choice.dtype, device())
     first = rows.select(range(min(CALIBRATION_ROWS, len(rows)))).to_list()
     examples = [Example.from_row(row) for row in first]
-    return load_int8_base(folder, choice.dtype, device(), next(pack_within(CALIBRATION_TOKENS, examples)))
+    return load_quantised_base(
+        folder, choice.precision, choice.dtype, device(), next(pack_within(CALIBRATION_TOKENS, examples))
+    )
 
 
 def load_model(prepared: Prepared) -> PeftModel:

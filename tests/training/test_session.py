@@ -3,16 +3,22 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from huarizo.errors import Interrupted
+import huarizo.training.session
+from huarizo.errors import Interrupted, MachineError
 from huarizo.events import Done, Event, Noted, Saved, Started, Step, Stopped
 from huarizo.plan import Plan
 from huarizo.recipe import Recipe, make_recipe
 from huarizo.runs import Run
 from huarizo.training.finetune import fine_tune, resume
+from huarizo.training.lock import LockLostError
+from huarizo.training.trainer import LoraTrainer
+from tests.training.make import edit_recipe, printed
+from tests.training.test_lock import OTHER
 
 
 @pytest.fixture
@@ -75,3 +81,71 @@ def test_a_held_out_prompt_without_room_for_an_answer_is_no_sample(tiny_model_fo
     )  # fmt: skip
     result = fine_tune(recipe, "run", Console(file=io.StringIO()))
     assert [sample.instruction for sample in result.samples] == ["Who are you?"]
+
+
+def test_data_that_changes_during_the_run_is_told(
+    recipe: Recipe, console: Console, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = huarizo.training.session.load_model
+
+    def changing(prepared: Any) -> Any:
+        alpaca_file.write_text("[]")
+        return load(prepared)
+
+    monkeypatch.setattr(huarizo.training.session, "load_model", changing)
+    fine_tune(recipe, console=console)
+    assert f"{alpaca_file} changed during the run" in printed(console)
+
+
+def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huarizo.training.session, "space_needed", lambda trainable, keep: 10**18)
+    with pytest.raises(MachineError, match="checkpoints and adapter take"):
+        fine_tune(recipe)
+
+
+def test_a_run_that_was_taken_over_stops_and_writes_no_more(
+    recipe: Recipe, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recipe.output is not None
+    run = Run(Path(recipe.output))
+
+    def taken_over(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 3:
+            (run.path / ".lock").write_text(json.dumps(OTHER))
+
+    with pytest.raises(LockLostError, match="writes no more"):
+        fine_tune(recipe, console=console, listeners=[taken_over])
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000002"]
+    assert "Going on" not in printed(console) and not run.adapter.exists()
+    assert json.loads((run.path / ".lock").read_text()) == OTHER
+
+
+@pytest.mark.parametrize(("planned_now", "used"), [(None, 64), (128, 128)])
+def test_micro_batches_that_memory_made_smaller_stay_so(
+    recipe: Recipe, console: Console, planned_now: int | None, used: int
+) -> None:
+    assert recipe.output is not None
+    run, budgets = Run(Path(recipe.output)), []
+    recipe.training.micro_batch_tokens, recipe.training.max_minutes = 256, 1e-6
+    accumulate = LoraTrainer._accumulate
+
+    def no_memory(self: Any, model: Any, step: Any) -> Any:
+        budgets.append(self.budget)
+        if self.budget > 64:
+            raise MemoryError
+        return accumulate(self, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraTrainer, "_accumulate", no_memory)
+        with pytest.raises(Interrupted):
+            fine_tune(recipe, console=console)
+    assert budgets[0] == 256 and budgets[-1] == 64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            LoraTrainer, "_accumulate", lambda self, *step: budgets.append(self.budget) or accumulate(self, *step)
+        )
+        edit_recipe(run, "training.max_minutes", None)
+        if planned_now:
+            edit_recipe(run, "training.micro_batch_tokens", planned_now)
+        resume(run, console)
+    assert budgets[-1] == used

@@ -15,7 +15,7 @@ from huarizo.data.tokens import Encoder
 from huarizo.hub.quickstart import quickstart_model
 from huarizo.kernels import int8 as kernel
 from huarizo.machine import DTYPES, float_precision
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base, load_tokenizer
 from huarizo.model.lora import add_lora
 from huarizo.model.loss import PackedLoss
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_the_float_model(rows: list[PackedBatch]
     dtype = DTYPES[float_precision(CPU)]
     folder, batches = quickstart_model(), rows[1:] if kernel.reason_against(dtype) is None else rows[1:4]
     plain_loss, plain = loss_and_gradients(load_base(folder, torch.float32, CPU), batches)
-    loss, gradients = loss_and_gradients(load_int8_base(folder, dtype, CPU, rows[0]), batches)
+    loss, gradients = loss_and_gradients(load_quantised_base(folder, "int8", dtype, CPU, rows[0]), batches)
     assert abs(loss / plain_loss - 1) < 0.005
     assert gradients.keys() == plain.keys() and len(gradients) == 120
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
