@@ -77,7 +77,7 @@ def rates_of_steps(examples: list[Example], steps: int) -> tuple[int, float]:
     if not chosen:
         raise SystemExit(f"{len(examples)} rows are too few: give a larger file, or fewer --steps")
     tokens = sum(len(example.input_ids) for example in chosen)
-    labels = num_labels([{"labels": example.labels} for example in chosen])
+    labels = num_labels(chosen)
     return round(tokens * ROWS_A_STEP / len(chosen)), labels / tokens
 
 

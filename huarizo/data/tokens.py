@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypedDict
 
 import numpy as np
 
@@ -37,6 +37,13 @@ LAYOUT = 3  # version of the cached file's layout; part of its key
 DAY = 86400  # seconds
 
 
+class TokenisedRow(TypedDict):
+    """An example as a row of the tokenised data set."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One conversation as the model sees it.
@@ -46,7 +53,12 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    was_cut: bool
+    was_cut: bool = False
+
+    @classmethod
+    def from_row(cls, row: TokenisedRow) -> "Example":
+        """The example in a row of the tokenised data set."""
+        return cls(row["input_ids"], row["labels"])
 
 
 class Encoder:

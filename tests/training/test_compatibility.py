@@ -136,8 +136,8 @@ def test_other_kernels_instructions_and_compilation_are_told(monkeypatch: pytest
     for flags, there in ((frozenset({"avx2", "avx512f", "sse"}), ("attention", "dropout")), (frozenset({"avx2"}), ())):
         monkeypatch.setattr("huarizo.training.compatibility.cpu_flags", lambda flags=flags: flags)
         monkeypatch.setattr(
-            "huarizo.training.compatibility.load_kernel",
-            lambda name, there=there: object() if name in there else "no compiler",
+            "huarizo.kernels.build.load",
+            lambda name, call, there=there: object() if name in there else "no compiler",
         )
         plan = replace(PLAN, compiled=not states)
         states.append(facts_of(recipe, "data", plan, torch.device("cpu")))
