@@ -1,8 +1,6 @@
 """Prints rows as the model sees them: what it reads, what it learns, and how many tokens each has."""
 
-from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -22,8 +20,7 @@ def show_examples(console: Console, data: Data, count: int) -> None:
     console.print(
         Text.assemble("read by the model, ", ("learnt by the model", "green"), " (between « and » without colours)")
     )
-    rows: Iterable[Any] = data.train.dataset.select(range(min(count, len(data.train.dataset))))
-    for tokenised in rows:
+    for tokenised in data.train.first(count):
         row = data.rows[tokenised["row"]]
         example = Example.from_row(tokenised)
         tokens = list(zip(example.input_ids, example.labels, strict=True))

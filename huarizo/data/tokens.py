@@ -42,6 +42,7 @@ class TokenisedRow(TypedDict):
 
     input_ids: list[int]
     labels: list[int]
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +278,11 @@ class TokenisedRows:
         """How many tokens all examples have together."""
         column = self.dataset.data.column("input_ids")
         return sum(len(chunk.flatten()) for chunk in column.chunks)
+
+    def first(self, count: int) -> list[TokenisedRow]:
+        """The first examples, `count` at most."""
+        rows: Any = self.dataset.select(range(min(count, len(self.dataset))))
+        return list(rows)
 
 
 def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRows:
