@@ -5,9 +5,8 @@ are reported at once, before anything loads. Nothing else in the package defines
 """
 
 import datetime
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -15,8 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from huarizo.errors import RecipeError, listed
+from huarizo.errors import RecipeError
 from huarizo.recipe_file import apply_override, read_yaml
+from huarizo.wording import did_you_mean, listed
 
 Precision = Literal["auto", "int8", "bf16", "fp16", "fp32"]
 PROMPT_NAMES = ("auto", "chat", "alpaca", "stanford")
@@ -176,7 +176,7 @@ class DataRecipe(Section):
     @classmethod
     def _prompt_is_known(cls, value: str) -> str:
         if value not in PROMPT_NAMES and "{{" not in value:
-            hint = suggestion(value, PROMPT_NAMES)
+            hint = did_you_mean(value, PROMPT_NAMES)
             raise ValueError(
                 f"not one of {', '.join(PROMPT_NAMES)}, nor a Jinja template with {{{{ instruction }}}}{hint}"
             )
@@ -305,7 +305,7 @@ class Recipe(Section):
             if name in DECIDED_ELSEWHERE:
                 problems.append(f"{name!r} is decided by the recipe; use {DECIDED_ELSEWHERE[name]}")
             elif name not in known:
-                problems.append(f"{name!r} is not a field of TrainingArguments{suggestion(name, known)}")
+                problems.append(f"{name!r} is not a field of TrainingArguments{did_you_mean(name, known)}")
             else:
                 try:
                     checked[name] = _of_kind(kinds[name], given)
@@ -331,9 +331,8 @@ class Recipe(Section):
             if name in taken:
                 raise ValueError(f"options: {name!r} is set by `{taken[name]}`")
             if name not in LoraConfig.__dataclass_fields__:
-                raise ValueError(
-                    f"options: {name!r} is not a field of LoraConfig{suggestion(name, LoraConfig.__dataclass_fields__)}"
-                )
+                near = did_you_mean(name, LoraConfig.__dataclass_fields__)
+                raise ValueError(f"options: {name!r} is not a field of LoraConfig{near}")
         return value
 
 
@@ -345,12 +344,6 @@ def _of_kind(kind: Any, value: Any) -> Any:
     """
     taken = TypeAdapter(kind).validate_python(value)
     return taken if isinstance(value, str) and isinstance(taken, int | float) else value
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -405,9 +398,8 @@ def _told(mistake: Any) -> str:
     key = ".".join(location)
     if mistake["type"] == "extra_forbidden":
         siblings = {name.split(".")[-1]: name for name in known}
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        near = near or [siblings[n] for n in difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6)]
-        return f"{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else "; `huarizo recipe` lists them all")
+        near = did_you_mean(key, known) or did_you_mean(location[-1], siblings, lambda leaf: repr(siblings[leaf]))
+        return f"{key}: no such key{near or '. `huarizo recipe` lists them all'}"
     while key not in known and "." in key:  # a branch of a union, or an item of a list
         key = key.rpartition(".")[0]
     message = mistake["msg"].removeprefix("Value error, ")

@@ -12,7 +12,8 @@ TIERS = {
     "what is done": {"training", "inference", "results", "doctor"},
     "what it is done with": {"data", "model", "hub"},
     "what everything stands on": {
-        "kernels", "machine", "host", "recipe", "recipe_file", "runs", "files", "console", "errors", "sandbox",
+        "kernels", "machine", "host", "recipe", "recipe_file", "runs", "files", "console", "errors", "wording",
+        "sandbox",
     },
 }  # fmt: skip
 """From what stands above all to what everything stands on: a module imports from its own tier or from one below."""

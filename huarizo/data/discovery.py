@@ -4,42 +4,21 @@ In goes a file or a folder, out come files by name, in a fixed order. Pipes, dev
 before a byte of them is read. The phrases with which the other steps refuse a file stand here too.
 """
 
-import difflib
 import shlex
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from huarizo.errors import DataError
 from huarizo.hub.data_card import card_in
 from huarizo.hub.data_files import PACKINGS, TEXT_SUFFIXES, Part, choose, inside
+from huarizo.wording import did_you_mean, enumerated, shown
 
 PACKED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z", ".rar")
 KNOWN = f"{', '.join(TEXT_SUFFIXES)} (also with {' or '.join(PACKINGS)} after it), .parquet, .arrow"
 SHEET_SUFFIXES = (".xlsx", ".xls", ".ods", ".numbers")
-
-
-def printable(text: str) -> str:
-    """The text with everything escaped that a terminal can't show."""
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
-def shown(path: Path) -> str:
-    """A path as it can be printed anywhere."""
-    return printable(str(path))
-
-
-def excerpt(text: str, limit: int = 40) -> str:
-    """A quoted text of the user's, cut to `limit` characters and printable."""
-    return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
-
-
-def enumerated(names: Collection[str], limit: int = 20) -> str:
-    """Names of fields, quoted and parted by commas."""
-    quoted = [excerpt(name) for name in list(names)[:limit]]
-    return (", ".join(quoted) or "none") + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def refusal(path: Path, what: str, remedy: str) -> DataError:
@@ -64,11 +43,11 @@ def _absent(path: Path) -> DataError:
     if path.is_symlink():
         return refusal(path, "is a link to a file that does not exist", "Mend the link, or name the file itself")
     try:
-        close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+        beside = [entry.name for entry in path.parent.iterdir()]
     except OSError:
-        close = []
-    hint = f"Did you mean {shown(path.with_name(close[0]))}?" if close else "Check the name and the folder."
-    return DataError(f"{shown(path)}: does not exist. {hint}")
+        beside = []
+    hint = did_you_mean(path.name, beside, lambda name: shown(path.parent / name)) or ". Check the name and the folder."
+    return DataError(f"{shown(path)}: does not exist{hint}")
 
 
 def _is_folder(path: Path) -> bool:

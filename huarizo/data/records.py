@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huarizo.data.columnar import read_columnar
-from huarizo.data.discovery import check_columns_differ, enumerated, excerpt, refusal, shown, told, unknown_kind
+from huarizo.data.discovery import check_columns_differ, refusal, told, unknown_kind
 from huarizo.data.notes import USUAL_NAMES, usual
 from huarizo.data.unpack import is_packed, opened
 from huarizo.errors import DataError
 from huarizo.hub.data_files import SUFFIXES, suffix_of
+from huarizo.wording import enumerated, excerpt, shown
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value

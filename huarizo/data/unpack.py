@@ -7,8 +7,9 @@ import io
 from pathlib import Path
 from typing import IO, Literal
 
-from huarizo.data.discovery import excerpt, refusal, told
+from huarizo.data.discovery import refusal, told
 from huarizo.sandbox.reading import open_file
+from huarizo.wording import excerpt
 
 CODECS: dict[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}
 UNPACKED = 2**30  # bytes that any file may unpack to

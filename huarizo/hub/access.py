@@ -10,7 +10,6 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from huarizo.errors import HuarizoError, HubError, MachineError
 from huarizo.sandbox.reading import read_bytes
+from huarizo.wording import causes_of
 
 try:  # the client that huggingface_hub itself speaks through
     import httpx2 as httpx
@@ -254,7 +254,7 @@ def _refused(error: Exception, repository: Repository, login: Login | None) -> H
 
 def explain_download(error: Exception, repository: Repository, login: Login | None) -> HuarizoError:
     """The error to raise when fetching files broke off: the disk's fault, the network's, or the hub's."""
-    causes = list(_chain(error))
+    causes = list(causes_of(error))
     numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
     if numbers & set(NO_SPACE) or any("No space left" in str(cause) for cause in causes):
         return MachineError(
@@ -291,12 +291,3 @@ def reason(error: BaseException, login: Login | None) -> str:
 
 def _status(error: BaseException) -> int:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what caused it, outermost first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

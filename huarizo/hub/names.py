@@ -5,7 +5,6 @@ the same files are found again. Only listed kinds of files are fetched, never co
 for, checked and sent only where the hub is asked, because with local files everything has to work without a network.
 """
 
-import difflib
 import hashlib
 import logging
 import re
@@ -45,6 +44,7 @@ from huarizo.hub.access import (
 from huarizo.hub.data_card import CARD, LARGEST_CARD, CardError, card_in
 from huarizo.hub.data_files import Part, choose, inside, parted
 from huarizo.hub.quickstart import quickstart_digests, quickstart_model
+from huarizo.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -275,16 +275,16 @@ def _local(name: str, kind: _Kind) -> Path | None:
     with _told(name, HubError):
         if name and path.exists():
             return path.resolve()
-        near = {entry.name: entry for entry in path.parent.iterdir()} if path.parent.is_dir() else {}
-        near.pop(path.name, None)  # a link that leads nowhere
+        beside = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
+        beside.discard(path.name)  # a link that leads nowhere
     if "://" in name:
         raise HubError(f"{name}: give a hub id as `owner/name` or `owner/name@revision`, not an address")
     outside = name.startswith(("./", "../", "~", "/")) or path.is_absolute()
     if not outside and _is_hub_id(name):
         return None
     absent = f"{name}: there is no such file or folder ({path.absolute()})"
-    if similar := difflib.get_close_matches(path.name, near, n=1):
-        raise HubError(f"{absent}. Did you mean {near[similar[0]]}?")
+    if hint := did_you_mean(path.name, sorted(beside), lambda near: str(path.parent / near)):
+        raise HubError(f"{absent}{hint}")
     if outside:
         raise HubError(f"{absent}. Check the name and the folder")
     raise HubError(

@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from huarizo.console import tracked
-from huarizo.data.discovery import excerpt
 from huarizo.data.prompts import OpenExchange, Question, Turn
 from huarizo.data.spans import RefusedRow, came_back
 from huarizo.data.tokens import Encoder
@@ -32,6 +31,7 @@ from huarizo.machine import (
 from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.compile import uncompiled
 from huarizo.model.load import load_base, positions
+from huarizo.wording import excerpt
 
 SHARE = 0.25  # of the free memory, that a batch of answers may take
 UNHEARD = "the model's chat template leaves out the system text, so the model does not see it"

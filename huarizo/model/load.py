@@ -13,9 +13,10 @@ from huarizo.errors import MachineError, ModelError
 from huarizo.hub.model_files import quantised
 from huarizo.machine import spread
 from huarizo.model.attention import NAME as PACKED_ATTENTION
-from huarizo.model.weights import NO_ROOM, check_weights, first_line, tensors_of, unloadable
+from huarizo.model.weights import NO_ROOM, check_weights, tensors_of, unloadable
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
+from huarizo.wording import first_line
 
 TOKENIZER_TIME, TOKENIZER_MEMORY = 60.0, 4 * 2**30  # seconds and bytes, for tokenizer.json
 _TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)

@@ -4,18 +4,18 @@ Transformers gives random numbers to a weight that no file has, and ignores one 
 would train another model than the one that was given, so both are refused by name before a weight is read.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from huarizo.errors import MachineError, ModelError, listed
+from huarizo.errors import MachineError, ModelError
 from huarizo.hub import model_files
 from huarizo.hub.model_files import INDEX, WEIGHTS, Tensor, lacking
 from huarizo.machine import is_out_of_memory
 from huarizo.sandbox.reading import without_panics
+from huarizo.wording import first_line, listed
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
@@ -63,12 +63,6 @@ def unloadable(path: Path, error: Exception) -> ModelError | MachineError:
     if is_out_of_memory(error):
         return MachineError(f"{path}: {NO_ROOM}")
     return ModelError(f"{path}: the weights can't be loaded: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, without the lines of advice behind it."""
-    logging.getLogger(__name__).debug("details", exc_info=error)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_weights(folder: Path) -> None:
