@@ -382,7 +382,7 @@ def _validated(values: dict[str, Any], name: str, problems: list[str]) -> Recipe
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = problems + [_told(mistake) for mistake in error.errors()]
+        problems = problems + [_in_words(mistake) for mistake in error.errors()]
     else:
         if not problems:
             return recipe
@@ -391,7 +391,7 @@ def _validated(values: dict[str, Any], name: str, problems: list[str]) -> Recipe
     )
 
 
-def _told(mistake: Any) -> str:
+def _in_words(mistake: Any) -> str:
     """One validation error as `key: what is wrong`, with a suggestion for an unknown key."""
     location = [str(part) for part in mistake["loc"]]
     known = [name for name, _ in fields()]

@@ -175,8 +175,8 @@ def export(
                 f"a model folder: huarizo merge {run}"
             )
     if ollama:
-        told = commands(file, write_modelfile(tuned, file, force))
-        print("\n".join(["to run it in Ollama:", *(f"  {command}" for command in told)]))
+        lines = commands(file, write_modelfile(tuned, file, force))
+        print("\n".join(["to run it in Ollama:", *(f"  {command}" for command in lines)]))
     print(f"exported: {file}")
 
 

@@ -119,4 +119,4 @@ def _written_out(rows: list[Row], stop: str) -> list[str]:
     for row in rows:
         if stop and any(stop in exchange.output for exchange in row.exchanges):
             notes.say(f"{stop} is written out in an answer, and learnt as plain text there", row.file, row.number)
-    return notes.told()
+    return notes.sentences()

@@ -26,8 +26,8 @@ def refusal(path: Path, what: str, remedy: str) -> DataError:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Tell what the system says about a path in words."""
+def reading(path: Path) -> Iterator[None]:
+    """Around what reads `path`: an error of the system becomes a DataError that names path, cause and remedy."""
     try:
         yield
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def _absent(path: Path) -> DataError:
 
 def _is_folder(path: Path) -> bool:
     """Whether a path is a folder. What is neither a folder nor an ordinary file is refused unread."""
-    with told(path):
+    with reading(path):
         mode = path.stat().st_mode
     if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
         return stat.S_ISDIR(mode)
@@ -71,7 +71,7 @@ def data_files(path: Path) -> list[Path]:
     """
     if not _is_folder(path):
         return [path]
-    with told(path):
+    with reading(path):
         found = sorted(inside(path))
         card = card_in(path)
     files = [path / file for file in choose(shown(path), found, Part(), card=card).files]

@@ -82,7 +82,7 @@ class Notes:
     def say(self, what: str, file: str, number: int) -> None:
         self.said.setdefault(what, Places()).add(file, number)
 
-    def told(self) -> list[str]:
+    def sentences(self) -> list[str]:
         notes = []
         if self.unused:
             names = [printable(name) or excerpt(name) for name in self.unused]

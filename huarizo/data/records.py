@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huarizo.data.columnar import read_columnar
-from huarizo.data.discovery import check_columns_differ, refusal, told, unknown_kind
+from huarizo.data.discovery import check_columns_differ, reading, refusal, unknown_kind
 from huarizo.data.notes import USUAL_NAMES, usual
 from huarizo.data.unpack import is_packed, opened
 from huarizo.errors import DataError
@@ -95,7 +95,7 @@ def read_records(path: Path, wanted: Collection[str], is_row: Callable[[Collecti
     if suffix_of(path.name) not in SUFFIXES:
         raise unknown_kind(path)
     suffix = suffix_of(path.name.removesuffix(path.suffix) if is_packed(path) else path.name)
-    with told(path), opened(path) as file:
+    with reading(path), opened(path) as file:
         head = file.read(LINE_LIMIT)
     _check_beginning(path, head)
     if suffix in (".parquet", ".arrow"):
@@ -167,7 +167,7 @@ def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterato
 
     from huarizo.machine import available_memory
 
-    with told(path), opened(path) as file:
+    with reading(path), opened(path) as file:
         if not is_packed(path) and (size := path.stat().st_size) > JSON_LIMIT:
             raise _too_large(path, f"{size / 2**30:.1f} GiB")
         data = file.read(JSON_LIMIT + 1)
@@ -282,8 +282,8 @@ def _is_column(named: tuple[str, list[object]]) -> bool:
 def _rows_of_columns(path: Path, columns: dict[str, list[object]]) -> Sequence[object]:
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{excerpt(name)} {length}" for name, length in list(lengths.items())[:20])
-        raise refusal(path, f"has columns of different lengths: {told}", "Give every column a value for each row")
+        each = ", ".join(f"{excerpt(name)} {length}" for name, length in list(lengths.items())[:20])
+        raise refusal(path, f"has columns of different lengths: {each}", "Give every column a value for each row")
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     if not rows:
         raise refusal(path, "has columns without a row", "Write rows into it, or download it again")
@@ -296,7 +296,7 @@ def _scalar(value: object) -> str:
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines with their ends. A line ends at a line feed only, so that other separators stay inside texts."""
-    with told(path), opened(path) as file:
+    with reading(path), opened(path) as file:
         number, offset = 1, 0
         while line := file.readline(LINE_LIMIT + 1):
             if len(line) > LINE_LIMIT:

@@ -244,7 +244,7 @@ def read_rows(
     found = dict.fromkeys(reading.file(file) for file in files)
     return Rows(
         reading.rows, reading.problems, ", ".join(found), files,
-        reading.notes.told(), reading.problem_count, reading.bad_row_count,
+        reading.notes.sentences(), reading.problem_count, reading.bad_row_count,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import IO, Literal
 
-from huarizo.data.discovery import refusal, told
+from huarizo.data.discovery import reading, refusal
 from huarizo.sandbox.reading import open_file
 from huarizo.wording import excerpt
 
@@ -26,7 +26,7 @@ def opened(path: Path) -> IO[bytes]:
     Raises:
         DataError: there is no such file, or, on the way, it can't be unpacked or unpacks to too much.
     """
-    with told(path):
+    with reading(path):
         return io.BufferedReader(_Unpacked(path), 2**16) if is_packed(path) else open_file(path)
 
 

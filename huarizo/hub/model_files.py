@@ -172,11 +172,11 @@ def _float_name(folder: Path, name: str, config: dict[str, Any]) -> str | None:
         with open_file(card) as file:
             text = file.read(LARGEST_CARD).decode("utf-8", "replace")
     front = text.split("---")[1] if text.startswith("---") else ""
-    told = [match[1] for match in BASE_MODEL.finditer(front)]
+    named = [match[1] for match in BASE_MODEL.finditer(front)]
     written = config.get("_name_or_path")
-    told += [written] if isinstance(written, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", written) else []
-    told += [QUANTISED_NAME.sub("", plain)]
-    return next((other for other in told if other != plain and not QUANTISED_NAME.search(other)), None)
+    named += [written] if isinstance(written, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", written) else []
+    named += [QUANTISED_NAME.sub("", plain)]
+    return next((other for other in named if other != plain and not QUANTISED_NAME.search(other)), None)
 
 
 def hostile(folder: Path) -> str | None:

@@ -272,7 +272,7 @@ def check_pinned(role: str, sources: Sequence[Source], pinned: dict[str, str]) -
 def _local(name: str, kind: _Kind) -> Path | None:
     """The local path that `name` means, or None where it is a hub id."""
     path = Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
-    with _told(name, HubError):
+    with _reading(name, HubError):
         if name and path.exists():
             return path.resolve()
         beside = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
@@ -303,8 +303,8 @@ def _is_hub_id(name: str) -> bool:
 
 
 @contextmanager
-def _told(name: str, error_type: type[UserError]) -> Iterator[None]:
-    """Tell in words what the system says about a file."""
+def _reading(name: str, error_type: type[UserError]) -> Iterator[None]:
+    """Around what reads files of `name`: an error of the system names the file and its cause."""
     try:
         yield
     except OSError as error:
@@ -315,7 +315,7 @@ def _local_model(name: str, path: Path) -> Source:
     if not path.is_dir():
         what = "a GGUF file, which is for running, not training" if path.suffix == ".gguf" else "a file"
         raise ModelError(f"{name} is {what}. Give the folder that holds config.json, *.safetensors and the tokenizer")
-    with _told(name, ModelError):
+    with _reading(name, ModelError):
         problem = MODEL.broken(path)
     if problem:
         raise ModelError(f"{name}: {problem}")
@@ -324,7 +324,7 @@ def _local_model(name: str, path: Path) -> Source:
 
 def _local_data(name: str, path: Path, part: Part, heldout: bool) -> Source:
     """What the path holds is judged where the rows are read; a pipe or device is not even opened here."""
-    with _told(name, DataError):
+    with _reading(name, DataError):
         if not path.is_dir():
             if part != WHOLE:
                 raise DataError(f"{name}: is a file, which has no configs or splits. Leave out {part}")
@@ -336,7 +336,7 @@ def _local_data(name: str, path: Path, part: Part, heldout: bool) -> Source:
 
 
 def _hashed(name: str, folder: Path, revision: str | None, kind: _Kind) -> Source:
-    with _told(name, kind.error):
+    with _reading(name, kind.error):
         return Source(name, folder, revision, {file: sha256_of(folder / file) for file in kind.used_in(folder)})
 
 

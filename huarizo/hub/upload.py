@@ -183,8 +183,8 @@ def _explained(error: Exception, repo_id: str, login: Login) -> HuarizoError:
     if local and not refusal:
         return MachineError(f"{local.filename}: can't be read ({local.strerror}); nothing was committed. Run again")
     if str(error).startswith("Invalid metadata in README.md"):
-        told = " ".join(str(error).splitlines()[1:]).replace(login.token, "***")[:300]
-        return HubError(f"{repo_id}: the hub does not take the model card ({told}); nothing was committed")
+        complaint = " ".join(str(error).splitlines()[1:]).replace(login.token, "***")[:300]
+        return HubError(f"{repo_id}: the hub does not take the model card ({complaint}); nothing was committed")
     if status in (401, 403, 404):
         return HubError(
             f"{repo_id}: the hub refuses to take files from the owner of the token in {login.origin} ({said}); nothing "

@@ -126,10 +126,10 @@ def chat(template: str, date: str | None, **variables: Any) -> tuple[str, list[t
     date: the day that `strftime_now` tells, YYYY-MM-DD; None for the present moment. No spans of a template that has no
     such blocks.
     """
-    told = datetime.fromisoformat(date) if date else datetime.now()
+    now = datetime.fromisoformat(date) if date else datetime.now()
     with _refusals():
         compiled, generation = _chat_template(template)
-        text = generation.render(compiled, variables | {"strftime_now": told.strftime})
+        text = generation.render(compiled, variables | {"strftime_now": now.strftime})
     return text, generation.spans if "endgeneration" in template else None
 
 
