@@ -324,11 +324,11 @@ def remove_leftovers(folder: Path, older_than: float = 0) -> None:
                     _delete(entry)
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
+def require_space(folder: Path, needed: int, what: str, remedy: str = "choose a folder on another disk") -> None:
     """Before work begins: are `needed` bytes free where `folder` is, or will be?
 
     Raises:
-        MachineError: they are not.
+        MachineError: they are not; `remedy` is what helps beside freeing some.
     """
     place = folder.absolute()
     while not place.exists():
@@ -336,8 +336,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise MachineError(
-            f"{folder}: {what} take{'s' if not what.endswith('s') else ''} {needed / 1e6:,.0f} MB, but this disk has "
-            f"only {free / 1e6:,.0f} MB free. Free some space, or choose a folder on another disk"
+            f"{folder}: {needed / 1e6:,.0f} MB are needed for {what}, but this disk has only {free / 1e6:,.0f} MB "
+            f"free. Free some space, or {remedy}"
         )
 
 

@@ -9,7 +9,6 @@ import errno
 import io
 import os
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -169,23 +168,6 @@ def check_access(repository: Repository, info: ModelInfo | DatasetInfo, file: st
             raise no_right(repository, login, bool(info.gated))
     url = hf_hub_url(repository.repo_id, file, repo_type=repository.kind, revision=info.sha)
     get_hf_file_metadata(url, token=login.token if login else False)
-
-
-def check_space(repository: Repository, needed: int) -> None:
-    """Before anything is fetched: are `needed` bytes free where the cache is?
-
-    Raises:
-        MachineError: they are not.
-    """
-    place = Path(constants.HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise MachineError(
-            f"{repository.repo_id}: {needed / 1e9:,.1f} GB are to be fetched, but the disk of {constants.HF_HUB_CACHE} "
-            f"has only {free / 1e9:,.1f} GB free. Free some space, or set HF_HOME to a folder on another disk"
-        )
 
 
 def no_right(repository: Repository, login: Login, gated: bool) -> HubError:

@@ -27,14 +27,13 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoSibling
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from huarizo.errors import DataError, HubError, ModelError, UserError
-from huarizo.files import sha256_of
+from huarizo.files import require_space, sha256_of
 from huarizo.hub import data_files, model_files
 from huarizo.hub.access import (
     FAILURES,
     Login,
     Repository,
     check_access,
-    check_space,
     explain,
     explain_download,
     log_in,
@@ -427,7 +426,8 @@ def _fetch(
         if check is not None:
             check(wanted, _published_card(name, repository, siblings.get(CARD), info.sha, login))
         if missing:
-            check_space(repository, sum(wanted[file].size or 0 for file in missing))
+            size = sum(wanted[file].size or 0 for file in missing)
+            require_space(Path(constants.HF_HUB_CACHE), size, name, "set HF_HOME to a folder on another disk")
             _look_first(name, repository, kind, info, login)
         folder = _snapshot(repository, kind, token=login.token if login else False)
     except FAILURES as error:

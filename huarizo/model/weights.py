@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from huarizo.errors import MachineError, ModelError
 from huarizo.hub import model_files
-from huarizo.hub.model_files import INDEX, WEIGHTS, Tensor, lacking
+from huarizo.hub.model_files import INDEX, Tensor
 from huarizo.machine import is_out_of_memory
 from huarizo.sandbox.reading import without_panics
 from huarizo.wording import first_line, listed
@@ -32,8 +32,6 @@ def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
     Raises:
         ModelError: a file is not there, is a pickle, or is not whole.
     """
-    if not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
-        raise ModelError(f"{folder}: {lacking(file.name for file in folder.iterdir())}")
     try:
         found = model_files.tensors_of(folder)
     except ValueError as error:
