@@ -26,6 +26,8 @@ from huarizo.host import cache_folder
 
 logger = logging.getLogger(__name__)
 
+QUICKSTART = "quickstart"
+"""The name by which a recipe means this model, and the data set that the package brings along."""
 SPACE = 600_000_000  # bytes: the wheel, what is in it, and the converted model
 
 

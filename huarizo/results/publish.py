@@ -13,7 +13,7 @@ from typing import Any
 
 from huarizo.errors import ModelError, UserError
 from huarizo.hub.model_files import INDEX, LICENCES, broken, weight_files
-from huarizo.hub.names import QUICKSTART
+from huarizo.hub.quickstart import QUICKSTART
 from huarizo.hub.upload import check_id, full_name, upload
 from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
 from huarizo.recipe import TOKEN

@@ -14,7 +14,8 @@ from huarizo.data.dataset import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
 from huarizo.host import cache_folder, rank
-from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
+from huarizo.hub.names import check_pinned, files_of, pins, resolve_data, resolve_model
+from huarizo.hub.sources import Source
 from huarizo.machine import (
     DTYPES,
     Choice,

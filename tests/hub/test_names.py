@@ -23,7 +23,8 @@ from huarizo.errors import HubError, ModelError
 from huarizo.hub import access
 from huarizo.hub.data_files import are_rows
 from huarizo.hub.model_files import quantised
-from huarizo.hub.names import DATA_SET, Source, resolve_data, resolve_model
+from huarizo.hub.names import resolve_data, resolve_model
+from huarizo.hub.sources import DATA_SET, Source
 from tests.hub.server import HubServer, Repo, User, commit_of
 from tests.tiny import make_model, make_tokenizer
 
