@@ -6,10 +6,14 @@ package speaks through these functions, so that the same thing reads the same wh
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+"""A token as the hub makes them; no word that a path is made of is so long."""
 
 
 def printable(text: str) -> str:
@@ -25,6 +29,12 @@ def shown(path: Path) -> str:
 def excerpt(text: str, limit: int = 40) -> str:
     """A quoted text of the user's, cut to `limit` characters and printable."""
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
+
+
+def excerpt_of(value: Any) -> str:
+    """A value as it can be quoted: short, and without a token."""
+    text = TOKEN.sub("hf_***", repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def enumerated(names: Collection[str], limit: int = 20) -> str:

@@ -12,7 +12,7 @@ TIERS = {
     "what is done": {"training", "inference", "results", "doctor"},
     "what it is done with": {"data", "model", "hub"},
     "what everything stands on": {
-        "kernels", "machine", "host", "recipe", "recipe_file", "runs", "files", "console", "errors", "wording",
+        "kernels", "machine", "host", "recipe", "recipe_file", "recipe_help", "trainer_fields", "runs", "files", "console", "errors", "wording",
         "sandbox",
     },
 }  # fmt: skip

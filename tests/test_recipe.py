@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from huarizo.errors import RecipeError
-from huarizo.recipe import DECIDED_ELSEWHERE, fields, load_recipe, make_recipe, to_yaml, type_of, with_overrides
+from huarizo.recipe import load_recipe, make_recipe, to_yaml, with_overrides
 from huarizo.recipe_file import parse_yaml
 from huarizo.results.card import _licence_of_card
 from tests.limits import limited_memory
@@ -64,21 +64,6 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     assert str(error.value).startswith("r.yaml: 6 mistakes")
 
 
-@pytest.mark.parametrize("name", sorted(DECIDED_ELSEWHERE))
-def test_fields_that_contradict_the_recipe_are_refused_by_name(name: str) -> None:
-    from transformers import TrainingArguments
-
-    assert name in TrainingArguments.__dataclass_fields__
-    with pytest.raises(RecipeError, match=f"'{name}' is decided by the recipe"):
-        make_recipe(trainer={name: 1})
-
-
-def test_settings_of_the_trainer_are_of_their_types() -> None:
-    assert make_recipe(trainer={"max_grad_norm": "1", "report_to": "none"}).trainer["max_grad_norm"] == 1.0
-    with pytest.raises(RecipeError, match=r"'logging_steps': .*valid number.*; 'report_to': .*not True"):
-        make_recipe(trainer={"logging_steps": "often", "report_to": True})
-
-
 @pytest.mark.parametrize("word", ["hf_datasets", "/data/hf_datasets/alpaca.json", "hf_transformers_models_of_the_year"])
 def test_a_path_with_hf_in_it_is_no_token(word: str) -> None:
     assert make_recipe(data={"train": word}).data.train == word
@@ -118,13 +103,6 @@ def test_the_recipes_that_ship_are_right_and_survive_a_round_trip(file: Path, tm
     copy = tmp_path / "copy.yaml"
     copy.write_text(to_yaml(recipe))
     assert load_recipe(copy) == recipe
-
-
-def test_every_setting_has_a_type_and_a_line_of_help() -> None:
-    settings = dict(fields())
-    assert {"model", "data.train", "lora.r", "training.seed", "precision", "output", "trainer"} <= settings.keys()
-    for key, field in settings.items():
-        assert field.description and type_of(field), key
 
 
 def test_a_missing_recipe_names_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

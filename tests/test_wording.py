@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from huarizo.wording import causes_of, did_you_mean, enumerated, excerpt, first_line, listed, printable, shown
+from huarizo.wording import (
+    causes_of,
+    did_you_mean,
+    enumerated,
+    excerpt,
+    excerpt_of,
+    first_line,
+    listed,
+    printable,
+    shown,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,3 +61,9 @@ def test_the_causes_of_an_error_are_walked_once() -> None:
 def test_near_words_are_looked_for_in_one_place() -> None:
     found = [file for file in (ROOT / "huarizo").rglob("*.py") if "get_close_matches" in file.read_text()]
     assert found == [ROOT / "huarizo" / "wording.py"]
+
+
+def test_a_quoted_value_is_short_and_without_a_token() -> None:
+    assert excerpt_of(["a", 1]) == "['a', 1]"
+    assert excerpt_of("x" * 100) == f"'{'x' * 56}..."
+    assert excerpt_of("hf_" + "aB3" * 12) == "'hf_***'"

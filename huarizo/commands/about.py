@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from huarizo.console import quiet_libraries
-from huarizo.recipe import fields, type_of
+from huarizo.recipe import Recipe
+from huarizo.recipe_help import fields, type_of
 
 app = typer.Typer()
 
@@ -28,7 +29,7 @@ def show_recipe(markdown: Annotated[bool, typer.Option("--markdown", help="as a 
             "# The recipe\n\nWritten by `make docs`.\n\n"
             "| key | type and range | default | what it is |\n|---|---|---|---|"
         )
-    for key, field in fields():
+    for key, field in fields(Recipe):
         default = field.get_default(call_default_factory=True)
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
         if markdown:

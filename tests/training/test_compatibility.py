@@ -17,7 +17,8 @@ from rich.console import Console
 
 import huarizo.training.finetune
 from huarizo.errors import HuarizoError, Interrupted, MachineError, UserError
-from huarizo.recipe import Recipe, fields, make_recipe, to_yaml
+from huarizo.recipe import Recipe, make_recipe, to_yaml
+from huarizo.recipe_help import fields
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint
 from huarizo.training.compatibility import compare, compared_compilation, facts_of
@@ -122,7 +123,7 @@ USED = {
 
 def test_every_setting_is_used_or_refused() -> None:
     """Whoever adds a setting says here what becomes of it when a run goes on."""
-    known = {key for key, _ in fields() if key.startswith(("training.", "lora."))}
+    known = {key for key, _ in fields(Recipe) if key.startswith(("training.", "lora."))}
     assert known <= REFUSED.keys() | USED.keys(), known - REFUSED.keys() - USED.keys()
 
 
@@ -317,7 +318,7 @@ def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_fi
 
 def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huarizo.training.finetune, "space_needed", lambda trainable, keep: 10**18)
-    with pytest.raises(MachineError, match="checkpoints and adapter take"):
+    with pytest.raises(MachineError, match="are needed for checkpoints and adapter"):
         fine_tune(recipe)
 
 
