@@ -9,6 +9,7 @@ import codecs
 import csv
 import json
 import shlex
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from huarizo.hub.data_files import SUFFIXES, suffix_of
 from huarizo.wording import enumerated, excerpt, shown
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
+_CSV_LOCK = threading.Lock()
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
 VALUE, OBJECT = 80, 250  # bytes of a value in a list or object, and of an object in itself, at most
 
@@ -331,29 +333,36 @@ def _broken_line(line: str, error: json.JSONDecodeError) -> Flaw:
 
 def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
     """Rows of a CSV or TSV file as objects of strings."""
-    previous = csv.field_size_limit(LINE_LIMIT)
-    try:
-        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            number = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                break
-            except csv.Error as error:
-                if header is None:
-                    raise refusal(path, f"line {number}, the header: {_csv_reason(error)}", CSV_REMEDY) from None
-                yield number, Flaw("", _csv_reason(error), CSV_REMEDY)
-                continue
-            if not cells:
-                continue
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = _next_cells(reader)
+        except csv.Error as error:
             if header is None:
-                header = _header(path, cells, delimiter)
-            else:
-                yield number, _cells(header, cells, delimiter)
-    finally:
-        csv.field_size_limit(previous)
+                raise refusal(path, f"line {number}, the header: {_csv_reason(error)}", CSV_REMEDY) from None
+            yield number, Flaw("", _csv_reason(error), CSV_REMEDY)
+            continue
+        if cells is None:
+            break
+        if not cells:
+            continue
+        if header is None:
+            header = _header(path, cells, delimiter)
+        else:
+            yield number, _cells(header, cells, delimiter)
+
+
+def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
+    """The cells of the next row; None at the end. The longest cell is a setting of the whole process, so it is ours
+    only while a row is read, and by one thread at a time. Raises csv.Error."""
+    with _CSV_LOCK:
+        before = csv.field_size_limit(LINE_LIMIT)
+        try:
+            return next(reader, None)
+        finally:
+            csv.field_size_limit(before)
 
 
 def _csv_reason(error: csv.Error) -> str:
