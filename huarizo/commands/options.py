@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or its name under runs/")]
-Name = Annotated[str, typer.Argument(metavar="RUN", help="a run, or the folder or hub id of a PEFT adapter")]
+ResultName = Annotated[str, typer.Argument(metavar="RUN", help="a run, or the folder or hub id of a PEFT adapter")]
 Prompt = Annotated[
     str | None, typer.Option("--prompt", metavar="FORMAT", help="prompt format, where it is not the run's: alpaca ...")
 ]
@@ -18,5 +18,5 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="longest answer, in token
 Temperature = Annotated[float, typer.Option(min=0, help="0 = the likeliest token every time")]
 TopP = Annotated[float, typer.Option(help="draw from the likeliest tokens of this probability together")]
 TopK = Annotated[int, typer.Option(min=0, help="draw from so many likeliest tokens; 0 = all")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: say less twice")]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: say less twice")]
 Seed = Annotated[int | None, typer.Option(help="of the draw")]

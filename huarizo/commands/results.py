@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from huarizo.commands.options import BaseModel, Force, MaxNewTokens, Name, Prompt, RunName
+from huarizo.commands.options import BaseModel, Force, MaxNewTokens, Prompt, ResultName, RunName
 from huarizo.console import confirm, console, quiet_libraries
 from huarizo.errors import Interrupted, ModelError, UserError
 from huarizo.runs import open_run
@@ -27,7 +27,7 @@ def _name_and_overrides(words: list[str] | None) -> tuple[str | None, list[str]]
 
 @app.command()
 def compare(
-    run: Name,
+    run: ResultName,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[PROMPTS] [KEY=VALUE]...", help="text, one a line, or rows; default: the run's"),
@@ -60,7 +60,7 @@ def compare(
 
 @app.command("eval")
 def evaluate(
-    run: Name,
+    run: ResultName,
     data: Annotated[
         list[str] | None,
         typer.Argument(metavar="[DATA] [KEY=VALUE]...", help="rows: file, folder or hub id; default: those held out"),
@@ -107,7 +107,7 @@ def evaluate(
 
 @app.command()
 def merge(
-    run: Name,
+    run: ResultName,
     out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="folder; default RUN/merged")] = None,
     prompt: Prompt = None,
     base_model: BaseModel = None,
@@ -124,7 +124,7 @@ def merge(
 
 @app.command()
 def export(
-    run: Name,
+    run: ResultName,
     to: Annotated[str, typer.Option(help="the format: gguf")] = "gguf",
     kind: Annotated[
         str | None, typer.Option("--type", help="of the weights: f32, f16, bf16 or q8_0; default f16")
@@ -159,7 +159,7 @@ def export(
     file = out or tuned.folder / f"{name}-{'adapter' if adapter else kind}.gguf"
     if ollama:
         if file.name == MODELFILE:
-            raise UserError(f"{file}: the Modelfile itself has this name. Name another file")
+            raise UserError(f"{file}: the Modelfile itself has this name. ResultName another file")
         check_file(file.with_name(MODELFILE), force)
         modelfile(tuned, file.name)  # says what Ollama can't have before the long work
     if adapter:

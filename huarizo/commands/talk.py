@@ -12,9 +12,9 @@ import typer
 from huarizo.commands.options import (
     BaseModel,
     MaxNewTokens,
-    Name,
-    Penalty,
     Prompt,
+    RepetitionPenalty,
+    ResultName,
     Seed,
     System,
     Temperature,
@@ -30,7 +30,7 @@ LONGEST_INPUT = 1_000_000  # characters
 
 @app.command()
 def ask(
-    run: Name,
+    run: ResultName,
     question: Annotated[str, typer.Argument(metavar="[PROMPT]", help="- or nothing: read from standard input")] = "-",
     system: System = "",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object: prompt, answer, tokens, finished")] = False,
@@ -39,7 +39,7 @@ def ask(
     temperature: Temperature = 0,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
-    repetition_penalty: Penalty = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     prompt: Prompt = None,
     base_model: BaseModel = None,
@@ -107,13 +107,13 @@ def _bounded(text: str) -> str:
 
 @app.command()
 def chat(
-    run: Name,
+    run: ResultName,
     system: System = "",
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
-    repetition_penalty: Penalty = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     prompt: Prompt = None,
     base_model: BaseModel = None,
