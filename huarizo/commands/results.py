@@ -159,7 +159,7 @@ def export(
     file = out or tuned.folder / f"{name}-{'adapter' if adapter else kind}.gguf"
     if ollama:
         if file.name == MODELFILE:
-            raise UserError(f"{file}: the Modelfile itself has this name. ResultName another file")
+            raise UserError(f"{file}: the Modelfile itself has this name. Name another file")
         check_file(file.with_name(MODELFILE), force)
         modelfile(tuned, file.name)  # says what Ollama can't have before the long work
     if adapter:
