@@ -7,7 +7,7 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 
   $(shell $(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(python))))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-help:  ## list what can be done
+help:  ## list these targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
 
 train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it (ARGS="key=value ...")
@@ -16,25 +16,25 @@ train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it 
 test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-faults: $(VENV)/dev-ready  ## the long tests of crashes, power cuts, full disks and damaged files (half an hour)
+faults: $(VENV)/dev-ready  ## run the long tests of crashes, power cuts, full disks and damaged files (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults $(ARGS)
 
-check: $(VENV)/dev-ready  ## lint, format and types
+check: $(VENV)/dev-ready  ## check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: $(VENV)/dev-ready  ## put the code into its format
+format: $(VENV)/dev-ready  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/train-ready  ## a short comparison of speed on this machine (benchmarks/README.md has the long ones)
+bench: $(VENV)/train-ready  ## compare training speed on this machine, briefly (benchmarks/README.md has the long runs)
 	$(BIN)/python benchmarks/train_speed.py --quick
 
-docs: $(VENV)/train-ready  ## write docs/recipe.md from the recipe's own help
+docs: $(VENV)/train-ready  ## generate docs/recipe.md from huarizo/recipe.py
 	$(BIN)/huarizo recipe --markdown > docs/recipe.md
 
-clean:  ## remove the virtual environment and what tools left behind; runs/ stays
+clean:  ## remove the virtual environment and the tools' caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(BIN)/python:

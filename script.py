@@ -8,17 +8,22 @@
 
 import sys
 
+from rich.console import Console
+
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder, tokenise
+from huarizo.events import Events
 from huarizo.host import cache_folder
 from huarizo.hub.names import resolve_data, resolve_model
-from huarizo.machine import choose_precision, device
+from huarizo.machine import device
 from huarizo.model.load import load_tokenizer
 from huarizo.model.lora import add_lora, count_weights
+from huarizo.plan import choose_precision
 from huarizo.recipe import make_recipe
 from huarizo.runs import new_run
-from huarizo.training.finetune import load_frozen
+from huarizo.training.loading import load_frozen
+from huarizo.training.progress import Terminal
 from huarizo.training.trainer import LoraTrainer, training_arguments
 
 
@@ -54,7 +59,8 @@ def main(model_name: str, data_name: str) -> None:
     # 6. Train, and save the adapter. Rows of a step are packed without padding.
     run = new_run(recipe.output, "script")
     arguments = training_arguments(recipe, run, precision, device())
-    LoraTrainer(model, arguments, data, [], recipe, run, budget=2048).train()
+    events = Events([Terminal(Console())])
+    LoraTrainer(model, arguments, data, [], recipe, budget=2048, events=events).train()
     model.save_pretrained(run.adapter)
     tokenizer.save_pretrained(run.adapter)
     print(f"done: {run.adapter}")

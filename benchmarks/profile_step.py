@@ -24,7 +24,8 @@ from huarizo.model.dropout import DropoutMasks
 from huarizo.model.load import read_config
 from huarizo.model.loss import PackedLoss
 from huarizo.recipe import make_recipe
-from huarizo.training.finetune import load_model, prepare
+from huarizo.training.loading import load_model
+from huarizo.training.prepare import prepare
 
 STEPS, ROWS_A_STEP, WARM_UP = 4, 4, 2
 

@@ -6,9 +6,10 @@ from importlib.metadata import version
 
 import torch
 
-from huarizo.machine import available_memory, choose_precision, describe, device, gemm_rates
+from huarizo.machine import available_memory, describe, device, gemm_rates
 from huarizo.model.compile import why_not
 from huarizo.model.frozen.measure import int8_gain
+from huarizo.plan import choose_precision
 
 # Frozen linear weights of TinyLlama-1.1B: 22 layers of q, k, v, o, gate, up, down, and the output head.
 TINYLLAMA_WEIGHTS = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32000 * 2048

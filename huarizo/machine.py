@@ -1,6 +1,6 @@
-"""What this machine can do: device, memory, number formats; and the choices that follow from it.
+"""What this machine is and has: its device, its memory, its number formats and how fast they are.
 
-Nothing decided here changes what is trained, only how fast. Beside `host` and the hub's tokens this is the one place
+What is made of that for a run stands in `huarizo.plan`. Apart from `host` and the hub's tokens, this is the only place
 that reads the environment.
 """
 
@@ -8,34 +8,21 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from huarizo.errors import RecipeError
-from huarizo.host import cache_folder, cpu_name, has_fast_bf16, int8_instructions, world_size
+from huarizo.host import cache_folder, cpu_name, has_fast_bf16, rank, world_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FixedPrecision = Literal["int8", "bf16", "fp16", "fp32"]
-Gain = Callable[[torch.device, torch.dtype], float]
 MEASURING = 1.0  # seconds that measuring one format may take
-INT8_GAIN = 1.1  # how much faster a whole int8 layer must be than a float one, to be worth its rounding
 ROOM = 0.8  # of a card's free memory, that the weights of a model on it may take
 # share of the rate of bare products that whole steps reach, seen from 135 million to 1.1 billion weights
 REACHED = 0.35, 0.8
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A precision of the frozen base, the dtype of its activations, and the reason, in words for the user."""
-
-    precision: FixedPrecision
-    reason: str
-    dtype: torch.dtype
 
 
 def device() -> torch.device:
@@ -103,57 +90,6 @@ def seconds(function: Callable[[], object], on: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def choose_precision(wanted: str, on: torch.device, int8_gain: Gain | None = None) -> Choice:
-    """The number format of the frozen base.
-
-    `auto` takes int8 on a CPU with instructions for it, and on a card where a whole int8 layer is INT8_GAIN times as
-    fast as the best float's; otherwise the fastest float format. On a CPU nothing is measured.
-
-    int8_gain: measures how many times as fast it is (`huarizo.model.frozen.measure`); without it no card gets int8.
-
-    Raises:
-        RecipeError: a format that this device does not have.
-    """
-    best = float_precision(on)
-    if wanted == "auto":
-        int8 = _reason_for_int8(on, best, int8_gain)
-        if int8:
-            return Choice("int8", int8, DTYPES[best])
-        return Choice(best, _reason_for_float(on), DTYPES[best])
-    if wanted == "fp16" and on.type != "cuda":
-        raise RecipeError("precision: fp16 needs an NVIDIA card. Use precision=auto, int8, bf16 or fp32")
-    if wanted == "bf16" and on.type == "cuda" and best != "bf16":
-        raise RecipeError("precision: this card has no bf16. Use precision=auto, int8 or fp16")
-    if wanted == "int8" and on.type not in ("cpu", "cuda"):
-        raise RecipeError(f"precision: int8 needs a CPU or an NVIDIA card, not {on.type}. Use precision=auto")
-    return Choice(wanted, "as the recipe asks", DTYPES[best if wanted == "int8" else wanted])  # pyright: ignore
-
-
-def nearest_precision(made_in: str, on: torch.device) -> Choice:
-    """As `choose_precision`, for a run made in this format elsewhere; another one where this device lacks it."""
-    try:
-        return choose_precision(made_in, on)
-    except RecipeError:
-        best = float_precision(on)
-        reason = f"the run was made in {made_in}, which {on.type} does not have here"
-        return Choice(best, reason, DTYPES[best])
-
-
-def _reason_for_int8(on: torch.device, best: str, int8_gain: Gain | None) -> str | None:
-    """Why int8 is the fastest here, in words; None if it isn't."""
-    if on.type == "cpu":  # known, not measured: a busy machine must not change what is trained
-        instructions = int8_instructions()
-        return f"this CPU has int8 instructions ({', '.join(instructions)})" if instructions else None
-    gain = int8_gain(on, DTYPES[best]) if on.type == "cuda" and int8_gain is not None else 0.0
-    return f"a layer is measured to be {gain:.1f} times as fast as in {best}" if gain >= INT8_GAIN else None
-
-
-def _reason_for_float(on: torch.device) -> str:
-    if on.type != "cpu":
-        return f"the fastest float format of {on.type}, and int8 gains nothing here"
-    return "the fastest float format of this CPU, which has no int8 instructions"
-
-
 def spread(needed: int, on: torch.device) -> bool:
     """Whether a model whose weights take `needed` bytes must be spread over all cards, because this one can't hold it.
 
@@ -163,16 +99,24 @@ def spread(needed: int, on: torch.device) -> bool:
     return several and needed > ROOM * available_memory(on)
 
 
-def as_first(numbers: Sequence[int], on: torch.device) -> list[int]:
-    """What the first process of a run says; all of them must ask, each with as many numbers."""
+def as_first(text: str, on: torch.device) -> str:
+    """The text that the first process of a run has; all of them must ask, and the others' own does not matter."""
     if world_size() == 1:
-        return list(numbers)
+        return text
     from accelerate import PartialState
 
     PartialState(cpu=on.type != "cuda")
-    told = torch.tensor(numbers, dtype=torch.int64, device=on)
-    torch.distributed.broadcast(told, 0)
-    return told.tolist()
+    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(on)
+    length = torch.tensor(len(content), device=on)
+    torch.distributed.broadcast(length, 0)
+    content = content if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=on)
+    torch.distributed.broadcast(content, 0)
+    return bytes(content.tolist()).decode()
+
+
+def name_of(on: torch.device) -> str:
+    """What tells a device from those of other machines, in words: its kind, its name, and a CPU's instructions."""
+    return f"{on.type}: {torch.cuda.get_device_name(on) if on.type == 'cuda' else cpu_name()}"
 
 
 def describe(on: torch.device, needed: int = 0) -> str:
@@ -181,7 +125,7 @@ def describe(on: torch.device, needed: int = 0) -> str:
     needed: bytes that the weights take.
     """
     if on.type != "cuda":
-        return f"{on}: {cpu_name()}{_unused_card()}"
+        return f"{name_of(on)}{_unused_card()}"
     name, cards = f"{on}: {torch.cuda.get_device_name(on)}", torch.cuda.device_count()
     if world_size() > 1:
         return f"{name}, one of {world_size()} processes"
@@ -256,9 +200,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("out of memory", "can't allocate memory")
     )
-
-
-def micro_batch_tokens(bytes_per_token: int, free: int, on: torch.device) -> int:
-    """How many tokens to compute at once: as many as 60% of the `free` bytes hold, within what still gains speed."""
-    most = 16384 if on.type == "cuda" else 1024
-    return max(0, min(most, int(0.6 * free) // max(bytes_per_token, 1) // 64 * 64))

@@ -46,39 +46,38 @@ class DataRecipe(Section):
     )
     eval: float | str | Names = Field(
         default=0.02,
-        description="share held out (0.02), a number of rows (100), or other rows, named as for data.train; 0 = none",
+        description="held-out rows: a share (0.02), a number (100), or other rows, named as in data.train; 0 = none",
     )
     prompt: str = Field(
         default="auto",
         description="alpaca | stanford | chat (the model's own template) | a Jinja template with {{ instruction }} and "
-        "{{ input }}; auto = chat where the model has a template, alpaca otherwise",
+        "{{ input }}; auto = chat if the model has a template, otherwise alpaca",
     )
     labels: Literal["auto", "response", "all"] = Field(
         default="auto",
-        description="which tokens are learnt: response, without turns of weight 0; all; auto = response, and all of a "
-        "row that is a plain `text`, which is trained on as it is",
+        description="tokens to learn: response (without turns of weight 0) or all (the prompt too); auto = response, "
+        "and all of a plain `text` row",
     )
     eos: bool = Field(
-        default=True, description="end every response with the end-of-sequence token, so that the model stops"
+        default=True, description="end every response with the end-of-sequence token, so that the model learns to stop"
     )
-    max_length: int = Field(default=512, ge=8, le=1_000_000, description="tokens; a longer row is cut")
+    max_length: int = Field(default=512, ge=8, le=1_000_000, description="longest row in tokens; longer rows are cut")
     date: str | None = Field(
         default=None,
         pattern=r"^\d{4}-\d{2}-\d{2}$",
-        description="day that a chat template is told which asks for it; null = the day of the first start, which the "
-        "run keeps",
+        description="date for chat templates that ask for one (YYYY-MM-DD); null = the day the run first started",
     )
     on_bad_row: Literal["fail", "skip"] = Field(
-        default="fail", description="skip writes the bad rows to a file of the run"
+        default="fail", description="skip leaves bad rows out and writes them to a file in the run folder"
     )
     special_tokens: Names | None = Field(
         default=None,
-        description="texts that become one token each, in prompts and answers, whose rows of embedding and head are "
+        description="texts that become one token each, in prompts and answers; their rows of embedding and head are "
         "trained: data.special_tokens=[<think>,</think>]",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="names in the file, where they differ: data.columns.instruction=question",
+        description="column names in the file, if they differ: data.columns.instruction=question",
     )
 
     @field_validator("eval", mode="before")
@@ -129,14 +128,16 @@ class DataRecipe(Section):
 class LoraRecipe(Section):
     """The adapter (LoRA, arXiv 2106.09685)."""
 
-    r: int = Field(default=8, ge=1, le=4096, description="rank")
-    alpha: float = Field(default=16, gt=0, description="scale: the adapter's output is multiplied by alpha / r")
-    dropout: float = Field(default=0.05, ge=0, lt=1, description="share of the adapter's inputs dropped in training")
+    r: int = Field(default=8, ge=1, le=4096, description="rank of the adapter")
+    alpha: float = Field(default=16, gt=0, description="scale: the output of the adapter is multiplied by alpha / r")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="dropout on the input of the adapter during training")
     target_modules: list[str] | Literal["all-linear"] = Field(
-        default=["q_proj", "v_proj"], min_length=1, description="linear layers that get an adapter, or all-linear"
+        default=["q_proj", "v_proj"],
+        min_length=1,
+        description="names of the linear layers that get an adapter, or all-linear",
     )
     loraplus_lr_ratio: float | None = Field(
-        default=None, ge=1, description="LoRA+ (arXiv 2402.12354): how many times larger B's learning rate is than A's"
+        default=None, ge=1, description="LoRA+ (arXiv 2402.12354): learning rate of B divided by that of A"
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="any other field of peft.LoraConfig, such as use_rslora or init_lora_weights"
@@ -153,31 +154,40 @@ class LoraRecipe(Section):
 class TrainingRecipe(Section):
     """How long, how fast, in which order. Counts are in optimizer steps."""
 
-    epochs: float = Field(default=1, gt=0, description="passes over the rows")
+    epochs: float = Field(default=1, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(
-        default=None, ge=1, description="stop after so many optimizer steps; null = by epochs"
+        default=None, ge=1, description="number of optimizer steps; null = given by training.epochs"
     )
-    batch_size: int = Field(default=4, ge=1, description="examples of one optimizer step, over all devices together")
-    learning_rate: float = Field(default=2e-4, gt=0, lt=10, description="peak of the schedule")
-    seed: int = Field(default=42, ge=0, lt=2**32, description="order of the rows, initial adapter, dropout")
+    batch_size: int = Field(default=4, ge=1, description="examples per optimizer step, over all devices together")
+    learning_rate: float = Field(default=2e-4, gt=0, lt=10, description="peak learning rate of the schedule")
+    seed: int = Field(default=42, ge=0, lt=2**32, description="seed for row order, initial adapter and dropout")
     eval_every: int | None = Field(
-        default=None, ge=1, description="held-out loss every so many steps; null = first and last"
+        default=None, ge=1, description="steps between measurements of the held-out loss; null = only at start and end"
     )
     save_minutes: float | None = Field(
-        default=5, gt=0, description="checkpoint every so many minutes, at most 1% of the time; null = not by time"
+        default=5,
+        gt=0,
+        description="minutes between checkpoints, which take at most 1% of the time; null = not by time",
     )
-    save_every: int | None = Field(default=None, ge=1, description="checkpoint every so many steps as well")
+    save_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints, in addition to save_minutes"
+    )
     keep: int = Field(
-        default=2, ge=1, le=1000, description="newest checkpoints to keep; the best by held-out loss stays too"
+        default=2,
+        ge=1,
+        le=1000,
+        description="number of newest checkpoints to keep; the best by held-out loss is kept too",
     )
     max_minutes: float | None = Field(
-        default=None, gt=0, description="stop in time, with a checkpoint, where a session ends after so many minutes"
+        default=None, gt=0, description="stop within this many minutes, with a checkpoint; for sessions of limited time"
     )
     micro_batch_tokens: int | None = Field(
-        default=None, ge=1, description="tokens computed at once; null = chosen for this machine. Changes no result"
+        default=None,
+        ge=1,
+        description="tokens computed at once; null = chosen for this machine. The result stays the same",
     )
     compile: bool = Field(
-        default=True, description="compile the decoder layers where a compiler is there: faster from the second step on"
+        default=True, description="compile the decoder layers if there is a compiler: faster from the second step on"
     )
 
 
@@ -192,16 +202,19 @@ class Recipe(Section):
     data: DataRecipe = Field(default_factory=DataRecipe)
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     training: TrainingRecipe = Field(default_factory=TrainingRecipe)
-    precision: Precision = Field(default="auto", description="of the frozen base model; the adapter is always fp32")
-    samples: Annotated[int, Field(ge=0, le=100)] | list[str] = Field(
-        default=3, description="prompts answered before and after: so many held-out rows, or a list of prompts"
+    precision: Precision = Field(
+        default="auto", description="precision of the frozen base model; the adapter is always fp32"
     )
-    output: str | None = Field(default=None, description="run folder; null = runs/NAME-TIME, from the recipe's name")
+    samples: Annotated[int, Field(ge=0, le=100)] | list[str] = Field(
+        default=3,
+        description="prompts answered before and after training: a number of held-out rows, or a list of prompts",
+    )
+    output: str | None = Field(default=None, description="run folder; null = runs/NAME-TIME, with the recipe's name")
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="any other field of transformers.TrainingArguments"
     )
     pinned: dict[str, dict[str, str]] = Field(
-        default_factory=dict, description="written by Huarizo: sha256 of each file used. Checked where present"
+        default_factory=dict, description="written by Huarizo: sha256 of each file used; checked if present"
     )
 
     @model_validator(mode="before")

@@ -1,8 +1,9 @@
 """A run's folder: where each of its files stands, and how a run is found by name.
 
-recipe.yaml        the resolved recipe          metrics.jsonl   one JSON object a logged step
-adapter/           the result                   samples.jsonl   prompt, before, after
-checkpoints/       step-000120/ ...             loss.png        the curves
+recipe.yaml        the resolved recipe          plan.json       what the machine makes of it
+adapter/           the result                   metrics.jsonl   one JSON object a logged step
+checkpoints/       step-000120/ ...             events.jsonl    what happened, one JSON object each
+loss.png           the curves                   samples.jsonl   prompt, before, after
 skipped.jsonl      bad rows, with data.on_bad_row=skip
 evaluations/       TIME/ ..., of `huarizo eval`
 """
@@ -42,6 +43,14 @@ class Run:
     @property
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def loss_plot(self) -> Path:

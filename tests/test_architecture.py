@@ -17,8 +17,8 @@ TIERS = {
     "what is done": {"training", "inference", "results", "doctor"},
     "what it is done with": {"data", "model", "hub"},
     "what everything stands on": {
-        "kernels", "machine", "host", "recipe", "recipe_file", "recipe_help", "trainer_fields", "runs", "files", "console", "errors", "wording",
-        "sandbox",
+        "kernels", "plan", "events", "machine", "host", "recipe", "recipe_file", "recipe_help",
+        "trainer_fields", "runs", "files", "console", "errors", "wording", "sandbox",
     },
 }  # fmt: skip
 """From what stands above all to what everything stands on: a module imports from its own tier or from one below."""

@@ -1,4 +1,4 @@
-"""The commands for what was trained: compare, evaluate, merge, export, push."""
+"""The commands for a trained result: compare, evaluate, merge, export, push."""
 
 import json
 import sys
@@ -30,15 +30,18 @@ def compare(
     run: ResultName,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPTS] [KEY=VALUE]...", help="text, one a line, or rows; default: the run's"),
+        typer.Argument(
+            metavar="[PROMPTS] [KEY=VALUE]...",
+            help="text file with one prompt a line, or rows; default: the run's own prompts",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="also write a file: .md, .html or .jsonl")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write a .md, .html or .jsonl file")] = None,
     max_new_tokens: MaxNewTokens = 200,
     prompt: Prompt = None,
     base_model: BaseModel = None,
     force: Force = False,
 ) -> None:
-    """Show the answers of the base and of the tuned model side by side."""
+    """Show answers of the base and the tuned model side by side."""
     quiet_libraries()
     from huarizo.inference.artifact import find_tuned, read_otherwise
     from huarizo.inference.generate import open_assistant
@@ -63,20 +66,24 @@ def evaluate(
     run: ResultName,
     data: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DATA] [KEY=VALUE]...", help="rows: file, folder or hub id; default: those held out"),
+        typer.Argument(
+            metavar="[DATA] [KEY=VALUE]...", help="rows: a file, folder or hub id; default: the held-out rows"
+        ),
     ] = None,
-    to_answer: Annotated[int, typer.Option("--answers", min=0, help="so many rows are also answered")] = 32,
-    precision: Annotated[str | None, typer.Option(help="bf16 | fp16 | fp32; default: the fastest float")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder; default RUN/evaluations/TIME")] = None,
+    to_answer: Annotated[int, typer.Option("--answers", min=0, help="number of rows to answer as well")] = 32,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 | fp16 | fp32; default: the fastest of these here")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder; default: RUN/evaluations/TIME")] = None,
     harness: Annotated[
-        str | None, typer.Option(metavar="TASKS", help="tasks of lm-eval instead, with commas between")
+        str | None, typer.Option(metavar="TASKS", help="run these lm-eval tasks instead, separated by commas")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="questions of each lm-eval task")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="maximum number of questions per lm-eval task")] = None,
     prompt: Prompt = None,
     base_model: BaseModel = None,
     force: Force = False,
 ) -> None:
-    """Measure loss, perplexity, answers and forgetting, before and after."""
+    """Measure loss, answers and forgetting. Base and tuned model are both measured."""
     quiet_libraries()
     from huarizo.inference.artifact import find_tuned, read_otherwise
     from huarizo.inference.generate import open_assistant
@@ -108,12 +115,12 @@ def evaluate(
 @app.command()
 def merge(
     run: ResultName,
-    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="folder; default RUN/merged")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="output folder; default: RUN/merged")] = None,
     prompt: Prompt = None,
     base_model: BaseModel = None,
     force: Force = False,
 ) -> None:
-    """Add the adapter to the base's float weights and save an ordinary model folder."""
+    """Write base and adapter as one model folder. The adapter is added to the base's float weights."""
     quiet_libraries()
     from huarizo.inference.artifact import find_tuned
     from huarizo.results import model_folder as merging
@@ -125,15 +132,17 @@ def merge(
 @app.command()
 def export(
     run: ResultName,
-    to: Annotated[str, typer.Option(help="the format: gguf")] = "gguf",
+    to: Annotated[str, typer.Option(help="output format: gguf")] = "gguf",
     kind: Annotated[
-        str | None, typer.Option("--type", help="of the weights: f32, f16, bf16 or q8_0; default f16")
+        str | None, typer.Option("--type", help="type of the weights: f32, f16, bf16 or q8_0; default: f16")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="file; default RUN/NAME-TYPE.gguf")] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA alone, for a GGUF of its base")] = False,
-    ollama: Annotated[bool, typer.Option("--ollama", help="also write a Modelfile for Ollama beside it")] = False,
+    out: Annotated[Path | None, typer.Option(help="output file; default: RUN/NAME-TYPE.gguf")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="write only the LoRA, to use with a GGUF of its base")
+    ] = False,
+    ollama: Annotated[bool, typer.Option("--ollama", help="also write a Modelfile for Ollama")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="load it in llama.cpp and compare with Transformers")
+        bool, typer.Option("--verify", help="load the file in llama.cpp and compare it with Transformers")
     ] = False,
     prompt: Prompt = None,
     base_model: BaseModel = None,
@@ -183,15 +192,17 @@ def export(
 @app.command()
 def push(
     run: RunName,
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="on the hub: owner/name, or a name of your own")],
-    merged: Annotated[bool, typer.Option("--merged", help="the folder that `huarizo merge` made")] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="the files that `huarizo export` made")] = False,
-    public: Annotated[bool, typer.Option("--public", help="for everybody to see; otherwise for you alone")] = False,
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO", help="hub repository: owner/name, or just a name under your account")
+    ],
+    merged: Annotated[bool, typer.Option("--merged", help="send the folder written by `huarizo merge`")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="send the files written by `huarizo export`")] = False,
+    public: Annotated[bool, typer.Option("--public", help="make the repository public; default: private")] = False,
     base_model: BaseModel = None,
     yes: Annotated[bool, typer.Option("--yes", help="send without asking")] = False,
     force: Force = False,
 ) -> None:
-    """Send the adapter to the Hugging Face hub, with a model card; private, and shown first."""
+    """Send the adapter to the Hugging Face hub. Private by default; shows the files and the model card first."""
     if merged and gguf:
         raise UserError("--merged and --gguf are two repositories: push one after the other")
     quiet_libraries()

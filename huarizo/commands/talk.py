@@ -1,4 +1,4 @@
-"""The commands that talk with what was trained: one answer, or a conversation."""
+"""The commands that talk with a trained result: one answer, or a conversation."""
 
 import importlib
 import json
@@ -31,10 +31,12 @@ LONGEST_INPUT = 1_000_000  # characters
 @app.command()
 def ask(
     run: ResultName,
-    question: Annotated[str, typer.Argument(metavar="[PROMPT]", help="- or nothing: read from standard input")] = "-",
+    question: Annotated[str, typer.Argument(metavar="[PROMPT]", help="default, or -: read standard input")] = "-",
     system: System = "",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object: prompt, answer, tokens, finished")] = False,
-    base: Annotated[bool, typer.Option("--base", help="the untuned model answers")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object with prompt, answer, tokens, finished")
+    ] = False,
+    base: Annotated[bool, typer.Option("--base", help="ask the untuned model")] = False,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0,
     top_p: TopP = 0.95,
@@ -44,7 +46,7 @@ def ask(
     prompt: Prompt = None,
     base_model: BaseModel = None,
 ) -> None:
-    """Answer one prompt with a trained run."""
+    """Answer one prompt with a trained result."""
     quiet_libraries()
     from huarizo.data.prompts import OpenExchange
     from huarizo.inference.artifact import find_tuned
@@ -118,7 +120,7 @@ def chat(
     prompt: Prompt = None,
     base_model: BaseModel = None,
 ) -> None:
-    """Talk with a trained run. /base asks the untuned model, /help tells the other commands."""
+    """Chat with a trained result. /base switches to the untuned model, /help lists the other commands."""
     quiet_libraries()
     from huarizo.inference.artifact import find_tuned
     from huarizo.inference.chat import HELP, Conversation, checked, converse

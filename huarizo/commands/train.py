@@ -1,17 +1,20 @@
-"""The commands that train: a new run, or an interrupted one from its last checkpoint."""
+"""The commands that train: start a new run, or resume an interrupted one."""
 
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from huarizo.commands.options import RunName
 from huarizo.console import confirm, console, quiet_libraries
 from huarizo.host import rank
-from huarizo.recipe import load_recipe
+from huarizo.recipe import load_recipe, with_overrides
 from huarizo.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from huarizo.training.session import Result
 
 app = typer.Typer()
 
@@ -19,45 +22,50 @@ app = typer.Typer()
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="lora.r=16 ...")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="settings that override the recipe, such as lora.r=16"),
+    ] = None,
     show_data: Annotated[
-        int, typer.Option(metavar="N", min=0, help="print N rows as the model sees them, and stop")
+        int, typer.Option(metavar="N", min=0, help="print N rows as the model sees them, then exit")
     ] = 0,
     resume: Annotated[
-        bool | None, typer.Option(help="go on with an unfinished run of the same recipe and data; default: ask")
+        bool | None,
+        typer.Option(help="resume an unfinished run of the same recipe and data, if there is one; default: ask"),
     ] = None,
 ) -> None:
-    """Train by a recipe. The last word of the last line is the run folder."""
+    """Train from a recipe. The last word of the last line printed is the run folder."""
     _greet()
     loaded = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    from huarizo.training import finetune
-
     if show_data:
         from huarizo.data.show import show_examples
+        from huarizo.training.prepare import prepare
 
-        show_examples(console(), finetune.prepare(loaded).data, show_data)
+        show_examples(console(), prepare(with_overrides(loaded, ["training.compile=false"])).data, show_data)
         return
 
-    def go_on(run: Run) -> bool:
+    from huarizo.training.finetune import fine_tune
+
+    def resume_instead(run: Run) -> bool:
         if resume is None and sys.stdin.isatty():
             return confirm(f"{run.path} is an unfinished run of this recipe. Go on with it?", default=True)
         if not resume:
             print(f"{run.path} is an unfinished run of this recipe: huarizo resume {run.path}")
         return bool(resume)
 
-    _tell_result(finetune.fine_tune(loaded, recipe.stem, console(outlives_reader=True), go_on))
+    _show_result(fine_tune(loaded, recipe.stem, console(outlives_reader=True), resume_instead))
 
 
 @app.command("resume")
 def resume_run(run: RunName) -> None:
-    """Go on with an interrupted run from its last checkpoint."""
+    """Resume an interrupted run from its last checkpoint."""
     _greet()
     opened = open_run(run)
     quiet_libraries()
-    from huarizo.training import finetune
+    from huarizo.training.finetune import resume
 
-    _tell_result(finetune.resume(opened, console(outlives_reader=True)))
+    _show_result(resume(opened, console(outlives_reader=True)))
 
 
 def _greet() -> None:
@@ -66,7 +74,7 @@ def _greet() -> None:
         print(f"{'huarizo':<10} {version('huarizo')}, loading PyTorch", flush=True)
 
 
-def _tell_result(result: Any) -> None:
+def _show_result(result: "Result") -> None:
     from huarizo.results.report import show_summary
 
     if rank() == 0:

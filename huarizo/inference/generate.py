@@ -20,17 +20,11 @@ from huarizo.data.spans import RefusedRow, came_back
 from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
 from huarizo.inference.artifact import Tuned
-from huarizo.machine import (
-    available_memory,
-    choose_precision,
-    device,
-    float_precision,
-    is_out_of_memory,
-    nearest_precision,
-)
+from huarizo.machine import available_memory, device, float_precision, is_out_of_memory
 from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.compile import uncompiled
 from huarizo.model.load import load_base, positions
+from huarizo.plan import choose_precision, nearest_precision
 from huarizo.wording import excerpt
 
 SHARE = 0.25  # of the free memory, that a batch of answers may take

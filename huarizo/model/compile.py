@@ -40,17 +40,13 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
     return x.sin() + 1
 
 
-def compile_layers(model: Any, on: torch.device) -> str | None:
-    """Compile the decoder layers of a PeftModel in place. Returns the reason, in words, if that can't be done."""
-    devices = set(getattr(model.get_base_model(), "hf_device_map", {}).values())
-    reason = why_not(on) if len(devices) < 2 else "the model is spread over several cards"
-    if reason is None:
-        inner = model.get_base_model().model
-        _let_int8_be_cached()
-        model.enable_input_require_grads()  # the first layer like all others: one compilation less
-        for layer in inner.layers:
-            layer.compile(dynamic=True)
-    return reason
+def compile_layers(model: Any) -> None:
+    """Compile the decoder layers of a PeftModel in place, where `why_not` finds nothing against it."""
+    inner = model.get_base_model().model
+    _let_int8_be_cached()
+    model.enable_input_require_grads()  # the first layer like all others: one compilation less
+    for layer in inner.layers:
+        layer.compile(dynamic=True)
 
 
 def _let_int8_be_cached() -> None:

@@ -172,6 +172,12 @@ def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> in
     return config["num_hidden_layers"] * (20 * hidden * size + 6 * inner * size + 8 * hidden * 4)
 
 
+def checkpoint_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
+    """As `activation_bytes_per_token`, with activation checkpointing: each layer's input, and one layer at work."""
+    layers, size = config["num_hidden_layers"], torch.finfo(dtype).bits // 8
+    return layers * config["hidden_size"] * size + activation_bytes_per_token(config, dtype) // layers
+
+
 def weight_bytes(config: dict[str, Any], precision: str, dtype: torch.dtype) -> int:
     """What the frozen base occupies, in bytes: linears in `precision`, the embedding in `dtype`.
 

@@ -59,10 +59,13 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequence[int] = ()) -> None:
+def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequence[int] = ()) -> int:
     """A recipe's LoRA fits a model and is one that chat, merge, export and stock PEFT load; nothing heavy is loaded.
 
     folder: the model's. precision: of the frozen base. tokens: ids of those whose rows are trained.
+
+    Returns:
+        The number of weights that are trained.
 
     Raises:
         RecipeError: naming what does not.
@@ -80,7 +83,7 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
     plain = {name: value for name, value in recipe.options.items() if name != "init_lora_weights"}
     with warnings.catch_warnings(record=True) as told, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
-        add_lora(model, recipe.model_copy(update={"options": plain}), 0, tokens)
+        peft_model = add_lora(model, recipe.model_copy(update={"options": plain}), 0, tokens)
     for warning in told:
         if "did not match any" in str(warning.message):
             raise RecipeError(f"lora.options: {warning.message}")
@@ -95,6 +98,7 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
                 f"lora.options.modules_to_save: with precision int8 {name} is frozen in 8 bit. Set precision=bf16 or "
                 "fp32"
             )
+    return peft_model.num_parameters(only_trainable=True)
 
 
 def _check_options(options: dict[str, Any]) -> None:

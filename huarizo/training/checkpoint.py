@@ -69,10 +69,10 @@ class Checkpoint:
         """The state of the watch on the losses."""
         return self._state["watched"]
 
-    def micro_batch(self, planned: int | None) -> int | None:
+    def micro_batch(self, planned: int) -> int:
         """Tokens of a micro-batch to go on with: what was left of as many planned where memory gave out before."""
         then = self.manifest.get("micro_batch", {})
-        return then.get("used") if then.get("planned") == planned else planned
+        return then["used"] if then.get("planned") == planned else planned
 
     @property
     def _state(self) -> dict[str, Any]:

@@ -7,13 +7,9 @@ they were. Where that happens again and again, or the loss climbs, going on woul
 import math
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from huarizo.errors import UserError
-from huarizo.training.checkpoint import newest_first, step_of
 
 WINDOW = 20  # steps of the running mean
 MAX_SKIPPED = 5  # steps in a row
@@ -92,28 +88,3 @@ def likely_cause(watch: LossWatch, learning_rate: float, precision: str, step: i
     if precision == "fp16":
         return f"Likely too large a learning rate, or numbers too large for fp16. Start a new run with {lower}"
     return f"Likely too large a learning rate. Start a new run with {lower}, or with warm-up: trainer.warmup_steps=50"
-
-
-class WatchLosses(TrainerCallback):
-    """Feeds a LossWatch after each step of the trainer, and ends a run that went wrong.
-
-    Raises:
-        DivergedError: when the watch says so, with the newest checkpoint from before.
-    """
-
-    def __init__(self, trainer: Any, precision: str, run: Path) -> None:
-        self.trainer, self.precision, self.run = trainer, precision, run
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, watch = self.trainer, self.trainer.watch
-        scaled, last = trainer.scaler is not None, state.global_step >= state.max_steps
-        wrong = watch.add(state.global_step, trainer.last_loss, not trainer.last_finite, scaled, last)
-        if wrong:
-            cause = likely_cause(watch, self.trainer.args.learning_rate, self.precision, state.global_step)
-            raise DivergedError(f"stopped at step {state.global_step}: {wrong}. {cause}. {self._before(watch)}")
-
-    def _before(self, watch: LossWatch) -> str:
-        """The checkpoint that is left from before it went wrong."""
-        folders = newest_first(self.run / "checkpoints")
-        before = [folder for folder in folders if watch.skipped_in_a_row or step_of(folder) <= watch.lowest_step]
-        return f"The checkpoint from before is {before[0]}" if before else "There is no checkpoint from before"

@@ -3,6 +3,7 @@
 What the user may have got wrong is told here, before a model loads and before anything is written into a run folder.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,28 +14,27 @@ import torch
 from huarizo.data.dataset import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
-from huarizo.host import cache_folder, rank
+from huarizo.host import cache_folder, rank, world_size
 from huarizo.hub.names import check_pinned, files_of, pins, resolve_data, resolve_model
 from huarizo.hub.sources import Source
-from huarizo.machine import (
-    DTYPES,
-    Choice,
-    FixedPrecision,
-    as_first,
-    available_memory,
-    choose_precision,
-    device,
-    float_precision,
-    micro_batch_tokens,
-    nearest_precision,
-    spread,
-)
+from huarizo.machine import as_first, device, float_precision, name_of
 from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
+from huarizo.model.compile import why_not
 from huarizo.model.frozen.measure import int8_gain
-from huarizo.model.load import activation_bytes_per_token, load_tokenizer, positions, read_config, weight_bytes
+from huarizo.model.load import (
+    activation_bytes_per_token,
+    checkpoint_bytes_per_token,
+    load_tokenizer,
+    positions,
+    read_config,
+    weight_bytes,
+)
 from huarizo.model.lora import check_lora
 from huarizo.model.weights import check_weights
+from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision
 from huarizo.recipe import Recipe, names_of
+from huarizo.runs import Run
+from huarizo.sandbox.reading import read_text
 from huarizo.training.settings import check_trainer_settings
 
 
@@ -46,19 +46,19 @@ class Prepared:
     model_source: Source
     data_sources: list[Source]
     data: Data
-    choice: Choice
+    plan: Plan
 
 
-def prepare(recipe: Recipe, resumed: bool = False) -> Prepared:
-    """Find model and data, read and tokenise the rows, choose the precision; nothing heavy is loaded.
+def prepare(recipe: Recipe, resumed: Run | None = None) -> Prepared:
+    """Find model and data, read and tokenise the rows, and plan how to compute it; nothing heavy is loaded.
 
-    resumed: the recipe is that of a run, which may have been made on another machine, in a format that is not here.
+    resumed: the run that the recipe is of. It may have been started on another machine, in a format that is not here.
 
     Raises:
         UserError: whatever the user can mend, with the remedy.
     """
-    on = device()
-    choice = _choose(recipe, on, resumed)
+    on, before = device(), _earlier_plan(resumed)
+    choice = _first_choice(recipe, on, resumed is not None, before)
     check_trainer_settings(recipe, choice, on)
     model = resolve_model(recipe.model)
     train = [resolve_data(name) for name in names_of(recipe.data.train)]
@@ -71,7 +71,8 @@ def prepare(recipe: Recipe, resumed: bool = False) -> Prepared:
     check_weights(model.path)
     tokenizer, added = load_tokenizer(model.path), recipe.data.special_tokens or []
     add_tokens(tokenizer, added)
-    check_lora(model.path, recipe.lora, choice.precision, rows_to_train(tokenizer, added, config["vocab_size"]))
+    tokens = rows_to_train(tokenizer, added, config["vocab_size"])
+    trained = check_lora(model.path, recipe.lora, choice.precision, tokens)
     data = prepare_data(
         recipe.data, recipe.training.seed, files_of(train), files_of(heldout), tokenizer, cache_folder() / "tokens"
     )
@@ -81,17 +82,14 @@ def prepare(recipe: Recipe, resumed: bool = False) -> Prepared:
     for file in changed_files([*train, *heldout]):
         raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
     resolved = recipe.model_copy(deep=True)
-    needed = weight_bytes(config, choice.precision, choice.dtype)
-    everywhere = choice.precision != "int8" and spread(needed, on)
-    _fit_memory(resolved, config, choice, available_memory(on, everywhere))
     resolved.model = model.pinned
     resolved.data.train = _pinned(train)
     if heldout:
         resolved.data.eval = _pinned(heldout)
     resolved.data.prompt, resolved.data.date = data.encoder.prompt.name, data.encoder.prompt.date
-    resolved.precision = choice.precision
     resolved.pinned = {role: pins(sources) for role, sources in used.items()}
-    return Prepared(resolved, model, [*train, *heldout], data, choice)
+    plan = _first_plan(recipe, choice, _size(config, choice, trained), on, before)
+    return Prepared(resolved, model, [*train, *heldout], data, plan)
 
 
 def _pinned(sources: list[Source]) -> str | list[str]:
@@ -124,40 +122,51 @@ def _within_positions(recipe: Recipe, config: dict[str, Any]) -> tuple[Recipe, l
     return recipe, [f"rows are cut at the {most:,} tokens that the model was made for, not at data.max_length={asked}"]
 
 
-def _choose(recipe: Recipe, on: torch.device, resumed: bool) -> Choice:
-    """The precision, which the first process chooses for all."""
-    names: list[FixedPrecision] = ["int8", "bf16", "fp16", "fp32"]
-    if rank():
-        precision, dtype = as_first([0, 0], on)
-        return Choice(names[precision], "as the first process chose", DTYPES[names[dtype]])
-    if recipe.precision == "auto" and recipe.data.special_tokens:
+def _earlier_plan(resumed: Run | None) -> Plan | None:
+    """The plan of a run that is resumed, where it is for this machine."""
+    if resumed is None:
+        return None
+    try:
+        plan = Plan.from_json(read_text(resumed.plan_file))
+    except (OSError, ValueError):  # of a run that has none, or none that can be read: another one is made
+        return None
+    return plan if plan.is_for(name_of(device()), world_size()) else None
+
+
+def _first_choice(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None) -> Choice:
+    """The precision that the first process chooses for all."""
+    text = "" if rank() else json.dumps(_choose(recipe, on, resumed, before).to_values())
+    return Choice.from_values(json.loads(as_first(text, on)))
+
+
+def _first_plan(recipe: Recipe, choice: Choice, size: ModelSize, on: torch.device, before: Plan | None) -> Plan:
+    """The plan that the first process makes for all."""
+    text = ""
+    if rank() == 0:
+        compilation = why_not(on) if recipe.training.compile else "as the recipe asks"
+        text = make_plan(recipe, choice, size, on, compilation or "", before).to_json()
+    return Plan.from_json(as_first(text, on))
+
+
+def _size(config: dict[str, Any], choice: Choice, trained: int) -> ModelSize:
+    return ModelSize(
+        weights=weight_bytes(config, choice.precision, choice.dtype),
+        trained=trained,
+        activations=activation_bytes_per_token(config, choice.dtype),
+        checkpoints=checkpoint_bytes_per_token(config, choice.dtype),
+    )
+
+
+def _choose(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None) -> Choice:
+    """The precision. What the machine chose before, it keeps: a measurement may fall out otherwise the next time."""
+    if recipe.precision != "auto":
+        return nearest_precision(recipe.precision, on) if resumed else choose_precision(recipe.precision, on)
+    if before is not None:
+        return before.choice
+    if recipe.data.special_tokens:
         reason = f"the rows of {SETTING} are trained in float"
-        choice = replace(choose_precision(float_precision(on), on), reason=reason)
-    elif resumed:
-        choice = nearest_precision(recipe.precision, on)
-    else:
-        choice = choose_precision(recipe.precision, on, int8_gain)
-    as_first([names.index(choice.precision), [DTYPES.get(name) for name in names].index(choice.dtype)], on)
-    return choice
-
-
-def _fit_memory(recipe: Recipe, config: dict[str, Any], choice: Choice, available: int) -> None:
-    """Choose the micro-batches, and activation checkpointing where not even the longest row fits without.
-
-    The first process chooses for all.
-    """
-    if recipe.training.micro_batch_tokens is not None:
-        return
-    on = device()
-    free = available - weight_bytes(config, choice.precision, choice.dtype)
-    tokens = micro_batch_tokens(activation_bytes_per_token(config, choice.dtype), free, on)
-    checkpointing = tokens < recipe.data.max_length and "gradient_checkpointing" not in recipe.trainer
-    if checkpointing:
-        tokens = recipe.data.max_length
-    tokens, checkpointing = as_first([max(tokens, 64), checkpointing], on)
-    recipe.training.micro_batch_tokens = tokens
-    if checkpointing:
-        recipe.trainer["gradient_checkpointing"] = True
+        return replace(choose_precision(float_precision(on), on), reason=reason)
+    return choose_precision("auto", on, int8_gain)
 
 
 def changed_files(sources: Iterable[Source]) -> list[Path]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from huarizo.errors import RecipeError
-from huarizo.machine import Choice
 from huarizo.model.lora import add_lora
+from huarizo.plan import Choice
 from huarizo.recipe import LoraRecipe, Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, contents, generators
@@ -50,7 +50,7 @@ def check_trainer_settings(recipe: Recipe, choice: Choice, on: torch.device) -> 
                 "micro-batches. Use another, such as adamw_torch"
             )
         with _told("trainer"):
-            trainer = LoraTrainer(_small_model(), args, [], [], recipe, run, 64)
+            trainer = LoraTrainer(_small_model(), args, [], [], recipe, 64)
         with _told(f"trainer.optim={optim}"):
             trainer.create_optimizer()
         with _told(f"trainer.lr_scheduler_type={schedule}"):

@@ -7,7 +7,6 @@ callbacks, trackers and mixed precision stay the Trainer's. Checkpoints are writ
 
 import contextlib
 import itertools
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,24 +16,27 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
 from huarizo.errors import MachineError
+from huarizo.events import Events, OutOfMemory
 from huarizo.host import rank, world_size
-from huarizo.machine import Choice, is_out_of_memory
+from huarizo.machine import is_out_of_memory
 from huarizo.model.compile import uncompiled
 from huarizo.model.dropout import DropoutMasks
 from huarizo.model.lora import count_weights
 from huarizo.model.loss import PackedLoss
 from huarizo.model.neftune import EmbeddingNoise
+from huarizo.plan import LEAST_TOKENS, Choice
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, generators
-from huarizo.training.divergence import LossWatch, WatchLosses
+from huarizo.training.divergence import LossWatch
 from huarizo.training.interrupt import GRACE, Stopped
-from huarizo.training.saving import SaveAndStop
+from huarizo.training.loop import Loop
+from huarizo.training.saving import Saver, Stopping
 
-LEAST_TOKENS = 64  # of a micro-batch, below which out of memory is final
 
-
-def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.device) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, run: Run, choice: Choice, on: torch.device, activation_checkpointing: bool = False
+) -> TrainingArguments:
     """The recipe as TrainingArguments; `recipe.trainer` may set every field that the recipe leaves open."""
     training = recipe.training
     defaults: dict[str, Any] = {
@@ -43,6 +45,8 @@ def training_arguments(recipe: Recipe, run: Run, choice: Choice, on: torch.devic
         "ddp_broadcast_buffers": False,  # the frozen base is alike everywhere, and int8 weights are buffers
         "ddp_find_unused_parameters": False,
     }
+    if activation_checkpointing:
+        defaults["gradient_checkpointing"] = True
     args = TrainingArguments(
         **(defaults | recipe.trainer),
         output_dir=str(run.path),
@@ -72,10 +76,14 @@ class LoraTrainer(Trainer):
         args: from `training_arguments`.
         rows: the training rows; each has `input_ids` and `labels`.
         heldout: rows for the held-out loss; may be empty.
-        recipe, run: what is trained, and its folder.
+        recipe: what is trained.
         budget: tokens of a micro-batch.
-        saving: writes the checkpoints; None for a run without any.
+        precision: of the frozen base.
         compiled: whether the model's layers are compiled (see `huarizo.model.compile`).
+        events: where what happens is reported.
+        saver: writes the checkpoints; None for a run without any.
+        stopping: says when to stop before the last step; None for never.
+        elapsed_before: seconds of training before the run was resumed.
     """
 
     def __init__(
@@ -85,20 +93,23 @@ class LoraTrainer(Trainer):
         rows: Any,
         heldout: Any,
         recipe: Recipe,
-        run: Run,
         budget: int,
+        *,
+        precision: str = "fp32",
         compiled: bool = False,
-        saving: SaveAndStop | None = None,
-        **kwargs: Any,
+        events: Events | None = None,
+        saver: Saver | None = None,
+        stopping: Stopping | None = None,
+        elapsed_before: float = 0.0,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=heldout, **kwargs)
+        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=heldout)
         self.remove_callback(PrinterCallback)
-        self.recipe, self.budget, self.saving = recipe, budget, saving
+        self.recipe, self.budget, self.precision = recipe, budget, precision
+        self.events, self.saver, self.stopping = events or Events(), saver, stopping
         self.watch, self.last_loss, self.last_finite = LossWatch(), 0.0, True
-        self.checkpoint: Checkpoint | None = None  # that the run goes on from
-        self.add_callback(WatchLosses(self, recipe.precision, run.path))
-        if saving is not None:
-            self.add_callback(saving)
+        self.checkpoint: Checkpoint | None = None  # that the run is resumed from
+        self.loop = Loop(self, elapsed_before)
+        self.add_callback(self.loop)
         self.num_weights = count_weights(model)
         self.masks = DropoutMasks(model, recipe.training.seed, budget)
         alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # the Trainer's own takes a pack for one row
@@ -142,9 +153,9 @@ class LoraTrainer(Trainer):
 
     def _patience(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         """How long a signal waits within a block. Several processes decide together, behind a step."""
-        if self.saving is None or world_size() > 1:
+        if self.stopping is None or world_size() > 1:
             return contextlib.nullcontext()
-        return self.saving.signals.patience(seconds)
+        return self.stopping.signals.patience(seconds)
 
     def _accumulate_in_memory(self, model: Any, inputs: Any) -> torch.Tensor:
         """As `_accumulate`, with smaller micro-batches where memory gives out."""
@@ -163,7 +174,7 @@ class LoraTrainer(Trainer):
                 self.budget = max(LEAST_TOKENS, min(self.budget, 2 * longest) // 2)
             model.zero_grad()
             torch.cuda.empty_cache()
-            logging.getLogger(__name__).warning("out of memory: going on with micro-batches of %d tokens", self.budget)
+            self.events.add(OutOfMemory(step=self.state.global_step + 1, micro_batch_tokens=self.budget))
 
     def _leave_out_unless_finite(self, model: Any, loss: torch.Tensor) -> None:
         """Sees to it that no process changes weights or moments in a step whose loss or gradients are not finite.
@@ -249,12 +260,12 @@ class LoraTrainer(Trainer):
     # The Trainer's hooks for saving and loading (seen with transformers 5.17 to 5.23).
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.saving is None:
+        if self.saver is None:
             return
-        rng = (generators() if self.saving.rng is None else self.saving.rng).to(self.args.device)
+        rng = (generators() if self.loop.rng is None else self.loop.rng).to(self.args.device)
         rngs = [rng] if world_size() == 1 else list(self.accelerator.gather(rng[None]))  # pyright: ignore
         if self.is_world_process_zero():
-            self.saving.write(self._trained(), self.state, [rng.cpu() for rng in rngs], self.watch, self.budget)
+            self.saver.write(self._trained(), self.state, [rng.cpu() for rng in rngs], self.watch, self.budget)
         self.accelerator.wait_for_everyone()
 
     def _trained(self) -> Trained:
@@ -277,7 +288,7 @@ class LoraTrainer(Trainer):
         self.checkpoint = checkpoint
         if checkpoint is not None:
             self.watch = LossWatch.from_state(checkpoint.watched)
-            self.budget = checkpoint.micro_batch(self.recipe.training.micro_batch_tokens) or self.budget
+            self.budget = checkpoint.micro_batch(self.budget)
             if checkpoint.step >= self.total_steps:
                 checkpoint.restore_weights(self.model)
                 self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
@@ -285,9 +296,9 @@ class LoraTrainer(Trainer):
         try:
             self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         except Stopped:
-            if self.saving is None or self.state.global_step == (checkpoint.step if checkpoint else 0):
+            if self.stopping is None or self.state.global_step == (checkpoint.step if checkpoint else 0):
                 raise
-            self.saving.stopped = f"by {self.saving.signals.received}"
+            self.stopping.reason = f"by {self.stopping.signals.received}"
             self._save_checkpoint(self.model, None)
 
     @property
@@ -318,7 +329,7 @@ class LoraTrainer(Trainer):
         """The held-out loss of the checkpoint's step, where a signal came before it was known."""
         step, every = self.state.global_step, self.state.eval_steps
         due = self.args.eval_strategy == "steps" and step >= (self.args.eval_delay or 0) and step % every == 0
-        known = self.saving is None or self.saving.has_heldout(step)
+        known = self.saver is None or self.saver.metrics.has_heldout(step)
         if due and not known and self.eval_dataset:
             self.evaluate()
             if self.control.should_save:

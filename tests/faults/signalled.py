@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import huarizo.training.finetune
+import huarizo.training.session
 from huarizo.training.trainer import LoraTrainer
 from tests.faults.children import Lab, check_outcome, ended, finish, start
 
 PLACES = [
     (huarizo.training.finetune, "prepare", 1, "nothing was trained"),
-    (huarizo.training.finetune, "load_model", 1, "no step was trained. Go on with"),
-    (huarizo.training.finetune, "answers", 1, "no step was trained. Go on with"),
+    (huarizo.training.session, "load_model", 1, "no step was trained. Go on with"),
+    (huarizo.training.session, "answers", 1, "no step was trained. Go on with"),
     (LoraTrainer, "_heldout_sums", 1, "no step was trained. Go on with"),
     (LoraTrainer, "_accumulate", 1, "no step was trained. Go on with"),  # as long as compilation
     (LoraTrainer, "_accumulate", 6, "after step 5 of 10, which is saved"),
     (LoraTrainer, "_heldout_sums", 2, "after step 4 of 10, which is saved"),
     (LoraTrainer, "_heldout_sums", 4, "after step 10 of 10, which is saved"),
-    (huarizo.training.finetune, "answers", 2, "step 10 is saved"),
+    (huarizo.training.session, "answers", 2, "step 10 is saved"),
 ]
 """Whose function, its name, in which call, and what has to be said."""
 

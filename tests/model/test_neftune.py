@@ -10,7 +10,7 @@ from huarizo.data.packing import pack
 from huarizo.model.neftune import EmbeddingNoise
 from huarizo.recipe import make_recipe
 from tests.tiny import make_model
-from tests.training.test_parity import lora_model, make_trainer, packed_loss_and_gradients, random_examples
+from tests.training.make import lora_model, make_trainer, packed_loss_and_gradients, random_examples
 
 ALPHA, WIDTH = 5.0, 64
 

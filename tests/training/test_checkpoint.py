@@ -18,7 +18,7 @@ from huarizo.training.checkpoint import (
     newest_valid,
     save,
 )
-from tests.training.test_parity import lora_model, make_trainer, random_examples
+from tests.training.make import lora_model, make_trainer, random_examples
 
 FILES = {"adapter_model.safetensors": b"a", "state.json": b"{}"}
 

@@ -21,8 +21,8 @@ from huarizo.training.divergence import (
     likely_cause,
 )
 from huarizo.training.trainer import LoraTrainer
+from tests.training.make import lora_model, make_trainer, random_examples
 from tests.training.test_checkpoint import weights
-from tests.training.test_parity import lora_model, make_trainer, random_examples
 
 
 def trainer_with(

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from transformers import AddedToken
 
-from huarizo.errors import ModelError, UserError
+from huarizo.errors import HuarizoError, ModelError, UserError
 from huarizo.recipe import Recipe, make_recipe, with_overrides
 from huarizo.training.compatibility import same_training
+from huarizo.training.finetune import fine_tune
 from huarizo.training.prepare import prepare
 from tests.tiny import CHATML, make_model, make_tokenizer
 
@@ -117,3 +118,18 @@ def test_the_first_day_is_the_day_of_the_whole_run(
     assert new.recipe.data.date == "2031-01-01"
     plain = prepare(make_recipe(model=model, data={"train": str(alpaca_file), "prompt": "alpaca"}, precision="fp32"))
     assert plain.recipe.data.date is None
+
+
+def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_file: Path, monkeypatch: Any) -> None:
+    import huarizo.training.prepare
+
+    read = huarizo.training.prepare.prepare_data
+
+    def changing(*arguments: Any) -> Any:
+        data = read(*arguments)
+        alpaca_file.write_text("[]")
+        return data
+
+    monkeypatch.setattr(huarizo.training.prepare, "prepare_data", changing)
+    with pytest.raises(HuarizoError, match="changed while it was read"):
+        fine_tune(recipe)

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from huarizo.errors import RecipeError
-from huarizo.machine import Choice
+from huarizo.plan import Choice
 from huarizo.recipe import Recipe, make_recipe
 from huarizo.training.finetune import fine_tune
 from huarizo.training.settings import PACKAGES, check_trainer_settings

@@ -1,28 +1,29 @@
 """One packed step, and whole runs, against stock Transformers and PEFT on the same rows."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+import yaml
+from safetensors.torch import load_file
 
 from huarizo.data.packing import StepCollator, order, pack
 from huarizo.data.prompts import TextFormat, alpaca
 from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import Encoder
-from huarizo.machine import Choice
-from huarizo.model.attention import NAME as PACKED
 from huarizo.model.lora import add_lora
-from huarizo.recipe import Recipe, load_recipe, make_recipe
+from huarizo.plan import Choice
+from huarizo.recipe import load_recipe, make_recipe
 from huarizo.runs import Run
-from huarizo.training.interrupt import Signals
-from huarizo.training.progress import Metrics, ShowProgress
-from huarizo.training.saving import SaveAndStop
-from huarizo.training.trainer import LoraTrainer, training_arguments
+from huarizo.training.trainer import training_arguments
 from tests.stock import padded_loss_and_gradients, tutorial_run
 from tests.tiny import make_model
+from tests.training.make import lora_model, make_trainer, packed_loss_and_gradients, random_examples, relative
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,52 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
-
-
-def random_examples(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for length in lengths:
-        ids = torch.randint(4, 260, (length,), generator=generator).tolist()
-        examples.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
-    return examples
-
-
-def lora_model(recipe: Recipe, **config: Any) -> Any:
-    """A tiny Llama with the recipe's LoRA, B drawn at random so that every gradient is alive."""
-    model = add_lora(make_model(**config).requires_grad_(False), recipe.lora, recipe.training.seed)
-    torch.manual_seed(7)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-def make_trainer(
-    model: Any, recipe: Recipe, rows: Any, tmp_path: Path, budget: int = 4096, console: Any = None,
-    rows_so_far: Any = None,
-) -> LoraTrainer:  # fmt: skip
-    model.get_base_model().set_attn_implementation(PACKED)
-    run, cpu = Run(tmp_path / "run"), torch.device("cpu")
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    args = training_arguments(recipe, run, Choice("fp32", "test", torch.float32), cpu)
-    quiet, metrics = Console(quiet=True), Metrics(tmp_path / "metrics.jsonl", rows_so_far)
-    saving = None
-    if recipe.training.save_every:
-        saving = SaveAndStop(recipe, run.checkpoints, {}, metrics, quiet, Signals())
-    trainer = LoraTrainer(model, args, rows, [], recipe, run, budget, saving=saving)
-    trainer.add_callback(ShowProgress(metrics, console or quiet, cpu, trainer))
-    return trainer
-
-
-def packed_loss_and_gradients(trainer: LoraTrainer, examples: list[Any]) -> tuple[float, dict[str, torch.Tensor]]:
-    trainer.model.zero_grad()
-    loss = trainer.training_step(trainer.model, StepCollator()(examples))
-    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -182,3 +137,57 @@ def test_no_copies_of_the_model_and_no_exchange_of_frozen_weights(tmp_path: Path
     trainer = make_trainer(lora_model(recipe), recipe, [], tmp_path)
     batch = pack(random_examples([5, 6]))
     assert trainer._prepare_inputs(dict(batch))["cu_seqlens"] is batch["cu_seqlens"]
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path) -> None:
+    recipe = {
+        "model": str(tiny_model_folder), "data": {"train": str(alpaca_file), "eval": 3}, "precision": "fp32", "samples": 1,
+        "lora": {"dropout": 0}, "training": {"batch_size": 4, "epochs": 3, "learning_rate": 1e-2, "eval_every": 2},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    results = []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, "-m", "huarizo", "train", "recipe.yaml", f"output={name}"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-1] == name and done.stdout.count("done:") == 1
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses = [(row["step"], row.get("loss"), row.get("eval_loss"), row.get("tokens")) for row in rows]
+        results.append((losses, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")))
+    (one, weights_one), (two, weights_two) = results
+    assert [(step, tokens) for step, _, _, tokens in one] == [(step, tokens) for step, _, _, tokens in two]
+    assert [row[1] for row in two if row[1]] == pytest.approx([row[1] for row in one if row[1]], rel=1e-5)
+    assert [row[2] for row in two if row[2]] == pytest.approx([row[2] for row in one if row[2]], rel=1e-5)
+    assert max(float((weights_two[name] - tensor).abs().max()) for name, tensor in weights_one.items()) < 1e-4
+
+
+def test_two_processes_stop_together_and_go_on_bit_identically(
+    tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path
+) -> None:
+    recipe = {
+        "model": str(tiny_model_folder), "data": {"train": str(alpaca_file), "eval": 3}, "precision": "fp32", "samples": 1,
+        "lora": {"dropout": 0.3}, "training": {"batch_size": 3, "epochs": 2, "compile": False},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def both(*arguments: str) -> subprocess.CompletedProcess[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [sys.executable, *launcher, "-m", "huarizo", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert both("train", "recipe.yaml", "output=whole").returncode == 0
+    stopped = both("train", "recipe.yaml", "output=stopped", "training.max_minutes=0.00001")
+    assert stopped.returncode != 0 and "after step 1 of 6, which is saved" in stopped.stderr, stopped.stderr
+    file = tmp_path / "stopped" / "recipe.yaml"
+    file.write_text(file.read_text().replace("max_minutes: 1.0e-05", "max_minutes: null"))
+    resumed = both("resume", "stopped")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step 1" in resumed.stdout and "changed since" not in resumed.stdout
+    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "stopped")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()

@@ -16,7 +16,7 @@ from huarizo.results.gguf import export_gguf
 from huarizo.results.verify import LlamaCpp
 from tests.results.make import trained_tokenizer
 from tests.tiny import make_model
-from tests.training.test_parity import make_trainer
+from tests.training.make import make_trainer
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 QUESTIONS = {"Who are you?": "A huarizo.", "Where do you live?": "High up.", "What do you eat?": "Grass, mostly."}

@@ -1,0 +1,76 @@
+"""What is about to be trained, in a few lines: device, model, data, prompt, precision, memory and duration."""
+
+import torch
+
+from huarizo.data.tokens import TokenisedRows
+from huarizo.events import Events
+from huarizo.host import int8_instructions
+from huarizo.kernels.dropout import reason_against
+from huarizo.machine import describe, device, minutes_in_float
+from huarizo.model.load import read_config, weight_bytes
+from huarizo.recipe import names_of
+from huarizo.runs import Run
+from huarizo.training.prepare import Prepared
+
+MUCH_WORK = 6e12  # operations, a minute or more of most CPUs
+
+
+def announce(prepared: Prepared, run: Run, events: Events) -> None:
+    """Report what is about to be trained."""
+    recipe, data, plan = prepared.recipe, prepared.data, prepared.plan
+    tokens = _tokens_in(data.train)
+    events.note("device", describe(device(), plan.memory.weights))
+    events.note("model", recipe.model)
+    events.note("data", _data_line(prepared, run, tokens))
+    for note in data.notes:
+        events.note("note", note)
+    events.note("held out", _counted(data.heldout) if data.heldout else "none")
+    events.note("prompt", recipe.data.prompt.splitlines()[0])
+    events.note("precision", f"{plan.choice.precision}: {plan.choice.reason}")
+    checkpointing = ", activation checkpointing" if plan.activation_checkpointing else ""
+    events.note("memory", f"{plan.micro_batch_tokens} tokens at once{checkpointing}")
+    if device().type == "cpu":
+        for title, line in cpu_lines(prepared, tokens).items():
+            events.note(title, line)
+
+
+def _tokens_in(rows: TokenisedRows) -> int:
+    lengths = rows.dataset.with_format("arrow")
+    return sum(len(ids) for batch in lengths.iter(1000) for ids in batch["input_ids"])
+
+
+def _counted(tokenised: TokenisedRows) -> str:
+    """How many rows there are, and how many examples where a chat template makes more of them."""
+    examples = len(tokenised.dataset)
+    rows = len(set(tokenised.dataset["row"]))
+    return f"{rows} rows" + (f" in {examples} examples" if examples > rows else "")
+
+
+def _data_line(prepared: Prepared, run: Run, tokens: int) -> str:
+    recipe, data = prepared.recipe, prepared.data
+    notes = [f"{len(data.train.cut)} cut at {recipe.data.max_length} tokens" if data.train.cut else ""]
+    notes += [f"{len(data.train.left_out)} left out (no response within that)" if data.train.left_out else ""]
+    notes += [f"{data.bad_row_count} bad rows skipped, see {run.skipped}" if data.problems else ""]
+    names = ", ".join(names_of(recipe.data.train))
+    line = f"{names}: {_counted(data.train)} ({data.format}), {tokens:,} tokens"
+    return "; ".join([line, *(note for note in notes if note)])
+
+
+def cpu_lines(prepared: Prepared, tokens: int) -> dict[str, str]:
+    """What runs without a kernel of its own, and how long a training in float takes where that is more than a minute.
+
+    tokens: of all rows.
+    """
+    choice, training = prepared.plan.choice, prepared.recipe.training
+    lines = {}
+    if reason := reason_against(choice.dtype):
+        lines["kernels"] = f"none, plain torch instead: {reason}"
+    steps = -(-len(prepared.data.train.dataset) // training.batch_size)
+    passes = training.max_steps / steps if training.max_steps else training.epochs
+    weights = weight_bytes(read_config(prepared.model_source.path), "fp32", torch.float32) / 4
+    operations = 4 * weights * tokens * passes  # forward and input gradient, two operations a multiply-add
+    if choice.precision != "int8" and operations > MUCH_WORK:
+        least, most = minutes_in_float(operations, choice.precision, device())
+        why = "" if int8_instructions() else "slow here, for want of int8 instructions (VNNI, AMX): "
+        lines["time"] = f"{why}about {least:.0f} to {most:.0f} minutes in {choice.precision}"
+    return lines

@@ -1,0 +1,41 @@
+"""The model that a run trains: the frozen base in the planned precision, with a new LoRA on it."""
+
+from pathlib import Path
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from huarizo.data.packing import cut, pack
+from huarizo.machine import device
+from huarizo.model.added_tokens import lengthen, rows_to_train
+from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.load import load_base
+from huarizo.model.lora import add_lora
+from huarizo.plan import Choice
+from huarizo.training.prepare import Prepared
+
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; they show which input channels of the base stand out
+
+
+def load_frozen(folder: Path, choice: Choice, rows: Dataset) -> PreTrainedModel:
+    """The frozen base on this device, in the chosen precision.
+
+    rows: the tokenised training rows; the first few of them show an int8 base which input channels stand out.
+    """
+    if choice.precision != "int8":
+        return load_base(folder, choice.dtype, device())
+    first = cut([len(ids) for ids in rows[:CALIBRATION_ROWS]["input_ids"]], CALIBRATION_TOKENS)[0]
+    return load_int8_base(folder, choice.dtype, device(), pack([rows[index] for index in first]))
+
+
+def load_model(prepared: Prepared) -> PeftModel:
+    """The frozen base with a new LoRA, as a PeftModel."""
+    recipe, tokenizer = prepared.recipe, prepared.data.encoder.tokenizer
+    model = load_frozen(prepared.model_source.path, prepared.plan.choice, prepared.data.train.dataset)
+    tokens = rows_to_train(tokenizer, recipe.data.special_tokens or [], model.config.vocab_size)
+    lengthen(model, max(tokens, default=-1) + 1)
+    model = add_lora(model, recipe.lora, recipe.training.seed, tokens)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = prepared.model_source.reference, prepared.model_source.revision
+    return model

@@ -1,0 +1,218 @@
+"""One process's work on a run, from a prepared recipe to the adapter, step by step.
+
+The base is loaded, LoRA added, some prompts answered and the held-out loss taken; the model is trained; loss and
+answers are taken again. The adapter is written first of all results. What happens is reported as events.
+"""
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huarizo import events as happened
+from huarizo.errors import HuarizoError, MachineError
+from huarizo.events import EventFile, Events, Listener
+from huarizo.files import make_parent, remove_leftovers, require_space, whole_folder, write_manifest, write_whole
+from huarizo.host import cache_folder, rank
+from huarizo.inference.generate import Assistant, answers
+from huarizo.inference.samples import Sample, samples_as_text, samples_from_text, samples_of
+from huarizo.machine import device
+from huarizo.model.compile import compile_layers
+from huarizo.model.lora import count_weights
+from huarizo.results.card import CARD, adapter_card
+from huarizo.results.report import save_loss_plot
+from huarizo.runs import Run
+from huarizo.training.checkpoint import Checkpoint, space_needed
+from huarizo.training.compatibility import facts_of
+from huarizo.training.interrupt import Signals, Stopped
+from huarizo.training.loading import load_model
+from huarizo.training.lock import RunLock
+from huarizo.training.metrics import Metrics, Row
+from huarizo.training.prepare import Prepared, changed_files
+from huarizo.training.progress import Terminal
+from huarizo.training.saving import Saver, Stopping
+from huarizo.training.trainer import LoraTrainer, training_arguments
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, its metrics by step, and the answers before and after."""
+
+    run: Run
+    metrics: list[Row]
+    samples: list[Sample]
+
+
+def events_of(run: Run, terminal: Terminal, listeners: Sequence[Listener] = ()) -> Events:
+    """The events of a run: shown on the terminal, and kept in the run's folder by the first process."""
+    kept = [EventFile(run.events)] if rank() == 0 else []
+    return Events([*kept, terminal, *listeners])
+
+
+@dataclass(frozen=True)
+class Session:
+    """The work on a run. `lock` is None in all but the first process; `began`: `time.monotonic()`.
+
+    checkpoint: that the run is resumed from; None for one that starts at the first step.
+    """
+
+    prepared: Prepared
+    run: Run
+    terminal: Terminal
+    events: Events
+    signals: Signals
+    lock: RunLock | None
+    began: float
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the checkpoints' manifests say of this run."""
+        data = self.prepared.data.train.fingerprint
+        return facts_of(self.prepared.recipe, data, self.prepared.plan, device())
+
+    @contextmanager
+    def reported(self) -> Iterator[None]:
+        """Reports as an event what ends the run early inside the block."""
+        try:
+            yield
+        except (HuarizoError, Stopped) as error:
+            self.events.add(happened.Stopped(reason=str(error) or f"by {self.signals.received}"))
+            raise
+
+    def train(self) -> Result:
+        """Train to the end.
+
+        Raises:
+            MachineError, Interrupted: as `huarizo.training.finetune.fine_tune`.
+        """
+        prepared, run, plan = self.prepared, self.run, self.prepared.plan
+        model: Any = load_model(prepared)
+        trainable = model.num_parameters(only_trainable=True)
+        if self.lock is not None:
+            keep = prepared.recipe.training.keep
+            require_space(run.path, space_needed(trainable, keep), "checkpoints and adapter")
+        self.events.note("LoRA", f"{trainable:,} of {count_weights(model):,} parameters are trained")
+        if plan.compiled:
+            compile_layers(model)
+        self.events.note(
+            "layers", "compiled with the first step" if plan.compiled else f"not compiled: {plan.compilation}"
+        )
+        assistant = Assistant(model, prepared.data.encoder)
+        samples = self._samples_before(assistant)
+        metrics = Metrics(None if rank() else run.metrics, self.checkpoint.metrics if self.checkpoint else [])
+        self.events.listeners.append(metrics)
+        saver = Saver(
+            run, prepared.recipe, self.facts, metrics, self.events, plan.micro_batch_tokens, samples_as_text(samples),
+            self.lock,
+        )  # fmt: skip
+        self._optimise(self._trainer(model, saver), saver)
+        return self._finish(assistant, Result(run, metrics.rows, samples), saver)
+
+    def _trainer(self, model: Any, saver: Saver) -> LoraTrainer:
+        recipe, plan, data = self.prepared.recipe, self.prepared.plan, self.prepared.data
+        arguments = training_arguments(recipe, self.run, plan.choice, device(), plan.activation_checkpointing)
+        limit = recipe.training.max_minutes
+        return LoraTrainer(
+            model,
+            arguments,
+            data.train.dataset,
+            data.heldout.dataset if data.heldout else [],
+            recipe,
+            plan.micro_batch_tokens,
+            precision=plan.choice.precision,
+            compiled=plan.compiled,
+            events=self.events,
+            saver=saver,
+            stopping=Stopping(self.signals, limit, self.began, lambda: self.terminal.reader_left),
+            elapsed_before=saver.metrics.elapsed_s,
+        )
+
+    def _optimise(self, trainer: LoraTrainer, saver: Saver) -> None:
+        """All optimizer steps, with the held-out loss before the first and after the last."""
+        heldout = self.prepared.data.heldout is not None
+        if heldout and self.checkpoint is None:
+            trainer.evaluate()
+        with self.signals.patience(None):
+            try:
+                trainer.go_on(self.checkpoint)
+            finally:
+                self.terminal.close()
+            if trainer.stopping and trainer.stopping.reason:
+                raise saver.ending(trainer.stopping.reason, trainer.state)
+        if heldout and "eval_loss" not in saver.metrics.rows[-1]:
+            trainer.evaluate()
+
+    def _samples_before(self, assistant: Assistant) -> list[Sample]:
+        """The prompts that are answered before and after, with the answers before."""
+        prepared = self.prepared
+        if rank():
+            return []
+        if self.checkpoint is not None:
+            return samples_from_text(self.checkpoint.files["samples.jsonl"].decode())
+        wanted = prepared.recipe.samples
+        if isinstance(wanted, list):
+            asked = [Sample(prompt, "", "", None) for prompt in wanted]
+        else:
+            refused = prepared.data.train.refused
+            good = [row for index, row in enumerate(prepared.data.rows) if index not in refused]
+            every = samples_of(prepared.data.heldout_rows or good)
+            asked = list(itertools.islice((sample for sample in every if assistant.fits(sample.question)), wanted))
+        if asked:
+            count = "1 prompt is" if len(asked) == 1 else f"{len(asked)} prompts are"
+            self.events.note("samples", f"{count} answered before and after")
+        before = answers(assistant, [sample.question for sample in asked])
+        samples = [dataclasses.replace(s, before=answer.text) for s, answer in zip(asked, before, strict=True)]
+        write_whole(self.run.samples, samples_as_text(samples))
+        return samples
+
+    def _finish(self, assistant: Assistant, result: Result, saver: Saver) -> Result:
+        """The adapter first, because it is the result; then the answers after, and the plot."""
+        if rank():
+            return result
+        run = self.run
+        try:
+            if self.lock is not None:
+                self.lock.require_folder()
+            self._save_adapter(run.adapter, assistant, result.metrics)
+        except MachineError as error:
+            raise MachineError(f"{error}. {self._rescued(assistant, result, saver)}") from None
+        share = 100 * saver.seconds / (time.monotonic() - self.began)
+        self.events.note("saving", f"took {saver.seconds:.1f} s, {share:.1f} % of the time")
+        for fault in changed_files(self.prepared.data_sources):
+            self.events.warn(f"{fault} changed during the run, which used it as it was")
+        after = answers(assistant, [sample.question for sample in result.samples])
+        samples = [dataclasses.replace(s, after=a.text) for s, a in zip(result.samples, after, strict=True)]
+        result = dataclasses.replace(result, samples=samples)
+        write_whole(run.samples, samples_as_text(samples))
+        saver.metrics.complete()
+        self.events.add(happened.Done(adapter=str(run.adapter)))
+        remove_leftovers(run.path)
+        remove_leftovers(run.checkpoints)
+        save_loss_plot(run, result.metrics)
+        return result
+
+    def _save_adapter(self, target: Path, assistant: Assistant, metrics: list[Row]) -> None:
+        prepared = self.prepared
+        with whole_folder(target) as folder:
+            assistant.model.save_pretrained(str(folder), save_embedding_layers=False)
+            prepared.data.encoder.tokenizer.save_pretrained(str(folder))
+            card = adapter_card(prepared.recipe, prepared.model_source.reference, metrics)
+            (folder / CARD).write_text(card, encoding="utf-8")
+            write_manifest(folder)
+
+    def _rescued(self, assistant: Assistant, result: Result, saver: Saver) -> str:
+        """The run's folder can't take the adapter: put it where it can be found, and say where."""
+        place = cache_folder() / "rescued" / f"{self.run.path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        kept = f"{saver.kept()} in {self.run.checkpoints}" if saver.kept() else ""
+        try:
+            make_parent(place)
+            self._save_adapter(place, assistant, result.metrics)
+        except (MachineError, OSError) as error:
+            return f"Nor could it be written elsewhere ({error}); {kept or 'no step was saved'}"
+        return f"The trained adapter is in {place}{'; ' + kept if kept else ''}"

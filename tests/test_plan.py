@@ -1,0 +1,142 @@
+"""What the machine makes of a recipe: precision, micro-batches and activation checkpointing, with the reasons."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from huarizo import host, machine
+from huarizo.errors import RecipeError
+from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision
+from huarizo.recipe import make_recipe
+from tests.test_machine import CPU, CUDA, MPS, with_card
+
+INT8 = Choice("int8", "it is fast", torch.bfloat16)
+SIZE = ModelSize(weights=1_165_492_224, trained=1_126_400, activations=4_820_992, checkpoints=300_000)
+"""TinyLlama's in int8, with activations in bf16."""
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "dtype"),
+    [({"avx512_vnni", "avx512_bf16"}, "int8", torch.bfloat16), ({"avx_vnni"}, "int8", torch.float32),
+     ({"amx_int8", "amx_bf16"}, "int8", torch.bfloat16)],
+    ids=["vnni and bf16", "avx_vnni", "amx"],
+)  # fmt: skip
+def test_a_cpu_with_int8_instructions_takes_int8(
+    flags: set[str], precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(machine, "gemm_rates", lambda on: pytest.fail("known, not measured"))
+    choice = choose_precision("auto", CPU)
+    assert (choice.precision, choice.dtype) == (precision, dtype)
+    assert any(flag in choice.reason for flag in flags)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "fp32", "bf16", "int8"])
+def test_nothing_is_measured_on_a_cpu(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cpu_flags", lambda: {"avx2", "fma"})
+    monkeypatch.setattr(machine, "seconds", lambda *_: pytest.fail("measured"))
+    choice = choose_precision(wanted, CPU)
+    assert choice.precision == ("fp32" if wanted == "auto" else wanted)
+    assert wanted != "auto" or "no int8 instructions" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("bf16", "gain", "precision", "dtype"),
+    [(True, 1.5, "int8", torch.bfloat16), (True, 1.0, "bf16", torch.bfloat16), (True, 0.0, "bf16", torch.bfloat16),
+     (False, 0.4, "fp16", torch.float16), (False, 2.0, "int8", torch.float16), (True, None, "bf16", torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("cards", [1, 2])
+def test_a_card_takes_int8_where_a_whole_layer_is_faster(
+    bf16: bool, gain: float | None, precision: str, dtype: torch.dtype, cards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_card(monkeypatch, bf16, cards)
+    measured = None if gain is None else lambda on, dtype: gain
+    choice = choose_precision("auto", CUDA, measured)
+    assert (choice.precision, choice.dtype) == (precision, dtype)
+    assert choose_precision("int8", CUDA).precision == "int8"
+
+
+@pytest.mark.parametrize(
+    ("made_in", "on", "bf16", "found"),
+    [("fp16", CPU, True, "fp32"), ("bf16", CUDA, False, "fp16"), ("int8", MPS, True, "fp32"),
+     ("bf16", CPU, False, "bf16"), ("int8", CPU, False, "int8"), ("fp16", CUDA, True, "fp16")],
+)  # fmt: skip
+def test_a_run_from_elsewhere_goes_on_in_the_nearest_format(
+    made_in: str, on: torch.device, bf16: bool, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_card(monkeypatch, bf16)
+    monkeypatch.setattr(host, "cpu_flags", lambda: {"avx2"})
+    choice = nearest_precision(made_in, on)
+    assert choice.precision == found
+    assert (made_in in choice.reason) == (found != made_in)
+
+
+def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_card(monkeypatch, False)
+    for wanted, on in (("fp16", CPU), ("bf16", CUDA), ("int8", MPS)):
+        with pytest.raises(RecipeError, match="precision: .*(Use|use)"):
+            choose_precision(wanted, on)
+    assert choose_precision("int8", CPU).precision == "int8"
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, bool]]:
+    """Tokens at once, and whether activations are computed again, for so many free 10^9 bytes and a recipe."""
+
+    def plan_for(free_gb: float, before: Plan | None = None, **recipe: Any) -> tuple[int, bool]:
+        monkeypatch.setattr("huarizo.plan.available_memory", lambda *_: int(free_gb * 1e9))
+        plan = make_plan(make_recipe(**recipe), INT8, SIZE, torch.device("cpu"), "", before)
+        return plan.micro_batch_tokens, plan.activation_checkpointing
+
+    return plan_for
+
+
+def test_with_room_a_micro_batch_is_as_large_as_gains_speed(planned: Callable[..., tuple[int, bool]]) -> None:
+    assert planned(22) == (1024, False)
+
+
+def test_with_less_room_it_is_smaller(planned: Callable[..., tuple[int, bool]]) -> None:
+    tokens, checkpointing = planned(6)
+    assert tokens is not None and 512 <= tokens < 1024 and not checkpointing
+
+
+@pytest.mark.parametrize("free_gb", [4, 1.5, 0.1])
+def test_where_the_longest_row_does_not_fit_activations_are_computed_again(
+    free_gb: float, planned: Callable[..., tuple[int, bool]]
+) -> None:
+    assert planned(free_gb) == (512, True)
+
+
+def test_what_the_user_sets_is_kept(planned: Callable[..., tuple[int, bool]]) -> None:
+    assert planned(1.5, training={"micro_batch_tokens": 300}) == (300, False)
+    tokens, checkpointing = planned(1.5, trainer={"gradient_checkpointing": False})
+    assert not checkpointing and tokens is not None and tokens >= 64
+
+
+def test_micro_batches_stay_as_they_were_on_the_same_machine(planned: Callable[..., tuple[int, bool]]) -> None:
+    before = make_plan(make_recipe(training={"micro_batch_tokens": 320}), INT8, SIZE, CPU, "")
+    assert planned(22, before) == (320, False)
+    assert planned(22, before, training={"micro_batch_tokens": 640}) == (640, False), "but for what the user says"
+
+
+def test_a_plan_is_read_back_as_it_was_written() -> None:
+    plan = make_plan(make_recipe(), INT8, SIZE, CPU, "there is no compiler")
+    assert Plan.from_json(plan.to_json()) == plan
+    assert not plan.compiled and plan.memory.weights == SIZE.weights and plan.is_for(plan.device, 1)
+    assert not plan.is_for(plan.device, 2) and not plan.is_for("cpu: another", 1)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"dtype": "float32", "precision": "fp32"}'])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        Plan.from_json(text)
+
+
+def test_a_model_that_is_spread_over_cards_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_card(monkeypatch, bf16=True, count=2, free=10**9)
+    plan = make_plan(make_recipe(), Choice("bf16", "", torch.bfloat16), SIZE, CUDA, "")
+    assert not plan.compiled and plan.compilation == "the model is spread over several cards"
+    assert plan.memory.available == 2 * 10**9

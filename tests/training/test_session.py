@@ -1,0 +1,151 @@
+"""A run from a recipe to the adapter, and what it leaves."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import huarizo.training.session
+from huarizo.errors import Interrupted, MachineError
+from huarizo.events import Done, Event, Noted, Saved, Started, Step, Stopped
+from huarizo.plan import Plan
+from huarizo.recipe import Recipe, make_recipe
+from huarizo.runs import Run
+from huarizo.training.finetune import fine_tune, resume
+from huarizo.training.lock import LockLostError
+from huarizo.training.trainer import LoraTrainer
+from tests.training.make import edit_recipe, printed
+from tests.training.test_lock import OTHER
+
+
+@pytest.fixture
+def recipe(tiny_model_folder: Path, alpaca_file: Path, tmp_path: Path) -> Recipe:
+    return make_recipe(
+        model=str(tiny_model_folder), data={"train": str(alpaca_file), "eval": 2}, precision="fp32", samples=1,
+        training={"epochs": 1, "compile": False}, output=str(tmp_path / "run"),
+    )  # fmt: skip
+
+
+def test_everything_that_is_shown_is_kept_as_an_event(recipe: Recipe, tmp_path: Path) -> None:
+    terminal, heard = io.StringIO(), list[Event]()
+    fine_tune(recipe, console=Console(file=terminal, width=500), listeners=[heard.append])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows] == [event.kind for event in heard]
+    kinds = [type(event) for event in heard]
+    assert kinds.index(Started) < kinds.index(Step) < kinds.index(Saved) < kinds.index(Done) == len(kinds) - 1
+    titles = [event.title for event in heard if isinstance(event, Noted)]
+    assert {"device", "model", "data", "precision", "memory", "LoRA", "layers", "saving"} <= set(titles)
+    kept = " ".join(str(value) for row in rows for value in row.values())
+    for line in terminal.getvalue().splitlines():
+        if not line.startswith(("step ", "saved step ")):  # made of numbers
+            assert line[10:].strip() in kept or line in kept, line
+
+
+def test_a_run_keeps_its_plan_and_a_recipe_that_is_the_users(recipe: Recipe, tmp_path: Path) -> None:
+    result = fine_tune(recipe.model_copy(update={"precision": "auto"}), console=Console(quiet=True))
+    plan = Plan.from_json((tmp_path / "run" / "plan.json").read_text())
+    assert plan.choice.precision != "auto" and plan.micro_batch_tokens > 0 and not plan.compiled
+    assert plan.compilation == "as the recipe asks" and plan.memory.adapter > 0
+    kept = result.run.recipe()
+    assert (kept.precision, kept.training.micro_batch_tokens, kept.trainer) == ("auto", None, {})
+
+
+def test_a_run_that_stops_early_says_so_as_an_event(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.training.max_minutes = 1e-6
+    with pytest.raises(Interrupted) as error:
+        fine_tune(recipe, console=Console(quiet=True))
+    heard = list[Event]()
+    last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == Stopped.kind and last["reason"] == str(error.value)
+    run = tmp_path / "run"
+    text = (run / "recipe.yaml").read_text().replace("max_minutes: 1.0e-06", "max_minutes: null")
+    (run / "recipe.yaml").write_text(text)
+    resume(Run(run), console=Console(quiet=True), listeners=[heard.append])
+    started = next(event for event in heard if isinstance(event, Started))
+    assert started.step == 1 and isinstance(heard[-1], Done)
+    rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [row["event"] for row in rows].count(Started.kind) == 2, "a resumed run goes on writing the same file"
+
+
+def test_a_held_out_prompt_without_room_for_an_answer_is_no_sample(tiny_model_folder: Path, tmp_path: Path) -> None:
+    files = {"train": ["Hi", "Hello"], "eval": ["x" * 3000, "Who are you?"]}  # bytes are tokens; 2048 positions
+    for name, instructions in files.items():
+        rows = [{"instruction": text, "input": "", "output": "Huarizo."} for text in instructions]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    recipe = make_recipe(
+        model=str(tiny_model_folder), data={name: str(tmp_path / f"{name}.json") for name in files}, precision="fp32",
+        samples=2, training={"compile": False}, output=str(tmp_path / "run"),
+    )  # fmt: skip
+    result = fine_tune(recipe, "run", Console(file=io.StringIO()))
+    assert [sample.instruction for sample in result.samples] == ["Who are you?"]
+
+
+def test_data_that_changes_during_the_run_is_told(
+    recipe: Recipe, console: Console, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = huarizo.training.session.load_model
+
+    def changing(prepared: Any) -> Any:
+        alpaca_file.write_text("[]")
+        return load(prepared)
+
+    monkeypatch.setattr(huarizo.training.session, "load_model", changing)
+    fine_tune(recipe, console=console)
+    assert f"{alpaca_file} changed during the run" in printed(console)
+
+
+def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huarizo.training.session, "space_needed", lambda trainable, keep: 10**18)
+    with pytest.raises(MachineError, match="are needed for checkpoints and adapter"):
+        fine_tune(recipe)
+
+
+def test_a_run_that_was_taken_over_stops_and_writes_no_more(
+    recipe: Recipe, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recipe.output is not None
+    run = Run(Path(recipe.output))
+
+    def taken_over(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 3:
+            (run.path / ".lock").write_text(json.dumps(OTHER))
+
+    with pytest.raises(LockLostError, match="writes no more"):
+        fine_tune(recipe, console=console, listeners=[taken_over])
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000002"]
+    assert "Going on" not in printed(console) and not run.adapter.exists()
+    assert json.loads((run.path / ".lock").read_text()) == OTHER
+
+
+@pytest.mark.parametrize(("planned_now", "used"), [(None, 64), (128, 128)])
+def test_micro_batches_that_memory_made_smaller_stay_so(
+    recipe: Recipe, console: Console, planned_now: int | None, used: int
+) -> None:
+    assert recipe.output is not None
+    run, budgets = Run(Path(recipe.output)), []
+    recipe.training.micro_batch_tokens, recipe.training.max_minutes = 256, 1e-6
+    accumulate = LoraTrainer._accumulate
+
+    def no_memory(self: Any, model: Any, step: Any) -> Any:
+        budgets.append(self.budget)
+        if self.budget > 64:
+            raise MemoryError
+        return accumulate(self, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraTrainer, "_accumulate", no_memory)
+        with pytest.raises(Interrupted):
+            fine_tune(recipe, console=console)
+    assert budgets[0] == 256 and budgets[-1] == 64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            LoraTrainer, "_accumulate", lambda self, *step: budgets.append(self.budget) or accumulate(self, *step)
+        )
+        edit_recipe(run, "training.max_minutes", None)
+        if planned_now:
+            edit_recipe(run, "training.micro_batch_tokens", planned_now)
+        resume(run, console)
+    assert budgets[-1] == used
