@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from huarizo.errors import DataError, HubError, ModelError, UserError
 from huarizo.files import sha256_of
 from huarizo.hub import data_files
-from huarizo.hub.data_files import Part, choose, inside, parted
+from huarizo.hub.data_files import Part, choose, split_name, visible_files
 from huarizo.hub.download import fetch
 from huarizo.hub.quickstart import QUICKSTART, quickstart_digests, quickstart_model
 from huarizo.hub.sources import ADAPTER, DATA_SET, MODEL, WHOLE, Kind, Source, card_of, hashed, naming, require_fit
@@ -66,7 +66,7 @@ def resolve_data(name: str, heldout: bool = False) -> Source:
     """
     if name == QUICKSTART:
         return _local_data(name, QUICKSTART_DATA / ("eval.json" if heldout else "train.json"), WHOLE, heldout)
-    base, part = parted(name)
+    base, part = split_name(name)
     if _is_there(name):
         base, part = name, WHOLE
     local = _local(base, DATA_SET)
@@ -176,7 +176,7 @@ def _local_data(name: str, path: Path, part: Part, heldout: bool) -> Source:
             if part != WHOLE:
                 raise DataError(f"{name}: is a file, which has no configs or splits. Leave out {part}")
             return Source(name, path, None, {path.name: sha256_of(path)} if path.is_file() else {}, (path,))
-        chosen = choose(name, inside(path), part, heldout, card=card_of(name, path))
+        chosen = choose(name, visible_files(path), part, heldout, card=card_of(name, path))
         files = {file: path / file for file in chosen.files}
         digests = {file: sha256_of(found) for file, found in files.items() if found.is_file()}
     return Source(name, path, None, digests, tuple(files.values()) or (path,), chosen.part, chosen.note)

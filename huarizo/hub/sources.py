@@ -16,7 +16,7 @@ from huarizo.errors import DataError, ModelError, UserError
 from huarizo.files import sha256_of
 from huarizo.hub import data_files, model_files
 from huarizo.hub.data_card import CardError, card_in
-from huarizo.hub.data_files import Part, parted
+from huarizo.hub.data_files import Part, split_name
 from huarizo.hub.quickstart import QUICKSTART
 
 WHOLE = Part()
@@ -48,13 +48,13 @@ class Source:
         A data set's config and split follow: `id@commit:config[split]`.
         """
         if self.revision:
-            return f"{parted(self.name)[0].partition('@')[0]}@{self.revision}{self.part}"
+            return f"{split_name(self.name)[0].partition('@')[0]}@{self.revision}{self.part}"
         return QUICKSTART if self.name == QUICKSTART else f"{self.path}{self.part}"
 
     @property
     def reference(self) -> str:
         """What other tools load it by: the hub id, or the absolute path."""
-        return parted(self.name)[0].partition("@")[0] if self.revision else str(self.path)
+        return split_name(self.name)[0].partition("@")[0] if self.revision else str(self.path)
 
 
 @dataclass(frozen=True)
