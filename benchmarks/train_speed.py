@@ -27,7 +27,8 @@ from huarizo.data.packing import num_labels, order
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder, Example
-from huarizo.hub.names import QUICKSTART, resolve_data, resolve_model
+from huarizo.hub.names import resolve_data, resolve_model
+from huarizo.hub.quickstart import QUICKSTART
 from huarizo.model.load import load_tokenizer, read_config
 
 WARM_UP = 2  # steps of each run

@@ -21,7 +21,7 @@ from huarizo.data.rows import Problem, Row
 from huarizo.data.spans import Piece, RefusedRow
 from huarizo.data.turns import Exchange
 from huarizo.errors import DataError, ModelError
-from huarizo.files import remove_leftovers, told, write_whole
+from huarizo.files import remove_leftovers, write_whole, writing
 from huarizo.sandbox.reading import interruptible, open_file
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRow
         digest.update(repr(content).encode("utf-8", "surrogatepass"))
     path = cache / f"{digest.hexdigest()[:40]}.arrow"
     if not _is_intact(path):
-        with told(cache):
+        with writing(cache):
             cache.mkdir(parents=True, exist_ok=True)
         remove_leftovers(cache, older_than=DAY)
         write_whole(path, lambda file: _write_with_digest(file, rows, encoder))

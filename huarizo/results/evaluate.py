@@ -296,13 +296,13 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
         "rows": len(evaluation.rows),
         "rows_left_out": evaluation.left_out,
         "tokens": sum(evaluation.losses.tokens),
-        "loss": _told(evaluation.losses),
-        "general_loss": _told(evaluation.general),
+        "loss": _losses_as_json(evaluation.losses),
+        "general_loss": _losses_as_json(evaluation.general),
         "answers": {name: asdict(scores) for name, scores in evaluation.scores.items()},
     }
 
 
-def _told(losses: Losses) -> dict[str, Any]:
+def _losses_as_json(losses: Losses) -> dict[str, Any]:
     def of(mean: Mean) -> dict[str, float | None]:
         return {name: _finite(value) for name, value in asdict(mean).items()}
 

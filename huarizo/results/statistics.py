@@ -4,12 +4,14 @@ The mean over tokens is a ratio of two sums over rows, and rows differ; so its c
 of the rows, not of the tokens, and a change is judged row by row, before against after.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mpmath
 import torch
 from rich.console import Console
 
@@ -24,7 +26,6 @@ from huarizo.model.loss import PackedLoss
 
 # Shapes: n examples of a batch, L labelled tokens in it.
 
-Z975 = 1.959964  # the normal distribution's 97.5 % quantile
 LARGEST = 700  # nats, whose power of e a float still holds
 BATCH_TOKENS = 2048
 
@@ -47,23 +48,19 @@ class Mean:
         return f"{self.value:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
 
 
+@functools.cache
 def student_t975(freedom: int) -> float:
     """Student's t: 97.5 % quantile by degrees of freedom.
 
-    Exact for 1 and 2; beyond, the expansion in 1 / freedom of Abramowitz and Stegun, Handbook of Mathematical Functions
-    (1964), 26.7.5, which is 0.3 % too small at 3 and nearer from there on.
+    The t at which both tails together, I_x(freedom / 2, 1 / 2) with x = freedom / (freedom + t^2), hold 5 %: Abramowitz
+    and Stegun, Handbook of Mathematical Functions (1964), 26.7.1 with 26.5.27. It lies between the normal
+    distribution's quantile, 1.96, and that of one degree of freedom, 12.71.
     """
-    if freedom <= 2:
-        return (math.tan(0.475 * math.pi), 0.95 / math.sqrt(2 * 0.975 * 0.025))[freedom - 1]
-    z = Z975
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+
+    def excess(t: float) -> Any:
+        return mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05
+
+    return float(mpmath.findroot(excess, (1.95, 12.75), solver="illinois"))
 
 
 def mean_loss(sums: Sequence[float], tokens: Sequence[int]) -> Mean:
