@@ -1,4 +1,4 @@
-"""What a finished run shows: the loss curves, and the summary."""
+"""The loss curves and the summary of a run."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from huarizo.runs import Run
 
 
 def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
-    """loss.png: training loss by step (and its running mean), held-out loss where it was measured."""
+    """Write loss.png: training loss by step, its running mean, and the held-out loss where measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -40,7 +40,7 @@ def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
 
 
 def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
-    """Held-out loss before the first and after the last step, where it was measured and is a number."""
+    """Held-out loss before the first and after the last step; None if one was not measured or is not finite."""
     losses = [row["eval_loss"] for row in metrics if "eval_loss" in row]
     if len(losses) < 2 or losses[0] is None or losses[-1] is None:
         return None
@@ -48,14 +48,14 @@ def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 
 def fenced(text: str) -> str:
-    """A text as a code block that nothing in the text can end: its fence is longer than any run of backticks in it."""
+    """A text as a Markdown code block. The fence is longer than any run of backticks in it, so the text can't end it."""
     text = without_controls(text)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
     return f"{fence}text\n{text}\n{fence}"
 
 
 def show_summary(console: Console, run: Run, metrics: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """The end of a run: losses, speed, answers, files, and what to do next."""
+    """Print answers, losses, speed and files of a finished run, and what to do next."""
     if samples:
         show_samples(console, samples)
     change = heldout_change(metrics)
@@ -66,14 +66,14 @@ def show_summary(console: Console, run: Run, metrics: list[dict[str, Any]], samp
         last = steps[-1]
         console.print(
             f"{last['step']} steps, {last['tokens']:,} tokens, {last['tokens_per_second']:.0f} tokens/s, "
-            f"{last['memory_gb']:.1f} GB at most",
+            f"{last['memory_gb']:.1f} GB peak memory",
             soft_wrap=True,
         )
     console.print(f"adapter {run.adapter}, curves {run.loss_plot}, answers {run.samples}", soft_wrap=True)
     console.print("next:")
     for arguments, what in (
-        (f"chat {run.path}", "talk with it"),
-        (f"eval {run.path}", "what it is worth, and what it forgot"),
-        (f"export {run.path} --ollama --verify", "a file for llama.cpp and Ollama, tried"),
+        (f"chat {run.path}", "chat with it"),
+        (f"eval {run.path}", "how good it is, and what it forgot"),
+        (f"export {run.path} --ollama --verify", "a verified file for llama.cpp and Ollama"),
     ):
         console.print(f"  {program()} {arguments}    {what}", soft_wrap=True)

@@ -60,7 +60,7 @@ def test_an_answer_as_json(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("", "the prompt is empty"), (None, "the prompt is empty"), (b"Hi \xff", "not text in UTF-8")],
+    [("", "the prompt is empty"), (None, "the prompt is empty"), (b"Hi \xff", "not UTF-8 text")],
     ids=["empty", "closed", "no text"],
 )
 def test_standard_input_without_a_prompt(run: Path, tmp_path: Path, given: str | bytes | None, message: str) -> None:

@@ -59,7 +59,7 @@ def test_a_system_message_that_the_template_does_not_take_is_told(
     tokenizer = make_tokenizer(template)
     deaf = replace(assistant, encoder=Encoder(tokenizer, ChatFormat(tokenizer)))
     assert said in talk(deaf, "/system Be rude.")[0]
-    assert talk(deaf, "/system") == ["a new conversation without one\n"]
+    assert talk(deaf, "/system") == ["new conversation without a system message\n"]
     written: list[str] = []
     converse(Conversation(deaf, written.append, "Be rude."), lambda _: "/exit")
     assert said in written[0]
@@ -68,7 +68,7 @@ def test_a_system_message_that_the_template_does_not_take_is_told(
 
 def test_what_is_no_text_is_told_and_nothing_is_lost(assistant: Assistant) -> None:
     good, broken, _ = talk(assistant, "Hi", "Hi \udcff", "Hi")
-    assert "not text in UTF-8" in broken and good
+    assert "not UTF-8 text" in broken and good
     lines: list[Any] = ["Hi", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), EOFError()]
 
     def read(_: str) -> str:
@@ -79,23 +79,23 @@ def test_what_is_no_text_is_told_and_nothing_is_lost(assistant: Assistant) -> No
 
     written: list[str] = []
     converse(Conversation(assistant, written.append, sampling=Sampling(max_new_tokens=2)), read)
-    assert not lines and "not text in UTF-8" in "".join(written)
+    assert not lines and "not UTF-8 text" in "".join(written)
 
 
 def test_old_turns_make_room_for_new_ones(assistant: Assistant) -> None:
     said = talk(assistant, *["Tell me more about llamas"] * 12)
-    assert "old turns are forgotten" in said[-1]
+    assert "old turns are dropped" in said[-1]
     (said,) = talk(assistant, "x?" * 400)
-    assert "the model was made for 256" in said
+    assert "the model supports at most 256" in said
     *_, refused, third = talk(assistant, "Hi", "You?", "x?" * 400, "And?")
-    assert "forgotten" not in refused and third == talk(assistant, "Hi", "You?", "And?")[-1]
+    assert "dropped" not in refused and third == talk(assistant, "Hi", "You?", "And?")[-1]
 
 
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
         ("/nope", "/nope: no such command"), ("/help", "/system TEXT"), ("/set", "/set takes one of max_new_tokens"),
-        ("/set temperature hot", "and a number"), ("/set top_p 2", "top_p is 2.0, but has to be above 0"),
+        ("/set temperature hot", "and a number"), ("/set top_p 2", "top_p is 2.0; it must be above 0"),
         ("/set top_k 5", "top_k is 5"), ("/set seed 3", "seed is 3"), ("", ""),
     ],
 )  # fmt: skip
@@ -122,7 +122,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(assistant: Assistant) -> No
 
     conversation = Conversation(assistant, write, sampling=Sampling(max_new_tokens=40))
     converse(conversation, read)
-    assert "(stopped; this turn is forgotten)" in "".join(written)
+    assert "(stopped; this turn is dropped)" in "".join(written)
     assert [turn.instruction for turn in conversation.turns] == ["Hi"]
 
 
@@ -158,6 +158,6 @@ def test_a_chat_goes_on_where_memory_gave_out(assistant: Assistant, monkeypatch:
             stream_answer(assistant, [OpenExchange("Hi")], lambda _: None)
         written: list[str] = []
         conversation = Conversation(assistant, written.append, sampling=Sampling(8))
-        assert conversation.hear("Hi") and "(there is not enough memory" in "".join(written) and not conversation.turns
+        assert conversation.hear("Hi") and "(not enough memory" in "".join(written) and not conversation.turns
     written.clear()
     assert conversation.hear("Hi") and "".join(written) == talk(assistant, "Hi")[0]

@@ -25,7 +25,7 @@ def test_a_list_of_prompts_keeps_within_what_the_model_was_made_for(assistant: A
     given = answers(assistant, [Question(OpenExchange("Hi")), long], 40)
     room = 256 - len(assistant.encoder.encode_prompt("", [long.turn]))
     assert given[1].tokens <= room < 40 and given[0].tokens > room
-    with pytest.raises(UserError, match="the model was made for 256"):
+    with pytest.raises(UserError, match="the model supports at most 256"):
         answers(assistant, [Question(OpenExchange("Hi")), Question(OpenExchange("x?" * 400))])
 
 

@@ -67,7 +67,7 @@ def test_rows_are_cut_at_the_positions_of_the_model(tmp_path: Path, caplog: pyte
     row = Row("rows.json", 1, "", (Exchange("Hi", "", "x" * 200),))
     found = evaluate(assistant, [row], to_answer=0)
     assert sum(found.losses.tokens) < 64
-    assert "cut at the 64 tokens that the model was made for, not at data.max_length=512" in caplog.text
+    assert "cut at the 64 tokens that the model supports, not at data.max_length=512" in caplog.text
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_rows_are_read_otherwise_on_request(tmp_path: Path, caplog: pytest.LogCa
     assert other.encoder.max_length == other.recipe.data.max_length == 64 and tuned.encoder.max_length == 512
     with caplog.at_level(logging.WARNING, "huarizo"):
         (row,) = rows_of(other, str(file))
-    assert row.exchanges[0].output == "2" and "1 bad rows are left out" in caplog.text
+    assert row.exchanges[0].output == "2" and "1 bad rows are skipped" in caplog.text
     assert other.encoder.encode_prompt("", [OpenExchange("Hi")]) == tuned.encoder.encode_prompt(
         "", [OpenExchange("Hi")]
     )

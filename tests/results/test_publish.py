@@ -61,14 +61,14 @@ def test_it_is_shown_before_it_is_sent(made: Path) -> None:
     assert "ann/hello (private)" in shown and content(found, CARD).decode() in shown
     size = (made / "runs" / "hello" / "adapter" / "adapter_model.safetensors").stat().st_size
     assert f"adapter_model.safetensors  {size:,} bytes" in shown
-    assert "everybody can see it" in str(publication(Run(made / "runs" / "hello"), "ann/hello", public=True))
+    assert "everyone can see it" in str(publication(Run(made / "runs" / "hello"), "ann/hello", public=True))
 
 
 def test_a_base_that_has_moved_is_named_as_it_is_now(run: Run, tmp_path: Path) -> None:
     moved = publication(run, "ann/hello", base_model="llamas/small")
     assert front_matter(moved)["base_model"] == "llamas/small"
     assert json.loads(content(moved, "adapter_config.json"))["base_model_name_or_path"] == "llamas/small"
-    with pytest.raises(UserError, match=r"--base-model \./nowhere: no such folder, and no id of the hub"):
+    with pytest.raises(UserError, match=r"--base-model \./nowhere: no such folder, and not a hub id"):
         publication(run, "ann/hello", base_model="./nowhere")
 
 
@@ -129,7 +129,7 @@ def test_a_path_anywhere_in_a_text_is_left_out(run: Run, tmp_path: Path) -> None
 @pytest.mark.parametrize("what", ["adapter", "merged", "gguf"])
 def test_a_token_in_a_sample_is_never_sent(run: Run, what: Any) -> None:
     run.samples.write_text(samples_as_text([Sample(f"My token is {TOKEN}.", "", "Oh.", "Thanks.")]))
-    with pytest.raises(UserError, match="token of the hub") as error:
+    with pytest.raises(UserError, match="hub token") as error:
         publication(run, "ann/hello", what)
     assert TOKEN not in str(error.value) and CARD in str(error.value)
 
@@ -137,14 +137,14 @@ def test_a_token_in_a_sample_is_never_sent(run: Run, what: Any) -> None:
 @pytest.mark.parametrize("name", ["chat_template.jinja", "LICENSE", "NOTICE.md", "vocab.json", "merges.txt"])
 def test_a_token_in_a_text_file_is_never_sent(run: Run, name: str) -> None:
     (run.path / "merged" / name).write_text(json.dumps({"x": f"y {TOKEN}"}))
-    with pytest.raises(UserError, match=f"{name}: there is a token") as error:
+    with pytest.raises(UserError, match=f"{name}: it contains a hub token") as error:
         publication(run, "ann/hello", "merged")
     assert TOKEN not in str(error.value)
 
 
 def test_a_token_in_a_modelfile_is_never_sent(run: Run) -> None:
     (run.path / "Modelfile").write_text(f"FROM ./hello-f16.gguf\nSYSTEM {TOKEN}\n")
-    with pytest.raises(UserError, match="Modelfile: there is a token"):
+    with pytest.raises(UserError, match="Modelfile: it contains a hub token"):
         publication(run, "ann/hello", "gguf")
 
 
