@@ -52,7 +52,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was measured. `losses` has a value for each of `rows`; `answers` are to the first rows that fit."""
+    """Everything that was measured. `losses` has a value for each of `rows`; `answers` belong to the first that fit."""
 
     rows: list[Row]
     left_out: int
@@ -128,7 +128,7 @@ def evaluate(
         ModelError: the rows use a token that the model has no embedding for.
         MachineError: not enough memory even for one row.
     """
-    encoder = assistant.encoder.within(assistant.positions)
+    encoder = assistant.encoder.limited_to(assistant.positions)
     if encoder is not assistant.encoder:
         logger.warning(
             "rows are cut at the %d tokens that the model supports, not at data.max_length=%d",

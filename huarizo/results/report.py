@@ -48,7 +48,7 @@ def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 
 def fenced(text: str) -> str:
-    """A text as a Markdown code block. The fence is longer than any run of backticks in it, so the text can't end it."""
+    """A text as a Markdown code block. Its fence is longer than any run of backticks in it, so no text ends it."""
     text = without_controls(text)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
     return f"{fence}text\n{text}\n{fence}"

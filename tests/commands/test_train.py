@@ -46,7 +46,7 @@ def test_ctrl_c_saves_and_resume_ends_as_if_never_stopped(
     precision: str, compiled: bool, recipe_file: Path, tmp_path: Path
 ) -> None:
     more = ["training.epochs=30", "samples=0", "data.eval=0", f"precision={precision}", f"training.compile={compiled}"]
-    whole = huarizo("train", str(recipe_file), *more, f"output={tmp_path / 'whole'}", cwd=tmp_path)
+    whole = call("train", str(recipe_file), *more, f"output={tmp_path / 'whole'}", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-m", "huarizo", "train", str(recipe_file), *more]
     process = subprocess.Popen(

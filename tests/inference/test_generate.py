@@ -14,7 +14,7 @@ from huarizo.data.prompts import OpenExchange, Question
 from huarizo.errors import MachineError, UserError
 from huarizo.inference import generate
 from huarizo.inference.generate import Assistant, Sampling, answers, open_assistant, stream_answer
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
 from tests.inference.make import NO_MEMORY, PROMPTS, failing
 from tests.results.make import make_tuned
 
@@ -134,7 +134,7 @@ def test_odd_settings_of_generation_are_not_even_read(tmp_path: Path, settings: 
     (tuned.base / "generation_config.json").write_text(settings)
     assert answers(open_assistant(tuned, "fp32"), [Question(OpenExchange("Say it"))], 3)
     rows = pack([{"input_ids": [1], "labels": [1]}])
-    model = load_int8_base(tuned.base, torch.float32, torch.device("cpu"), rows)
+    model = load_quantised_base(tuned.base, "int8", torch.float32, torch.device("cpu"), rows)
     assert model.generation_config.to_diff_dict().keys() <= {"transformers_version"}
 
 
