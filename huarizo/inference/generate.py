@@ -39,7 +39,7 @@ class Assistant:
     base_weights: the base's own values of weights that loading the adapter changed (`rewritten_weights`).
     """
 
-    model: Any
+    model: Any  # a PeftModel, which forwards to its base attributes that have no types
     encoder: Encoder
     base_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -145,13 +145,11 @@ def _generation_config(assistant: Assistant, sampling: Sampling) -> GenerationCo
     tokenizer = assistant.encoder.tokenizer
     stops = [i for i in dict.fromkeys((assistant.encoder.stop_id, tokenizer.eos_token_id)) if i is not None]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    options: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        names = ("temperature", "top_p", "top_k")
-        options = {"do_sample": True} | {name: getattr(sampling, name) for name in names}
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=stops or None, pad_token_id=pad, use_cache=True, **options,
+        eos_token_id=stops or None, pad_token_id=pad, use_cache=True,
+        do_sample=sampling.temperature > 0, **(drawn if sampling.temperature > 0 else {}),
     )  # fmt: skip
 
 

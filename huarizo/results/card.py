@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
@@ -21,10 +21,11 @@ from huarizo.inference.samples import Sample, samples_from_text
 from huarizo.recipe import Recipe, names_of
 from huarizo.recipe_file import parse_yaml
 from huarizo.results.gguf import is_adapter
-from huarizo.results.report import fenced, heldout_change
+from huarizo.results.report import MetricsRow, fenced, heldout_change
 from huarizo.runs import Run
 from huarizo.sandbox.reading import open_file, read_bytes
 
+T = TypeVar("T")
 What = Literal["adapter", "merged", "gguf"]
 KIND = {"adapter": ("peft", "adapter"), "merged": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}
 """library_name and base_model_relation in the hub's model cards."""
@@ -53,7 +54,7 @@ def hub_id_of(name: str) -> str | None:
     return repo_id if HUB_ID.fullmatch(repo_id) and not Path(name).exists() else None
 
 
-def adapter_card(recipe: Recipe, base: str, metrics: list[dict[str, Any]]) -> str:
+def adapter_card(recipe: Recipe, base: str, metrics: Sequence[MetricsRow]) -> str:
     """The adapter's README.md: what it was trained on and how to load it with stock PEFT."""
     return f"""---
 library_name: peft
@@ -73,7 +74,7 @@ def _data_names(recipe: Recipe, name_of: Callable[[str], str]) -> str:
     return ", ".join(name_of(name) for name in names_of(recipe.data.train))
 
 
-def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any]]) -> str:
+def card_facts(recipe: Recipe, base: str, data: str, metrics: Sequence[MetricsRow]) -> str:
     """Base, data, settings and held-out loss as a list in Markdown; `base` and `data` are the names to show."""
     change = heldout_change(metrics)
     loss = f"- held-out loss: {change[0]:.4f} before, {change[1]:.4f} after\n" if change else ""
@@ -104,7 +105,7 @@ def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: Sequence
     """The model card: front matter that the hub reads, what the model was trained on, and how to load it."""
     hub_id, base, licence = hub_id_of(recipe.model), public_name(recipe.model), _licence(recipe.model)
     library, relation = KIND[what]
-    front: dict[str, Any] = {"library_name": library}
+    front: dict[str, str | list[str]] = {"library_name": library}
     if hub_id:
         front |= {"base_model": hub_id, "base_model_relation": relation}
     front |= {"license": licence} if licence else {}
@@ -128,7 +129,7 @@ def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: Sequence
     return "\n\n".join(parts).encode("utf-8", "replace").decode() + "\n"
 
 
-def _read(file: Path, parse: Callable[[str], list[Any]]) -> list[Any]:
+def _read(file: Path, parse: Callable[[str], list[T]]) -> list[T]:
     """The rows of a run's JSONL file; [] if there is no such file."""
     try:
         return parse(file.read_text(encoding="utf-8")) if file.is_file() else []
@@ -136,7 +137,7 @@ def _read(file: Path, parse: Callable[[str], list[Any]]) -> list[Any]:
         raise UserError(f"{file}: can't be read ({type(error).__name__}: {error}). Repair or remove it") from None
 
 
-def _metrics_from_text(text: str) -> list[dict[str, Any]]:
+def _metrics_from_text(text: str) -> list[MetricsRow]:
     rows = [json.loads(line) for line in text.splitlines()]
     if not all(isinstance(row, dict) and isinstance(row.get("eval_loss", 0.0), float | int | None) for row in rows):
         raise ValueError("a line is not an object, or its eval_loss is not a number")

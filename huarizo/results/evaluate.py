@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,7 @@ from huarizo.inference.artifact import Tuned
 from huarizo.inference.generate import Assistant, answers
 from huarizo.inference.samples import Sample, samples_of
 from huarizo.recipe import names_of
+from huarizo.results.harness import HarnessScores
 from huarizo.results.statistics import Losses, Mean, measure
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Evaluation:
     """Number of rows without any response within `data.max_length`."""
     losses: Losses
     general: Losses
-    answers: list[dict[str, Any]]
+    answers: list[dict[str, str]]
     scores: dict[str, Scores]
 
     def worst(self, count: int = 5) -> list[int]:
@@ -169,7 +170,7 @@ def _examples(
     return [(row, found) for row, found in good if found]
 
 
-def general_examples(assistant: Assistant) -> list[dict[str, Any]]:
+def general_examples(assistant: Assistant) -> list[dict[str, list[int]]]:
     """The general text as plain text: every token but the first is predicted.
 
     It is cut only at the model's positions, so that all runs on one base can be compared, whatever their max_length.
@@ -181,7 +182,7 @@ def general_examples(assistant: Assistant) -> list[dict[str, Any]]:
 
 def _answered(
     assistant: Assistant, samples: Sequence[Sample], console: Console | None
-) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
+) -> tuple[list[dict[str, str]], dict[str, Scores]]:
     if not samples:
         return [], {}
     questions = [sample.question for sample in samples]
@@ -256,7 +257,7 @@ def _short(perplexity: float) -> str:
     )
 
 
-def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:
+def save(evaluation: Evaluation, target: Path, **facts: str) -> None:
     """Write a new folder, whole or not at all: summary.json, rows.jsonl (a loss a row), answers.jsonl.
 
     facts: more fields of the summary.
@@ -274,7 +275,7 @@ def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def save_harness(scores: dict[str, Any], target: Path) -> None:
+def save_harness(scores: HarnessScores, target: Path) -> None:
     """Write a new folder, whole or not at all, with the harness's scores in summary.json.
 
     Raises:
@@ -285,7 +286,7 @@ def save_harness(scores: dict[str, Any], target: Path) -> None:
         (folder / SUMMARY).write_text(json.dumps({"harness": scores}, indent=2) + "\n", encoding="utf-8")
 
 
-def _row_lines(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _row_lines(evaluation: Evaluation) -> list[dict[str, str | float | None]]:
     losses = evaluation.losses
     return [
         {"file": row.file, "row": row.number, "tokens": tokens, "loss_before": _finite(before / tokens),
@@ -294,7 +295,7 @@ def _row_lines(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
+def _summary(evaluation: Evaluation) -> dict[str, object]:
     return {
         "rows": len(evaluation.rows),
         "rows_left_out": evaluation.left_out,
@@ -305,7 +306,7 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _loss_summary(losses: Losses) -> dict[str, Any]:
+def _loss_summary(losses: Losses) -> dict[str, object]:
     def of(mean: Mean) -> dict[str, float | None]:
         return {name: _finite(value) for name, value in asdict(mean).items()}
 

@@ -6,16 +6,16 @@ hub and computes the scores. It also interprets task names, groups and paths of 
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from huarizo.errors import UserError
 from huarizo.inference.generate import Assistant, generating
 
+HarnessScores = dict[str, dict[str, dict[str, float]]]
+"""{task: {metric: {"before": ..., "after": ...}}}."""
 
-def run_harness(
-    open_model: Callable[[], Assistant], tasks: Sequence[str], limit: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """Scores by task and metric: {task: {metric: {"before": ..., "after": ...}}}.
+
+def run_harness(open_model: Callable[[], Assistant], tasks: Sequence[str], limit: int | None = None) -> HarnessScores:
+    """Scores by task and metric, of the base and the tuned model.
 
     open_model: called once the harness is known to be installed.
     tasks: task names of the harness, or paths of task files. limit: most questions a task; None for all.
@@ -30,7 +30,8 @@ def run_harness(
         wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
     except ImportError:
         raise UserError("--harness needs lm-eval: pip install lm-eval (or huarizo[harness])") from None
-    assistant, found = open_model(), {}
+    assistant = open_model()
+    found: HarnessScores = {}
     for name in ("before", "after"):
         with assistant.untuned(name == "before"), generating(assistant.model):
             model = wrapper(pretrained=assistant.model, tokenizer=assistant.encoder.tokenizer, batch_size=4)

@@ -84,14 +84,14 @@ def _generation_settings(tuned: Tuned) -> dict[str, Any]:
     return settings | ({"eos_token_id": stops} if stops else {})
 
 
-def _is_setting(name: str, value: Any) -> bool:
+def _is_setting(name: str, value: object) -> bool:
     """Whether a known setting has a value of the right type. Transformers itself checks only a few."""
     if value is None:
         return True
     if name in COUNTS:
         return type(value) is int and value >= 0
     if name in NUMBERS:
-        return type(value) in (int, float) and value >= 0
+        return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
     if name.endswith("_token_id"):
         return all(type(number) is int and number >= 0 for number in (value if isinstance(value, list) else [value]))
     return name != "do_sample" or type(value) is bool

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huarizo.errors import ModelError, UserError
 from huarizo.hub.model_files import INDEX, LICENCES, broken, weight_files
@@ -175,7 +174,7 @@ def _without_paths(file: Path, base: str, private: Sequence[str]) -> Path | byte
     return file if cleaned == values else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _cleaned(value: Any, private: Sequence[str], keeps_vocabulary: bool = False) -> Any:
+def _cleaned(value: object, private: Sequence[str], keeps_vocabulary: bool = False) -> object:
     """Drop secrets, and fields and items that contain a local path. Texts that are tokens stay."""
     if isinstance(value, list):
         return [_cleaned(inner, private) for inner in value if not _is_local_path(inner, private)]
@@ -192,7 +191,7 @@ def _cleaned(value: Any, private: Sequence[str], keeps_vocabulary: bool = False)
     return kept
 
 
-def _is_local_path(value: Any, private: Sequence[str] = ()) -> bool:
+def _is_local_path(value: object, private: Sequence[str] = ()) -> bool:
     return isinstance(value, str) and (bool(LOCAL_PATH.match(value)) or any(place in value for place in private))
 
 

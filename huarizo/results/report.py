@@ -2,7 +2,7 @@
 
 import io
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
@@ -11,14 +11,16 @@ from huarizo.files import write_whole
 from huarizo.inference.samples import Sample, show_samples
 from huarizo.runs import Run
 
+MetricsRow = Mapping[str, float | None]
+"""A line of metrics.jsonl; null stands for a number that is not finite."""
 
-def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
+
+def save_loss_plot(run: Run, metrics: Sequence[MetricsRow]) -> None:
     """Write loss.png: training loss by step, its running mean, and the held-out loss where measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    training = [(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None]
-    heldout = [(row["step"], row["eval_loss"]) for row in metrics if row.get("eval_loss") is not None]
+    training, heldout = _curve(metrics, "loss"), _curve(metrics, "eval_loss")
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", title=run.path.name)
@@ -39,7 +41,13 @@ def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
     write_whole(run.loss_plot, image.getvalue())
 
 
-def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
+def _curve(metrics: Sequence[MetricsRow], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have this value."""
+    pairs = ((row.get("step"), row.get(name)) for row in metrics)
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def heldout_change(metrics: Sequence[MetricsRow]) -> tuple[float, float] | None:
     """Held-out loss before the first and after the last step; None if one was not measured or is not finite."""
     losses = [row["eval_loss"] for row in metrics if "eval_loss" in row]
     if len(losses) < 2 or losses[0] is None or losses[-1] is None:
@@ -54,7 +62,7 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def show_summary(console: Console, run: Run, metrics: list[dict[str, Any]], samples: list[Sample]) -> None:
+def show_summary(console: Console, run: Run, metrics: Sequence[MetricsRow], samples: list[Sample]) -> None:
     """Print answers, losses, speed and files of a finished run, and what to do next."""
     if samples:
         show_samples(console, samples)

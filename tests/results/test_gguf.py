@@ -184,5 +184,5 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
         try:
             is_adapter(tmp_path / "damaged.gguf")
         except ModelError as error:
-            told += "not a whole GGUF file" in str(error)
+            told += "not a complete GGUF file" in str(error)
     assert told > 150
