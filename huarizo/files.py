@@ -44,8 +44,8 @@ NO_FOLDER_RENAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Tell in words what the disk refuses.
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes to `path`: an error of the disk names the path, the cause and a remedy.
 
     Raises:
         MachineError: instead of OSError.
@@ -128,7 +128,7 @@ def write_whole(path: Path, content: Content) -> None:
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    with told(path):
+    with writing(path):
         temporary = _beside(path, "tmp")
         try:
             _write_file(temporary, content)
@@ -148,7 +148,7 @@ def make_folder(path: Path) -> None:
     Raises:
         MachineError: it can't be made.
     """
-    with told(path):
+    with writing(path):
         path = path.absolute()
         above = [path, *path.parents]
         for folder in reversed(above):
@@ -221,7 +221,7 @@ def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
     Raises:
         MachineError: the disk is full or can't be written; nothing is left at `path`.
     """
-    with told(path):
+    with writing(path):
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         temporary = _beside(path, "tmp")
@@ -259,7 +259,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    with told(path):
+    with writing(path):
         temporary, old = _beside(path, "tmp"), _beside(path, "deleted")
         try:
             os.mkdir(temporary)
@@ -286,7 +286,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    with told(path):
+    with writing(path):
         temporary = _beside(path, "tmp")
         try:
             yield temporary
@@ -324,11 +324,11 @@ def remove_leftovers(folder: Path, older_than: float = 0) -> None:
                     _delete(entry)
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
+def require_space(folder: Path, needed: int, what: str, remedy: str = "choose a folder on another disk") -> None:
     """Before work begins: are `needed` bytes free where `folder` is, or will be?
 
     Raises:
-        MachineError: they are not.
+        MachineError: they are not; `remedy` is what helps beside freeing some.
     """
     place = folder.absolute()
     while not place.exists():
@@ -336,8 +336,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise MachineError(
-            f"{folder}: {what} take{'s' if not what.endswith('s') else ''} {needed / 1e6:,.0f} MB, but this disk has "
-            f"only {free / 1e6:,.0f} MB free. Free some space, or choose a folder on another disk"
+            f"{folder}: {needed / 1e6:,.0f} MB are needed for {what}, but this disk has only {free / 1e6:,.0f} MB "
+            f"free. Free some space, or {remedy}"
         )
 
 

@@ -103,7 +103,7 @@ def open_tuned(run: Run, prompt: str | None = None, base: str | None = None) -> 
         raise UserError(f"{run.path}: this run has no adapter yet. Resume it: huarizo resume {run.path}")
     recipe = run.recipe()
     recipe.model = base or recipe.model
-    with _naming_source(run.recipe_file, "model", base):
+    with _naming_its_place(run.recipe_file, "model", base):
         return dataclasses.replace(_with_base(recipe, run.adapter, prompt), run=run)
 
 
@@ -122,12 +122,12 @@ def open_adapter(folder: Path, prompt: str | None = None, base: str | None = Non
         )
     revision = f"@{config.revision}" if config.revision and not base and not Path(named).exists() else ""
     recipe = make_recipe(model=named + revision, data={"train": "quickstart"})
-    with _naming_source(folder / CONFIG, "base_model_name_or_path", base):
+    with _naming_its_place(folder / CONFIG, "base_model_name_or_path", base):
         return _with_base(recipe, folder, prompt, _own_template(folder), foreign=True)
 
 
 @contextmanager
-def _naming_source(file: Path, field: str, base: str | None) -> Iterator[None]:
+def _naming_its_place(file: Path, field: str, base: str | None) -> Iterator[None]:
     """Add to the error for a missing base which file and field name it, unless the user passed the base."""
     try:
         yield

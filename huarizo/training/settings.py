@@ -5,7 +5,6 @@ in its own way and at its own time. Here they are made, stepped, saved and put b
 """
 
 import contextlib
-import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,12 @@ import torch
 
 from huarizo.errors import RecipeError
 from huarizo.model.lora import add_lora
-from huarizo.model.weights import first_line
 from huarizo.plan import Choice
-from huarizo.recipe import LoraRecipe, Recipe, suggestion
+from huarizo.recipe import LoraRecipe, Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, contents, generators
 from huarizo.training.trainer import LoraTrainer, training_arguments
+from huarizo.wording import did_you_mean, first_line
 
 STEPS_WITH_BACKWARD = ("lomo", "adalomo")
 PACKAGES = {
@@ -67,7 +66,7 @@ def _check_trackers(names: Any) -> None:
     problems = []
     for name in [names] if isinstance(names, str) else names or []:
         if name not in ("none", "all", *known):
-            problems.append(f"{name!r} is none of {', '.join(sorted(known))}{suggestion(str(name), known)}")
+            problems.append(f"{name!r} is none of {', '.join(sorted(known))}{did_you_mean(str(name), known)}")
         elif name in PACKAGES and name not in there:
             problems.append(f"{name} is not installed: pip install {PACKAGES[name]}, or leave it out")
     if problems:
@@ -101,5 +100,4 @@ def _told(what: str) -> Iterator[None]:
     except RecipeError:
         raise
     except Exception as error:  # libraries tell a wrong setting by any of theirs
-        logging.getLogger(__name__).debug("details", exc_info=error)
         raise RecipeError(f"{what}: {first_line(error)}") from None

@@ -99,7 +99,7 @@ def test_data_that_changes_during_the_run_is_told(
 
 def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huarizo.training.session, "space_needed", lambda trainable, keep: 10**18)
-    with pytest.raises(MachineError, match="checkpoints and adapter take"):
+    with pytest.raises(MachineError, match="are needed for checkpoints and adapter"):
         fine_tune(recipe)
 
 
