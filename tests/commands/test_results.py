@@ -125,6 +125,6 @@ def test_the_end_of_input_sends_nothing(run: Path, tmp_path: Path) -> None:
     os.close(person)
     os.close(terminal)
     assert {method for method, _, _ in hub.asked} == {"GET"}
-    assert "to ann/adapter as ann, by the token in the environment variable HF_TOKEN" in done.stdout
+    assert "to ann/adapter as ann, with the token in the environment variable HF_TOKEN" in done.stdout
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     assert "Send this?" in (done.stdout + done.stderr).splitlines()[-1] and "pushed" not in done.stdout
