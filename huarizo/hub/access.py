@@ -176,7 +176,8 @@ def no_right(repository: Repository, login: Login, gated: bool) -> HubError:
     box = "Read access to contents of all public gated repos you can access" if gated else "Read access to contents"
     return HubError(
         f"{repository.repo_id}: the token in {login.origin} is valid, but has no permission to read this "
-        f'{repository.noun}. Tick "{box}" for it at {constants.ENDPOINT}/settings/tokens, or use a token of the type Read'
+        f'{repository.noun}. Tick "{box}" for it at {constants.ENDPOINT}/settings/tokens, or use '
+        "a token of the type Read"
     )
 
 

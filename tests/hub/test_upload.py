@@ -253,7 +253,7 @@ def test_a_repository_that_is_taken_is_unchanged_unless_forced(online: Outcome, 
 
 
 def test_old_weights_do_not_stay_beside_new_ones(online: Outcome, server: HubServer) -> None:
-    online.failure("old weights", "HubError", "holds part-1.safetensors, model.safetensors.index.json", "--force")
+    online.failure("old weights", "HubError", "contains part-1.safetensors, model.safetensors.index.json", "--force")
     assert online.ok("old weights, force")
     assert server.repos["ann/parts"].files == {".gitattributes": b"", "notes.txt": b"kept", "w.safetensors": WEIGHTS}
 
