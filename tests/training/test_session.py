@@ -21,14 +21,6 @@ from tests.training.make import edit_recipe, printed
 from tests.training.test_lock import OTHER
 
 
-@pytest.fixture
-def recipe(tiny_model_folder: Path, alpaca_file: Path, tmp_path: Path) -> Recipe:
-    return make_recipe(
-        model=str(tiny_model_folder), data={"train": str(alpaca_file), "eval": 2}, precision="fp32", samples=1,
-        training={"epochs": 1, "compile": False}, output=str(tmp_path / "run"),
-    )  # fmt: skip
-
-
 def test_everything_that_is_shown_is_kept_as_an_event(recipe: Recipe, tmp_path: Path) -> None:
     terminal, heard = io.StringIO(), list[Event]()
     fine_tune(recipe, console=Console(file=terminal, width=500), listeners=[heard.append])
