@@ -1,8 +1,8 @@
-"""Transformers' Trainer with one change of view: a batch is one whole optimizer step.
+"""Transformers' Trainer, with one difference: a batch is one whole optimizer step.
 
-The loader hands out a `Step`; this trainer cuts it into packed micro-batches, takes the loss at labelled positions and
-normalises it by the labelled tokens of the whole step, over all micro-batches and processes. Schedules, optimizers,
-callbacks, trackers and mixed precision stay the Trainer's. Checkpoints are written by `huarizo.training.checkpoint`.
+The loader yields a `Step`. This trainer cuts it into packed micro-batches, computes the loss at labelled positions, and
+normalises it by the labelled tokens of the whole step, across all micro-batches and processes. Schedules, optimizers,
+callbacks, trackers and mixed precision are the Trainer's own. `huarizo.training.checkpoint` writes the checkpoints.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ from huarizo.training.saving import Saver, Stopping
 def training_arguments(
     recipe: Recipe, run: Run, choice: Choice, on: torch.device, activation_checkpointing: bool = False
 ) -> TrainingArguments:
-    """The recipe as TrainingArguments; `recipe.trainer` may set every field that the recipe leaves open."""
+    """The recipe as TrainingArguments. `recipe.trainer` may set any field that the recipe has no setting for."""
     training = recipe.training
     defaults: dict[str, Any] = {
         "logging_steps": 1,
         "report_to": "none",
-        "ddp_broadcast_buffers": False,  # the frozen base is alike everywhere, and int8 weights are buffers
+        "ddp_broadcast_buffers": False,  # the frozen base is the same everywhere, and int8 weights are buffers
         "ddp_find_unused_parameters": False,
     }
     if activation_checkpointing:
@@ -64,7 +64,7 @@ def training_arguments(
         remove_unused_columns=False,
         disable_tqdm=True,
     )
-    args._n_gpu = min(args.n_gpu, 1)  # other cards than this process's are not the Trainer's to copy the model to
+    args._n_gpu = min(args.n_gpu, 1)  # keeps the Trainer from copying the model to other GPUs (DataParallel)
     return args
 
 
@@ -74,15 +74,15 @@ class LoraTrainer(Trainer):
     Args:
         model: the PeftModel, with `huarizo_packed` attention.
         args: from `training_arguments`.
-        rows: the training rows; each has `input_ids` and `labels`.
+        rows: the training rows, each with `input_ids` and `labels`.
         heldout: rows for the held-out loss; may be empty.
-        recipe: what is trained.
-        budget: tokens of a micro-batch.
-        precision: of the frozen base.
-        compiled: whether the model's layers are compiled (see `huarizo.model.compile`).
-        events: where what happens is reported.
-        saver: writes the checkpoints; None for a run without any.
-        stopping: says when to stop before the last step; None for never.
+        recipe: the resolved recipe.
+        budget: micro-batch size in tokens.
+        precision: precision of the frozen base.
+        compiled: whether the decoder layers are compiled (`huarizo.model.compile`).
+        events: gets everything that happens.
+        saver: writes checkpoints; None writes none.
+        stopping: decides whether to stop early; None never does.
         elapsed_before: seconds of training before the run was resumed.
     """
 
@@ -107,17 +107,20 @@ class LoraTrainer(Trainer):
         self.recipe, self.budget, self.precision = recipe, budget, precision
         self.events, self.saver, self.stopping = events or Events(), saver, stopping
         self.watch, self.last_loss, self.last_finite = LossWatch(), 0.0, True
-        self.checkpoint: Checkpoint | None = None  # that the run is resumed from
+        self.checkpoint: Checkpoint | None = None  # the one the run is resumed from
         self.loop = Loop(self, elapsed_before)
         self.add_callback(self.loop)
         self.num_weights = count_weights(model)
         self.masks = DropoutMasks(model, recipe.training.seed, budget)
-        alpha, self.neftune_noise_alpha = self.neftune_noise_alpha, None  # the Trainer's own takes a pack for one row
+        alpha, self.neftune_noise_alpha = (
+            self.neftune_noise_alpha,
+            None,
+        )  # the Trainer's takes a pack for a row
         self.noise = EmbeddingNoise(model.get_base_model(), alpha, recipe.training.seed) if alpha else None
         self.packed_loss = PackedLoss(model.get_base_model(), compiled)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with B's own learning rate if the recipe asks for LoRA+."""
+        """The Trainer's optimizer; for LoRA+, with a learning rate of its own for B."""
         ratio = self.recipe.lora.loraplus_lr_ratio
         if ratio is not None and self.optimizer is None:
             from peft.optimizers import create_loraplus_optimizer
@@ -135,30 +138,30 @@ class LoraTrainer(Trainer):
         return StepLoader(self.train_dataset, batch_sampler=sampler, collate_fn=StepCollator(rank(), world_size()))  # pyright: ignore[reportArgumentType]
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """The next step; the Trainer's own counting of labels is not wanted, a `Step` knows its own."""
+        """The next `Step`. It knows its number of labels, so the Trainer need not count them."""
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """4 FLOP a frozen base weight and token: forward and input gradient."""
+        """4 FLOP per frozen base weight and token: forward and input gradient."""
         return 4 * inputs.num_tokens * self.num_weights
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Gradients of one optimizer step; returns its loss. Out of memory halves the micro-batches and tries again."""
+        """Compute the gradients of one optimizer step; returns its loss. Out of memory: halve the micro-batches."""
         model.train()
         with self._patience(GRACE):
             loss = self._accumulate_in_memory(model, inputs)
         self.state.num_input_tokens_seen += inputs.num_tokens
-        self._leave_out_unless_finite(model, loss)
+        self._skip_unless_finite(model, loss)
         return loss
 
     def _patience(self, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """How long a signal waits within a block. Several processes decide together, behind a step."""
+        """Delay signals within a block. Several processes don't: they decide together after the step."""
         if self.stopping is None or world_size() > 1:
             return contextlib.nullcontext()
         return self.stopping.signals.patience(seconds)
 
     def _accumulate_in_memory(self, model: Any, inputs: Any) -> torch.Tensor:
-        """As `_accumulate`, with smaller micro-batches where memory gives out."""
+        """As `_accumulate`, with smaller micro-batches if memory runs out."""
         while True:
             try:
                 return self._accumulate(model, inputs)
@@ -167,8 +170,8 @@ class LoraTrainer(Trainer):
                     raise
                 if self.budget <= LEAST_TOKENS or world_size() > 1:
                     raise MachineError(
-                        "there is not enough memory, even for the smallest micro-batch. Use a smaller "
-                        "data.max_length, or trainer.gradient_checkpointing=true"
+                        "not enough memory, even for the smallest micro-batch. Use a smaller data.max_length, or "
+                        "trainer.gradient_checkpointing=true"
                     ) from None
                 longest = max(len(example["input_ids"]) for example in inputs.examples)
                 self.budget = max(LEAST_TOKENS, min(self.budget, 2 * longest) // 2)
@@ -176,19 +179,19 @@ class LoraTrainer(Trainer):
             torch.cuda.empty_cache()
             self.events.add(OutOfMemory(step=self.state.global_step + 1, micro_batch_tokens=self.budget))
 
-    def _leave_out_unless_finite(self, model: Any, loss: torch.Tensor) -> None:
-        """Sees to it that no process changes weights or moments in a step whose loss or gradients are not finite.
+    def _skip_unless_finite(self, model: Any, loss: torch.Tensor) -> None:
+        """Keep weights and moments unchanged, in all processes, if the loss or gradients of a step are not finite.
 
-        The optimizer passes over parameters without gradients. A loss scaler must find the fault by itself, so that it
-        holds the optimizer back, fused or not, and lowers its scale: it is shown gradients that are no numbers.
+        The optimizer skips parameters without gradients. A loss scaler has to see the fault itself, so that it skips
+        the optimizer step, fused or not, and lowers its scale: it gets gradients of NaN.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = (loss + norm.to(loss.device)).isfinite()
-        told = torch.stack([loss.float(), finite.float()])
+        mean = torch.stack([loss.float(), finite.float()])
         if world_size() > 1:
-            told = self.accelerator.reduce(told, "mean")  # pyright: ignore
-        self.last_loss, share_finite = told.tolist()  # pyright: ignore
+            mean = self.accelerator.reduce(mean, "mean")  # pyright: ignore
+        self.last_loss, share_finite = mean.tolist()  # pyright: ignore
         self.last_finite = share_finite == 1 and math.isfinite(self.last_loss)
         if self.last_finite:
             return
@@ -234,7 +237,7 @@ class LoraTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over the labelled tokens of the held-out rows, in evaluation mode. A signal cuts it off."""
+        """Mean loss over the labelled tokens of the held-out rows, in nats. A signal interrupts it at once."""
         with self._patience(0):
             total = self._heldout_sums(self.eval_dataset if eval_dataset is None else eval_dataset)
         if world_size() > 1:
@@ -273,17 +276,17 @@ class LoraTrainer(Trainer):
 
     @property
     def scaler(self) -> Any:
-        """The loss scaler; None for formats that need none."""
+        """The loss scaler; None for precisions that need none."""
         return getattr(self.accelerator, "scaler", None)
 
-    def go_on(self, checkpoint: Checkpoint | None) -> None:
+    def train_from(self, checkpoint: Checkpoint | None) -> None:
         """Train to the end, from a checkpoint or from the first step.
 
         Raises:
-            DivergedError: the losses went wrong.
+            DivergedError: the loss diverged.
             MachineError: out of memory.
-            UserError: the checkpoint has another LoRA.
-            Stopped: a signal came before this process had trained a step.
+            UserError: the checkpoint's LoRA differs from the model's.
+            Stopped: a signal arrived before this process had trained a step.
         """
         self.checkpoint = checkpoint
         if checkpoint is not None:
@@ -303,7 +306,7 @@ class LoraTrainer(Trainer):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the whole run."""
         training = self.recipe.training
         steps = -(-len(self.train_dataset) // training.batch_size)  # pyright: ignore[reportArgumentType]
         return training.max_steps or math.ceil(training.epochs * steps)
@@ -315,18 +318,18 @@ class LoraTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.checkpoint is not None:
             self.checkpoint.restore_optimizer(self._trained())
-            self.state.compute_steps(self.args, self.state.max_steps)  # when to log and evaluate is the recipe's to say
+            self.state.compute_steps(self.args, self.state.max_steps)  # the recipe decides when to log and evaluate
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing: the scaler comes with the optimizer."""
+        """Nothing to do: `restore_optimizer` restores the scaler."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.checkpoint is not None:
             self.checkpoint.restore_generators(rank())
-            self._evaluate_what_was_cut_off()
+            self._repeat_interrupted_evaluation()
 
-    def _evaluate_what_was_cut_off(self) -> None:
-        """The held-out loss of the checkpoint's step, where a signal came before it was known."""
+    def _repeat_interrupted_evaluation(self) -> None:
+        """Measure the held-out loss of the checkpoint's step if a signal interrupted that."""
         step, every = self.state.global_step, self.state.eval_steps
         due = self.args.eval_strategy == "steps" and step >= (self.args.eval_delay or 0) and step % every == 0
         known = self.saver is None or self.saver.metrics.has_heldout(step)
