@@ -1,10 +1,10 @@
-"""The data of a run, from files to tokenised rows: read, checked, split into trained and held-out, tokenised."""
+"""Prepares the data of a run: reads and checks files, splits off held-out rows, and tokenises both."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from huarizo.data.notes import Notes, Places
 from huarizo.data.prompts import prompt_format
@@ -13,10 +13,13 @@ from huarizo.data.tokens import Encoder, TokenisedRows, require_examples, tokeni
 from huarizo.errors import DataError
 from huarizo.recipe import DataRecipe
 
+if TYPE_CHECKING:
+    from huarizo.data.templates import Tokenizer
+
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenised rows with what they were made from. `heldout` is None where nothing is held out."""
+    """Tokenised rows, with the rows and settings that they were made from. `heldout` is None if nothing is held out."""
 
     encoder: Encoder
     rows: list[Row]
@@ -27,11 +30,16 @@ class Data:
     bad_row_count: int
     format: str
     notes: list[str]
-    """What is worth knowing of the rows, a line each."""
+    """Remarks on the rows for the user, a line each."""
 
 
 def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(trained, held out): `share` of the rows below 1, that many rows from 1 on; drawn by the seed, in file order.
+    """Split rows into (trained, held out), each in file order.
+
+    Args:
+        rows: all good rows.
+        share: below 1, the fraction of the rows to hold out; otherwise, their number.
+        seed: decides which rows are held out.
 
     Raises:
         DataError: no row would be left to train on.
@@ -45,8 +53,8 @@ def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row
     return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
 
-def _in_both(rows: list[Row], heldout_rows: list[Row]) -> list[str]:
-    """A note of the held-out rows that are also trained on, if there are any."""
+def _overlap_note(rows: list[Row], heldout_rows: list[Row]) -> list[str]:
+    """A note on the held-out rows that are also trained on, if there are any."""
     trained = {_content(row) for row in rows}
     places = Places()
     for row in heldout_rows:
@@ -55,8 +63,8 @@ def _in_both(rows: list[Row], heldout_rows: list[Row]) -> list[str]:
     if not places.count:
         return []
     return [
-        f"{places.count} of {len(heldout_rows)} held-out rows are also trained on, so that the held-out loss says "
-        f"less: {places}"
+        f"{places.count} of {len(heldout_rows)} held-out rows are also trained on, which makes the held-out loss "
+        f"too low: {places}"
     ]
 
 
@@ -66,12 +74,20 @@ def _content(row: Row) -> str:
 
 def prepare_data(
     recipe: DataRecipe, seed: int, train: Path | Sequence[Path], evaluated: Path | Sequence[Path] | None,
-    tokenizer: Any, cache: Path,
+    tokenizer: "Tokenizer", cache: Path,
 ) -> Data:  # fmt: skip
-    """Everything from the recipe's `data` section. `evaluated` are the files of a `data.eval` that names some.
+    """Prepare the data that the recipe's `data` section describes.
+
+    Args:
+        recipe: the `data` section.
+        seed: decides which rows are held out.
+        train: the files to train on.
+        evaluated: the held-out files, if `data.eval` names some.
+        tokenizer: of the model.
+        cache: the folder for tokenised rows.
 
     Raises:
-        DataError: the rows can't be used; the message names file, row, field and remedy.
+        DataError: rows can't be used; the message names file, row, field and remedy.
         RecipeError: the prompt format does not fit the model.
     """
     prompt = prompt_format(recipe.prompt, tokenizer, recipe.eos, recipe.date, recipe.special_tokens or ())
@@ -87,12 +103,12 @@ def prepare_data(
         notes = notes + read_eval.notes
     elif isinstance(recipe.eval, int | float) and recipe.eval:
         rows, heldout_rows = split(rows, recipe.eval, seed)
-    notes = list(dict.fromkeys([*notes, *_in_both(rows, heldout_rows), *_written_out(rows, prompt.stop)]))
+    notes = list(dict.fromkeys([*notes, *_overlap_note(rows, heldout_rows), *_stop_token_note(rows, prompt.stop)]))
     trained = tokenise(rows, encoder, cache)
     heldout = tokenise(heldout_rows, encoder, cache) if heldout_rows else None
-    refused = _refused(rows, trained, recipe)
+    refused = _refused_rows(rows, trained, recipe)
     if heldout is not None:
-        refused += _refused(heldout_rows, heldout, recipe)
+        refused += _refused_rows(heldout_rows, heldout, recipe)
         heldout_rows = [row for index, row in enumerate(heldout_rows) if index not in heldout.refused]
     return Data(
         encoder, rows, trained, heldout_rows, heldout, [*problems, *refused],
@@ -100,11 +116,11 @@ def prepare_data(
     )  # fmt: skip
 
 
-def _refused(rows: list[Row], tokenised: TokenisedRows, recipe: DataRecipe) -> list[Problem]:
-    """The rows that the prompt format can't write, where they may be left out.
+def _refused_rows(rows: list[Row], tokenised: TokenisedRows, recipe: DataRecipe) -> list[Problem]:
+    """The problems of rows that the prompt format can't write.
 
     Raises:
-        DataError: they may not be, or without them nothing is left.
+        DataError: the recipe doesn't let them be left out, or nothing is left without them.
     """
     problems = [Problem(rows[index].file, rows[index].number, *flaw) for index, flaw in tokenised.refused.items()]
     good = [row for index, row in enumerate(rows) if index not in tokenised.refused]
@@ -113,10 +129,12 @@ def _refused(rows: list[Row], tokenised: TokenisedRows, recipe: DataRecipe) -> l
     return problems
 
 
-def _written_out(rows: list[Row], stop: str) -> list[str]:
-    """A note of the answers that hold the end token as text, if there are any."""
+def _stop_token_note(rows: list[Row], stop: str) -> list[str]:
+    """A note on answers that contain the stop token as text, if there are any."""
     notes = Notes()
     for row in rows:
         if stop and any(stop in exchange.output for exchange in row.exchanges):
-            notes.say(f"{stop} is written out in an answer, and learnt as plain text there", row.file, row.number)
-    return notes.told()
+            notes.add_remark(
+                f"{stop} is written out in an answer, and learnt as plain text there", row.file, row.number
+            )
+    return notes.lines()

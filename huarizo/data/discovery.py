@@ -1,7 +1,7 @@
-"""A path becomes the data files it stands for, and what can't be one is refused in words.
+"""Finds the data files behind a path, and refuses what can't be one.
 
-In goes a file or a folder, out come files by name, in a fixed order. Pipes, devices and unknown kinds are turned away
-before a byte of them is read. The phrases with which the other steps refuse a file stand here too.
+Input is a file or a folder; output is its data files, in a fixed order. Pipes, devices and unknown kinds are refused
+before anything is read from them. The other steps refuse files with the helpers defined here.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from huarizo.errors import DataError
 from huarizo.hub.data_card import card_in
-from huarizo.hub.data_files import PACKINGS, TEXT_SUFFIXES, Part, choose, inside
+from huarizo.hub.data_files import PACKINGS, TEXT_SUFFIXES, Part, choose, visible_files
 
 PACKED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z", ".rar")
 KNOWN = f"{', '.join(TEXT_SUFFIXES)} (also with {' or '.join(PACKINGS)} after it), .parquet, .arrow"
@@ -72,7 +72,7 @@ def _absent(path: Path) -> DataError:
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether a path is a folder. What is neither a folder nor an ordinary file is refused unread."""
+    """Whether a path is a folder. Refuses, unread, what is neither a folder nor a regular file."""
     with told(path):
         mode = path.stat().st_mode
     if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
@@ -82,18 +82,18 @@ def _is_folder(path: Path) -> bool:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The data files that a path stands for: itself, or those of a folder, sorted by name.
+    """The data files behind a path: the file itself, or those of a folder, sorted by name.
 
-    Of a folder with several splits, these are the ones to train on.
+    If the folder has several splits, only the files of its training split.
 
     Raises:
-        DataError: there is no such path, it is a pipe or device, the folder has no data file, or it has several configs
-            or splits and it is not plain which are meant.
+        DataError: there is no such path, it is a pipe or a device, the folder has no data file, or it has several
+            configs or splits and it is unclear which one is meant.
     """
     if not _is_folder(path):
         return [path]
     with told(path):
-        found = sorted(inside(path))
+        found = sorted(visible_files(path))
         card = card_in(path)
     files = [path / file for file in choose(shown(path), found, Part(), card=card).files]
     if not files:
@@ -109,7 +109,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def check_columns_differ(path: Path, names: Sequence[str]) -> None:
-    """Refuses a table in which a column's name stands twice."""
+    """Refuse a table with two columns of the same name."""
     twice = [name for name, count in Counter(names).items() if name and count > 1]
     if twice:
         raise refusal(
@@ -118,10 +118,11 @@ def check_columns_differ(path: Path, names: Sequence[str]) -> None:
 
 
 def unknown_kind(path: Path) -> DataError:
+    """The error for a file whose extension is not that of a data file."""
     suffix = path.suffix.lower()
     if suffix in PACKED_SUFFIXES:
         return refusal(path, f"is packed ({suffix})", f"Unpack it first; Huarizo reads {KNOWN}")
     if suffix in SHEET_SUFFIXES:
         return refusal(path, f"is a spreadsheet ({suffix})", f"Save it as CSV (UTF-8); Huarizo reads {KNOWN}")
-    what = f"has an extension that is not known ({suffix})" if suffix else "has no extension"
+    what = f"has an unknown extension ({suffix})" if suffix else "has no extension"
     return refusal(path, what, f"Huarizo reads {KNOWN}; rename it if it is one of these, or convert it")

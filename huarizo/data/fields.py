@@ -1,6 +1,6 @@
-"""One record's values, looked at field by field: what is no sound text is a `Flaw` with its place and the remedy.
+"""Checks the values of one record, field by field. A value that is not valid text becomes a `Flaw` with a remedy.
 
-Texts are judged and never changed: what the file holds is what the model learns.
+Texts are checked but never changed: the model learns exactly what is in the file.
 """
 
 import json
@@ -9,15 +9,16 @@ from collections.abc import Mapping
 
 from huarizo.data.columnar import Opaque
 from huarizo.data.discovery import enumerated, excerpt, printable
-from huarizo.data.records import Doubled, Flaw, parse_json
+from huarizo.data.records import Flaw, RepeatedNames, parse_json
 
 MISSING = object()
 
 
 class Fields:
-    """One record under our names; what is found wrong gathers in `flaws`, what is worth telling in `notes`.
+    """One record, accessed by our field names.
 
-    left_out: why a sound row is not trained on; "" where it is.
+    names: our field name -> its name in the file. flaws: the problems found so far. notes: remarks for the user.
+    left_out: why a valid row is not trained on; "" if it is.
     """
 
     __slots__ = ("flaws", "left_out", "names", "notes", "record")
@@ -40,17 +41,18 @@ class Fields:
         return "" if value is None or value is MISSING else self.checked(self.names[ours], value, may_be_empty=True)
 
     def checked(self, label: str, value: object, may_be_empty: bool = False) -> str:
-        """The value if it is a sound text; a flaw at `label` and "" otherwise."""
-        wrong = _wrong_text(value, may_be_empty) if isinstance(value, str) else _not_a_text(value, may_be_empty)
-        if wrong:
-            self.flaw(label, *wrong)
+        """The value if it is a text, else "". Adds a flaw at `label` unless it is a valid text."""
+        flaw = _flaw_of_text(value, may_be_empty) if isinstance(value, str) else _flaw_of_other(value, may_be_empty)
+        if flaw:
+            self.flaw(label, *flaw)
         return value if isinstance(value, str) else ""
 
     def flaw(self, label: str, what: str, remedy: str) -> None:
         self.flaws.append(Flaw(label, what, remedy))
 
 
-def _wrong_text(text: str, may_be_empty: bool) -> tuple[str, str] | None:
+def _flaw_of_text(text: str, may_be_empty: bool) -> tuple[str, str] | None:
+    """(problem, remedy) of a text; None if it is valid."""
     if not may_be_empty and (not text or text.isspace()):
         return f"is empty{' (only white space)' if text else ''}", "Write a text, or delete the row"
     if "\0" in text:
@@ -66,7 +68,7 @@ def _wrong_text(text: str, may_be_empty: bool) -> tuple[str, str] | None:
 
 
 def kind_of(value: object) -> str:
-    """What a value that should be something else is, in the words of JSON."""
+    """What a value is, in the terms of JSON, for messages that say it should be something else."""
     if value is MISSING:
         return "missing"
     if value is None or isinstance(value, bool):
@@ -84,7 +86,8 @@ def kind_of(value: object) -> str:
     return f"of the type {value.type if isinstance(value, Opaque) else type(value).__name__}"
 
 
-def _not_a_text(value: object, may_be_empty: bool) -> tuple[str, str]:
+def _flaw_of_other(value: object, may_be_empty: bool) -> tuple[str, str]:
+    """(problem, remedy) of a value that should be a text and isn't."""
     if isinstance(value, bool) or (isinstance(value, int | float) and math.isfinite(value)):
         remedy = f'Write it as a string: "{json.dumps(value)[:40]}"'
     elif isinstance(value, list | dict):
@@ -97,7 +100,7 @@ def _not_a_text(value: object, may_be_empty: bool) -> tuple[str, str]:
 
 
 def list_of(fields: Fields, ours: str, remedy: str) -> list[object]:
-    """A field's list. A text that holds a JSON list counts as one: in CSV there is no other way to write it."""
+    """The list in a field, or [] and a flaw. A JSON list in a text counts, as CSV has no other way to write one."""
     value = fields.get(ours)
     if isinstance(value, str):
         try:
@@ -111,7 +114,8 @@ def list_of(fields: Fields, ours: str, remedy: str) -> list[object]:
     return []
 
 
-def report_doubled(fields: Fields, value: object, prefix: str = "") -> None:
-    if isinstance(value, Doubled):
+def report_repeated_names(fields: Fields, value: object, prefix: str = "") -> None:
+    """Add a flaw for each name that occurs more than once in a JSON object."""
+    if isinstance(value, RepeatedNames):
         for name, count in value.repeated.items():
-            fields.flaw(f"{prefix}{printable(name)}", f"stands {count} times in one object", "Keep one of them")
+            fields.flaw(f"{prefix}{printable(name)}", f"occurs {count} times in one object", "Keep one of them")

@@ -1,7 +1,7 @@
-"""The formats of instruction data: how rows of each are recognised by their fields, and read as a conversation.
+"""The formats of instruction data: the fields by which each is recognised, and how its rows are read.
 
-In goes one record (a JSON object, a line of a table); out come a system text and exchanges, or `Flaw`s with field, what
-is wrong and the remedy. Texts are judged and never changed: what the file holds is what the model learns.
+Input is one record (a JSON object or a line of a table). Output is a `Conversation`, or `Flaw`s with field, problem and
+remedy. Texts are checked but never changed: the model learns exactly what is in the file.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from huarizo.data.fields import MISSING, Fields, kind_of, list_of
 from huarizo.data.turns import Conversation, Exchange, conversation_of, tools_of, turns_of
 
-BAD_ANSWER = "left out, the answer is marked as a bad one (label: false)"
+BAD_ANSWER = "left out, because the answer is marked as bad (label: false)"
 
 
 def _alpaca(fields: Fields) -> Conversation:
@@ -23,7 +23,7 @@ def _alpaca(fields: Fields) -> Conversation:
 
 
 def _history(fields: Fields) -> list[Exchange]:
-    """Earlier exchanges of an Alpaca row: a list of [instruction, output]."""
+    """The earlier exchanges of an Alpaca row: a list of [instruction, output] pairs."""
     name = fields.names["history"]
     pairs = list_of(fields, "history", 'Write a list of pairs: [["instruction", "output"]]')
     exchanges = []
@@ -67,7 +67,7 @@ def _prompt(fields: Fields) -> Conversation:
 
 
 class Format(NamedTuple):
-    """How rows of one format are recognised (`required`: all of them are there) and read."""
+    """One format: a row that has all `required` fields is in it. `read` makes a conversation of the row."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -75,13 +75,13 @@ class Format(NamedTuple):
 
 
 def read_row(fields: Fields, format: Format) -> Conversation:
-    """A record as a conversation; its flaws and notes, and whether it is left out, stand in `fields` afterwards."""
-    found = format.read(fields)
+    """Read a record as a conversation. Its flaws, its notes and whether it is left out are recorded in `fields`."""
+    conversation = format.read(fields)
     label = fields.get("label")
-    # A number is a class of some kind, not the verdict on an answer that preference data (KTO) has.
+    # In preference data (KTO) the label is a truth value. A number is some class, which says nothing about the answer.
     if label is False or (isinstance(label, str) and label.strip().lower() == "false"):
         fields.left_out = BAD_ANSWER
-    return found
+    return conversation
 
 
 FORMATS = {  # in the order in which they are tried
@@ -95,5 +95,5 @@ QUESTIONS = FORMATS | {
     "instructions": Format(("instruction",), ("input", "system"), _question),
     "prompts": Format(("prompt",), ("system",), _prompt),
 }
-"""The formats, and rows that have no answer."""
+"""The formats above, and two of rows without an answer."""
 OUR_FIELDS = tuple(dict.fromkeys(name for each in FORMATS.values() for name in (*each.required, *each.optional)))

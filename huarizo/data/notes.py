@@ -1,7 +1,7 @@
-"""What a user should know of rows that can be trained on, each said once and with the rows' numbers.
+"""Collects notes on rows that can be trained on: each is printed once, with the numbers of its rows.
 
-In go columns, fields and rows as they are read; out come a few lines for the beginning of a run. None of it is an
-error: a column may be left unused on purpose, and "None" may be an answer.
+Input is columns, fields and rows as they are read; output is a few lines for the start of a run. None of them is an
+error: a column may be unused on purpose, and "None" may be an answer.
 """
 
 import shlex
@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from huarizo.data.discovery import excerpt, printable
 
-NO_INPUT = "<noinput>"  # as Stanford's self-instruct data writes an empty input
-NO_TEXTS = frozenset({"nan", "NaN", "None", "null", "NULL", "<NA>"})  # what an absent value becomes in a table
+NO_INPUT = "<noinput>"  # how Stanford's self-instruct data writes an empty input
+NO_TEXTS = frozenset({"nan", "NaN", "None", "null", "NULL", "<NA>"})  # how tables write a missing value
 MAX_PLACES = 10  # rows named in a note
 
-USUAL_NAMES = {  # of columns in the wild, in lower case, for a suggested mapping
+USUAL_NAMES = {  # our field -> names that data sets use for it, in lower case; for a suggested mapping
     "instruction": ("instruction", "question", "query", "prompt", "problem", "input", "text"),
     "output": ("output", "answer", "response", "completion", "reply", "solution", "target"),
     "input": ("input", "context"),
@@ -23,8 +23,8 @@ USUAL_NAMES = {  # of columns in the wild, in lower case, for a suggested mappin
 }
 
 
-def usual(wanted: Iterable[str], columns: Collection[str]) -> dict[str, str]:
-    """Our names, of those that are wanted, -> the columns whose usual names say that they mean the same."""
+def columns_by_usual_name(wanted: Iterable[str], columns: Collection[str]) -> dict[str, str]:
+    """Of the wanted fields, our name -> the column with a usual name for that field. No column is used twice."""
     free = {name.strip().lower(): name for name in reversed(list(columns))}
     found: dict[str, str] = {}
     for ours in wanted:
@@ -36,11 +36,11 @@ def usual(wanted: Iterable[str], columns: Collection[str]) -> dict[str, str]:
 
 @dataclass
 class Places:
-    """Rows in which the same thing was met."""
+    """The rows to which a note applies; `first` names some of them."""
 
     count: int = 0
     first: dict[str, list[int]] = field(default_factory=dict)
-    """File -> row numbers, of the first MAX_PLACES rows."""
+    """File -> row numbers, for the first MAX_PLACES rows."""
 
     def add(self, file: str, number: int) -> None:
         self.count += 1
@@ -57,59 +57,63 @@ class Places:
 
 @dataclass
 class Notes:
-    """What was met while rows were read. said: what some rows do -> these rows."""
+    """What was noticed while rows were read.
 
-    said: dict[str, Places] = field(default_factory=dict)
+    remarks: text of a note -> its rows. unused: columns, in order. mapping: our field -> an unused column for it.
+    """
+
+    remarks: dict[str, Places] = field(default_factory=dict)
     unused: dict[str, None] = field(default_factory=dict)
     mapping: dict[str, str] = field(default_factory=dict)
     no_input: Places = field(default_factory=Places)
     no_text: Places = field(default_factory=Places)
 
-    def columns(self, columns: Collection[str], used: Collection[str], could: Iterable[str]) -> None:
-        """A file's columns, those that its format reads, and the fields of the format that it has no column for."""
+    def add_columns(self, columns: Collection[str], used: Collection[str], absent: Iterable[str]) -> None:
+        """A file's columns, those that its format reads, and the format's fields that have no column."""
         unused = [name for name in columns if name not in used]
         self.unused |= dict.fromkeys(unused)
-        self.mapping |= usual(could, unused)
+        self.mapping |= columns_by_usual_name(absent, unused)
 
-    def row(self, file: str, number: int, record: Mapping[str, object], names: Collection[str]) -> None:
-        """A row of which the fields `names` are read."""
+    def add_row(self, file: str, number: int, record: Mapping[str, object], names: Collection[str]) -> None:
+        """A row, and the names of its fields that are read."""
         for name in names:
             value = record.get(name)
             if value and any(len(text) <= 8 and text.strip() in NO_TEXTS for text in _texts(value)):
                 self.no_text.add(file, number)
                 return
 
-    def say(self, what: str, file: str, number: int) -> None:
-        self.said.setdefault(what, Places()).add(file, number)
+    def add_remark(self, text: str, file: str, number: int) -> None:
+        self.remarks.setdefault(text, Places()).add(file, number)
 
-    def told(self) -> list[str]:
+    def lines(self) -> list[str]:
+        """All notes, a line each."""
         notes = []
         if self.unused:
             names = [printable(name) or excerpt(name) for name in self.unused]
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-            hint = f"; to use what is there: {mapped(self.mapping)}" if self.mapping else ""
+            hint = f"; to use them: {column_overrides(self.mapping)}" if self.mapping else ""
             notes.append(f"not used: {', '.join(names[:20])}{more}{hint}")
         if self.no_input.count:
             notes.append(f"{NO_INPUT} is read as no input in {_rows(self.no_input)}")
         if self.no_text.count:
             notes.append(
-                f'"nan", "None" or "null" is a whole text, learnt as it stands, in {_rows(self.no_text)}. '
-                "Delete these rows if it means that there was no text"
+                f'"nan", "None" or "null" is a whole text, and is learnt as written, in {_rows(self.no_text)}. '
+                "Delete these rows if it means that the text is missing"
             )
-        return notes + [f"{_rows(places)}: {what}" for what, places in self.said.items()]
+        return notes + [f"{_rows(places)}: {what}" for what, places in self.remarks.items()]
 
 
 def _rows(places: Places) -> str:
     return f"{places.count} row{'s' if places.count > 1 else ''} ({places})"
 
 
-def mapped(columns: Mapping[str, str]) -> str:
-    """Overrides that map columns, as a shell takes them."""
+def column_overrides(columns: Mapping[str, str]) -> str:
+    """Overrides that map columns, quoted for a shell."""
     return " ".join(shlex.quote(f"data.columns.{ours}={printable(name)}") for ours, name in columns.items())
 
 
 def _texts(value: object) -> Sequence[str]:
-    """The texts of a field: itself, or those of its turns."""
+    """The texts in a field: the value itself, or the texts of its turns."""
     if isinstance(value, str):
         return (value,)
     turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []

@@ -1,8 +1,8 @@
-"""Files become records: pairs of a row's number, by which the user finds it, and its value, not yet judged.
+"""Reads data files into records: pairs of a row number, by which the user finds the row, and its unchecked value.
 
-In goes a JSON, JSON-lines, CSV, Parquet or Arrow file, packed or not. One that isn't what it claims to be is refused at
-once; a row that can't be read becomes a `Flaw`, so that the others can still be judged. Nothing is read without a
-bound: neither a line nor a JSON value that would fill the memory.
+Input is a JSON, JSON-lines, CSV, Parquet or Arrow file, compressed or not. A file that isn't what its name says is
+refused at once. A row that can't be read becomes a `Flaw`, so that the other rows can still be checked. Every read has
+a limit, so that neither a long line nor a large JSON value fills the memory.
 """
 
 import codecs
@@ -10,22 +10,22 @@ import csv
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huarizo.data.columnar import read_columnar
 from huarizo.data.discovery import check_columns_differ, enumerated, excerpt, refusal, shown, told, unknown_kind
-from huarizo.data.notes import USUAL_NAMES, usual
+from huarizo.data.notes import USUAL_NAMES, columns_by_usual_name
 from huarizo.data.unpack import is_packed, opened
 from huarizo.errors import DataError
 from huarizo.hub.data_files import SUFFIXES, suffix_of
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
-VALUE, OBJECT = 80, 250  # bytes of a value in a list or object, and of an object in itself, at most
+VALUE_BYTES, OBJECT_BYTES = 80, 250  # upper bounds in memory: a value in a list or object, an object itself
 
-DISGUISES = (  # how the file begins, what it is, what to do
+DISGUISES = (  # first bytes of the file, what it really is, remedy
     (b"\x1f\x8b", "is packed with gzip", "Unpack it first: gunzip < FILE > NEW_FILE"),
     (b"PK\x03\x04", "is a ZIP archive (or an Excel file)", "Unpack it first, or save the sheet as CSV"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the data", "Fetch the data: git lfs pull"),
@@ -34,7 +34,7 @@ DISGUISES = (  # how the file begins, what it is, what to do
     (b"<html", "is a web page", "Download the file itself (the 'raw' or 'resolve' link)"),
     (b"\0\0\0\0", "begins with zero bytes, so it was never written completely", "Copy or download it again"),
 )
-ENCODINGS = (  # byte order marks; the longer ones first
+ENCODINGS = (  # byte order marks, longest first
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -42,12 +42,12 @@ ENCODINGS = (  # byte order marks; the longer ones first
 )
 
 CSV_REMEDY = 'Put cells with line breaks or quotation marks between quotation marks, and double those inside: "a ""b"""'
-JSON_REMEDIES = (  # how the message of the json module begins, what to do
+JSON_REMEDIES = (  # beginning of the json module's message, remedy
     ("Invalid control character", "Write line breaks and tabs inside texts as \\n and \\t"),
     ("Invalid \\", "Write a backslash inside a text as \\\\"),
     ("Expecting property name", "Put names between double quotes, and no comma after the last one"),
     ("Illegal trailing comma", "Delete the comma before the closing bracket"),
-    ("Expecting ',' delimiter", 'Part values by commas, and write quotation marks inside texts as \\"'),
+    ("Expecting ',' delimiter", 'Separate values with commas, and write quotation marks inside texts as \\"'),
     ("Unterminated string", 'Close the text with a quotation mark, and write those inside it as \\"'),
 )
 
@@ -55,27 +55,28 @@ Record = tuple[int, object]
 
 
 class Flaw(NamedTuple):
-    """What is wrong in a row: the field ("" for the whole row), what it is, and how to mend it."""
+    """What is wrong with a row: the field ("" for the whole row), the problem, and the remedy."""
 
     field: str
     what: str
     remedy: str
 
 
-class Doubled(dict[str, Any]):
-    """A JSON object in which names stand more than once; `repeated` holds these names and how often."""
+class RepeatedNames(dict[str, object]):
+    """A JSON object in which names occur more than once. `repeated` maps each such name to its count."""
 
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+    def __init__(self, pairs: list[tuple[str, object]]) -> None:
         super().__init__(pairs)
         self.repeated = {name: count for name, count in Counter(name for name, _ in pairs).items() if count > 1}
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
-    return value if len(value) == len(pairs) else Doubled(pairs)
+    return value if len(value) == len(pairs) else RepeatedNames(pairs)
 
 
 def _integer(digits: str) -> int | float:
+    """The number; a float where Python refuses to convert so many digits."""
     return int(digits) if len(digits) < 4000 else float(digits)
 
 
@@ -83,13 +84,16 @@ parse_json = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer).dec
 
 
 def read_records(path: Path, wanted: Collection[str], is_row: Callable[[Collection[str]], bool]) -> Iterator[Record]:
-    """Row numbers and values of one file. For JSON lines and CSV the number is that of the row's first line.
+    """The row numbers and values of one file. In JSON lines and CSV the number is that of the row's first line.
 
-    wanted: the columns that will be looked at; a Parquet file's others are given as None.
-    is_row: whether these are the fields of a row, which tells an object that is one from one that holds a list of them.
+    Args:
+        path: the file.
+        wanted: the columns that will be used; other columns of a Parquet or Arrow file are given as None.
+        is_row: whether these field names make a row. It distinguishes an object that is a row from one that holds a
+            list of rows.
 
     Raises:
-        DataError: the file can't be read as what its name says, at once or on the way.
+        DataError: the file can't be read as what its name says, at once or during iteration.
     """
     if suffix_of(path.name) not in SUFFIXES:
         raise unknown_kind(path)
@@ -134,7 +138,7 @@ def _iconv(path: Path, encoding: str) -> str:
 
 
 def _decode(path: Path, data: bytes, offset: int = 0, line: int = 1) -> str:
-    """UTF-8 text of bytes that begin at `offset` of the file, in line `line`."""
+    """Decode UTF-8 bytes that begin at byte `offset` of the file, in line `line`."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -152,7 +156,7 @@ def _decode(path: Path, data: bytes, offset: int = 0, line: int = 1) -> str:
 
 
 def _is_lines(head: bytes, suffix: str) -> bool:
-    """Whether a JSON file holds one value a line, whatever its name says."""
+    """Whether a JSON file holds one value per line, whatever its name says."""
     first, _, rest = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     first = first.rstrip()
     if suffix == ".json":
@@ -172,7 +176,7 @@ def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterato
         data = file.read(JSON_LIMIT + 1)
     if len(data) > JSON_LIMIT:
         raise _too_large(path, f"more than {JSON_LIMIT / 2**30:.1f} GiB")
-    if _unfolded(data) > available_memory(torch.device("cpu")):
+    if _parsed_size(data) > available_memory(torch.device("cpu")):
         raise _too_large(path, f"{len(data) / 2**30:.1f} GiB")
     size, text = len(data), _decode(path, data).removeprefix("\ufeff")
     del data
@@ -185,11 +189,11 @@ def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterato
     return enumerate(_list_of_rows(path, value, is_row), start=1)
 
 
-def _unfolded(data: bytes) -> int:
-    """How many bytes a JSON text takes at most, decoded and as Python's values: nested lists take 23 times its size."""
+def _parsed_size(data: bytes) -> int:
+    """An upper bound in bytes on a JSON text decoded and parsed into Python values (23 times its size if all lists)."""
     texts = (2 if data.isascii() else 5) * len(data)
     values = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
-    return texts + VALUE * values + OBJECT * data.count(b"{")
+    return texts + VALUE_BYTES * values + OBJECT_BYTES * data.count(b"{")
 
 
 def _too_large(path: Path, size: str) -> DataError:
@@ -202,7 +206,7 @@ def _too_large(path: Path, size: str) -> DataError:
 
 
 def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
-    """Whether a JSON text is wrong only in that it ends too early."""
+    """Whether a JSON text is invalid only because it ends too early."""
     text = text.strip()
     if not text.startswith(("[", "{")):
         return False
@@ -220,7 +224,7 @@ def _broken_json(path: Path, text: str, size: int, error: json.JSONDecodeError) 
     what = f"is not JSON: {_reason(error)}, line {error.lineno}, column {error.colno}, near {around!r}"
     if error.msg == "Extra data":
         return refusal(path, what, "Put the rows into one list, [row, row], or one on each line of a .jsonl file")
-    return refusal(path, what, _json_remedy(error, "Mend it there, or write the file anew with a JSON library"))
+    return refusal(path, what, _json_remedy(error, "Fix it there, or rewrite the file with a JSON library"))
 
 
 def _json_remedy(error: json.JSONDecodeError, otherwise: str) -> str:
@@ -247,33 +251,36 @@ def _list_of_rows(path: Path, value: object, is_row: Callable[[Collection[str]],
         value = [value]
     if not isinstance(value, list):
         remedy = 'Write a list of rows: [{"instruction": "...", "output": "..."}]'
-        raise refusal(path, f"holds a single JSON {_scalar(value)}, not a list of rows", remedy)
+        raise refusal(path, f"holds a single JSON {_kind_of_scalar(value)}, not a list of rows", remedy)
     if not value:
         raise refusal(path, "is an empty list", "Write rows into it, or download it again")
     return value
 
 
-def _columns_of(value: dict[str, Any], is_row: bool) -> dict[str, list[object]] | None:
-    """The columns of an object that holds a table: lists, or objects by row number as pandas writes them.
+def _columns_of(value: Mapping[str, object], is_row: bool) -> dict[str, list[object]] | None:
+    """The columns of an object that is a table: lists, or objects by row number as pandas writes them. None if not one.
 
-    Turns are lists too, but of objects; and one list alone is a column only where it is a field of a row.
+    A list of turns is no column, because it holds objects. A single list is a column only if it is a field of a row.
     """
-    inner = list(value.values())
-    if len(inner) > 1 and all(isinstance(each, dict) and each.keys() == inner[0].keys() for each in inner):
-        return {name: list(each.values()) for name, each in value.items()} if inner[0] else None
-    if not inner or not all(isinstance(each, list) for each in inner):
+    objects = {name: inner for name, inner in value.items() if isinstance(inner, dict)}
+    if len(value) > 1 and len(objects) == len(value):
+        keys = next(iter(objects.values())).keys()
+        if all(inner.keys() == keys for inner in objects.values()):
+            return {name: list(inner.values()) for name, inner in objects.items()} if keys else None
+    lists = {name: inner for name, inner in value.items() if isinstance(inner, list)}
+    if not value or len(lists) < len(value):
         return None
-    if not is_row and not usual(USUAL_NAMES, value):
+    if not is_row and not columns_by_usual_name(USUAL_NAMES, value):
         return None
-    if any(isinstance(cell, dict) for column in inner for cell in column):
+    if any(isinstance(cell, dict) for column in lists.values() for cell in column):
         return None
-    if len(inner) == 1 and not (is_row and _is_column(*value.items())):
+    if len(lists) == 1 and not (is_row and _is_column(*lists.items())):
         return None
-    return dict(value)
+    return lists
 
 
 def _is_column(named: tuple[str, list[object]]) -> bool:
-    """Whether an object's only list is a column. A conversation is a list itself, a column of them a list of lists."""
+    """Whether an object's only list is a column. A column of conversations is a list of lists."""
     name, cells = named
     return bool(cells) and (name not in ("conversations", "messages") or all(isinstance(cell, list) for cell in cells))
 
@@ -281,20 +288,20 @@ def _is_column(named: tuple[str, list[object]]) -> bool:
 def _rows_of_columns(path: Path, columns: dict[str, list[object]]) -> Sequence[object]:
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{excerpt(name)} {length}" for name, length in list(lengths.items())[:20])
-        raise refusal(path, f"has columns of different lengths: {told}", "Give every column a value for each row")
+        counts = ", ".join(f"{excerpt(name)} {length}" for name, length in list(lengths.items())[:20])
+        raise refusal(path, f"has columns of different lengths: {counts}", "Give every column a value for each row")
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     if not rows:
         raise refusal(path, "has columns without a row", "Write rows into it, or download it again")
     return rows
 
 
-def _scalar(value: object) -> str:
+def _kind_of_scalar(value: object) -> str:
     return "null" if value is None else "string" if isinstance(value, str) else "number or truth value"
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends. A line ends at a line feed only, so that other separators stay inside texts."""
+    """The lines, with their line ends. Only a line feed ends a line; other separators stay inside texts."""
     with told(path), opened(path) as file:
         number, offset = 1, 0
         while line := file.readline(LINE_LIMIT + 1):
@@ -329,7 +336,7 @@ def _broken_line(line: str, error: json.JSONDecodeError) -> Flaw:
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
-    """Rows of a CSV or TSV file as objects of strings."""
+    """The rows of a CSV or TSV file as dicts of strings."""
     previous = csv.field_size_limit(LINE_LIMIT)
     try:
         reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
@@ -350,7 +357,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
             if header is None:
                 header = _header(path, cells, delimiter)
             else:
-                yield number, _cells(header, cells, delimiter)
+                yield number, _row_of_cells(header, cells, delimiter)
     finally:
         csv.field_size_limit(previous)
 
@@ -372,13 +379,13 @@ def _header(path: Path, cells: list[str], delimiter: str) -> list[str]:
     header = [cell.strip() for cell in cells]
     other = next((mark for mark in (",", ";", "\t", "|") if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and other:
-        what = f"has one column, {excerpt(header[0])}, which seems to be parted by {other!r}"
+        what = f"has one column, {excerpt(header[0])}, which seems to be separated by {other!r}"
         raise refusal(path, what, "Save it with commas as .csv, or with tabs as .tsv")
     check_columns_differ(path, header)
     return header
 
 
-def _cells(header: list[str], cells: list[str], delimiter: str) -> object:
+def _row_of_cells(header: list[str], cells: list[str], delimiter: str) -> object:
     if len(cells) == len(header):
         return dict(zip(header, cells, strict=True))
     mark = "tabs" if delimiter == "\t" else "commas"
@@ -386,6 +393,6 @@ def _cells(header: list[str], cells: list[str], delimiter: str) -> object:
     remedy = (
         f"Put texts with {mark} between quotation marks"
         if more
-        else f"Add the missing ones; empty cells are parted by {mark} too"
+        else f"Add the missing ones; empty cells are separated by {mark} too"
     )
     return Flaw("", f"has {len(cells)} cells where the header has {len(header)}", remedy)

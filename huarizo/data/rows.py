@@ -1,8 +1,9 @@
-"""Files of rows become conversations that can be trained on, and a list of what is wrong with the rest.
+"""Reads data files into conversations to train on, and a list of problems with the other rows.
 
-In go paths: JSON, JSON-lines, CSV, Parquet or Arrow files, or folders of them, in Alpaca, ShareGPT, messages or
-prompt/completion format, detected by its fields. Out come `Row`s, texts kept byte for byte, and `Problem`s that name
-file, row, field and remedy; all rows are judged before anything loads, so that a user mends all mistakes at once.
+Input is JSON, JSON-lines, CSV, Parquet or Arrow files, or folders of them, in Alpaca, ShareGPT, messages,
+prompt/completion or text format, recognised by the fields. Output is `Row`s, with texts kept byte for byte, and
+`Problem`s that name file, row, field and remedy. All rows are checked before a model loads, so that a user can fix all
+mistakes at once.
 """
 
 import difflib
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from huarizo.data.discovery import data_files, enumerated, excerpt, refusal, shown
-from huarizo.data.fields import Fields, kind_of, report_doubled
+from huarizo.data.fields import Fields, kind_of, report_repeated_names
 from huarizo.data.formats import FORMATS, OUR_FIELDS, Format, read_row
-from huarizo.data.notes import NO_INPUT, Notes, mapped, usual
+from huarizo.data.notes import NO_INPUT, Notes, column_overrides, columns_by_usual_name
 from huarizo.data.records import Flaw, Record, read_records
 from huarizo.data.turns import Exchange
 from huarizo.errors import DataError, listed
@@ -24,17 +25,17 @@ from huarizo.files import write_whole
 from huarizo.hub.data_files import suffix_of
 
 MAX_PROBLEMS = 10_000  # kept; further ones are only counted
-MAX_LISTED = 20  # problems told in an error
-PEEK = 1000  # rows whose fields decide on the format
+MAX_LISTED = 20  # problems listed in an error
+PEEK = 1000  # rows whose fields determine the format
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One conversation, or one plain text.
 
-    file: as shown to the user; number: of the row, from 1, or of its first line in JSON-lines and CSV files;
-    system: "" when absent; exchanges: at least one, none where there is a text; tools: as JSON, "" when absent;
-    text: trained on as it is, "" for a conversation.
+    file: as shown to the user. number: of the row, from 1; in JSON-lines and CSV files, of its first line.
+    system: "" if absent. exchanges: at least one, unless there is a text. tools: a JSON list, "" if absent.
+    text: trained on as it is; "" for a conversation.
     """
 
     file: str
@@ -47,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong in a row and how to mend it. `field` is "" where it is the row; places in lists count from 0."""
+    """What is wrong with a row and how to fix it. `field` is "" for the whole row; indices in lists start at 0."""
 
     file: str
     number: int
@@ -62,9 +63,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was read. format: alpaca | sharegpt | messages | prompt-completion | text, or several, parted by commas.
+    """The result of reading files.
 
-    notes: what is worth knowing of the rows that can be used.
+    format: alpaca | sharegpt | messages | prompt-completion | text, or several of them, separated by commas.
+    notes: remarks on the rows that can be used.
     problems: the first 10,000; problem_count and bad_row_count count all of them.
     """
 
@@ -77,18 +79,18 @@ class Rows:
     bad_row_count: int = 0
 
 
-def _names(columns: Mapping[str, str]) -> dict[str, str]:
-    """Our names -> those in the file. A column that another field is mapped to is no longer its own field."""
+def _column_names(columns: Mapping[str, str]) -> dict[str, str]:
+    """Our field name -> its name in the file. A column that another field is mapped to is no longer its own field."""
     taken = set(columns.values())
     return dict(columns) | {name: name for name in OUR_FIELDS if name not in columns and name not in taken}
 
 
-def _fitting(fields: Collection[str], columns: Mapping[str, str], formats: Mapping[str, Format]) -> str | None:
-    """The format whose required fields are all there and that has all mapped fields."""
-    names = _names(columns)
+def _matching_format(fields: Collection[str], columns: Mapping[str, str], formats: Mapping[str, Format]) -> str | None:
+    """The first format that has all mapped fields and whose required fields are all present."""
+    names = _column_names(columns)
     for name, each in formats.items():
-        mapped = columns.keys() <= {*each.required, *each.optional}
-        if mapped and all(names.get(required) in fields for required in each.required):
+        has_mapped = columns.keys() <= {*each.required, *each.optional}
+        if has_mapped and all(names.get(required) in fields for required in each.required):
             return name
     return None
 
@@ -112,29 +114,29 @@ def _no_format(path: Path, fields: Collection[str], columns: Mapping[str, str]) 
         if name not in fields:
             what = f"has no column {excerpt(name)} (data.columns.{ours}).{_near(name, fields)}"
             return DataError(f"{shown(path)}: {what} The columns are: {enumerated(fields)}.")
-    mapping = _mapping(fields)
+    overrides = _suggested_overrides(fields)
     header = "Name them in the first line" if suffix_of(path.name).startswith((".csv", ".tsv")) else "Rename the fields"
     known = "; ".join(f"{name}: {' and '.join(each.required)}" for name, each in FORMATS.items())
     return refusal(
         path,
-        f"fits no format. Its fields are: {enumerated(fields)}. Needed are, for {known}",
-        f"{header}, or say which is which, like: {mapping}",
+        f"fits no format. Its fields are: {enumerated(fields)}. Required fields are, for {known}",
+        f"{header}, or say which is which, like: {overrides}",
     )
 
 
-def _mapping(fields: Collection[str]) -> str:
-    """Overrides that would make a format of these columns, or an example of them."""
-    guesses = usual(("instruction", "output", "input", "system"), fields)
+def _suggested_overrides(fields: Collection[str]) -> str:
+    """Overrides that would make these columns fit a format, or an example of such overrides."""
+    guesses = columns_by_usual_name(("instruction", "output", "input", "system"), fields)
     if not guesses.keys() >= {"instruction", "output"}:
-        turns = usual(("messages", "system"), fields)
+        turns = columns_by_usual_name(("messages", "system"), fields)
         guesses = turns if "messages" in turns else {}
     guesses = {ours: name for ours, name in guesses.items() if name != ours}
-    return mapped(guesses or {"instruction": "question", "output": "answer"})
+    return column_overrides(guesses or {"instruction": "question", "output": "answer"})
 
 
 @dataclass
 class _Reading:
-    """Rows and problems as they come in."""
+    """Collects rows, notes and problems while files are read."""
 
     columns: Mapping[str, str]
     formats: Mapping[str, Format]
@@ -144,35 +146,35 @@ class _Reading:
     problem_count: int = 0
     bad_row_count: int = 0
 
-    def file(self, path: Path) -> str:
-        """Read one file and return its format."""
-        names = _names(self.columns)
+    def read_file(self, path: Path) -> str:
+        """Read one file. Returns the name of its format."""
+        names = _column_names(self.columns)
         records = read_records(path, set(names.values()), lambda fields: self.format_of(fields) is not None)
         first, fields = _peek(records)
         if not first:
             raise refusal(path, "has no rows", "Write rows into it, or leave it out")
         file = shown(path)
         if fields is None:
-            problems = [str(Problem(file, number, *_no_object(value))) for number, value in first[:MAX_LISTED]]
-            raise DataError(f"{file}: has no row that can be read.\n{_told(problems, len(first))}")
+            problems = [str(Problem(file, number, *_flaw_of_non_object(value))) for number, value in first[:MAX_LISTED]]
+            raise DataError(f"{file}: has no row that can be read.\n{_problem_list(problems, len(first))}")
         format = self.format_of(fields)
         if format is None or not fields.keys() >= set(self.columns.values()):
             raise _no_format(path, fields, self.columns)
         chosen = self.formats[format]
         ours = (*chosen.required, *chosen.optional)
         used = [names[each] for each in ours if each in names]
-        self.notes.columns(fields, used, [each for each in ours if names.get(each) not in fields])
+        self.notes.add_columns(fields, used, [each for each in ours if names.get(each) not in fields])
         for number, value in itertools.chain(first, records):
             if isinstance(value, dict):
-                value = self.without_no_input(file, number, value, names.get("input"))
-                self.notes.row(file, number, value, used)
-            self.record(file, number, value, names, chosen)
+                value = self.replace_no_input(file, number, value, names.get("input"))
+                self.notes.add_row(file, number, value, used)
+            self.add_record(file, number, value, names, chosen)
         return format
 
-    def without_no_input(
+    def replace_no_input(
         self, file: str, number: int, record: dict[str, object], name: str | None
     ) -> dict[str, object]:
-        """The record; where its input only says that there is none, that becomes "" and is noted."""
+        """The record, with an input of `<noinput>` replaced by "" and noted."""
         text = record.get(name) if name is not None else None
         if name is None or not isinstance(text, str) or text.strip().lower() != NO_INPUT:
             return record
@@ -181,38 +183,39 @@ class _Reading:
         return record
 
     def format_of(self, fields: Collection[str]) -> str | None:
-        return _fitting(fields, self.columns, self.formats)
+        return _matching_format(fields, self.columns, self.formats)
 
-    def record(self, file: str, number: int, value: object, names: Mapping[str, str], format: Format) -> None:
+    def add_record(self, file: str, number: int, value: object, names: Mapping[str, str], format: Format) -> None:
+        """One record becomes a row, is left out with a note, or adds problems."""
         if isinstance(value, dict):
             fields = Fields(value, names)
-            report_doubled(fields, value)
+            report_repeated_names(fields, value)
             conversation = read_row(fields, format)
             if fields.left_out:
-                self.notes.say(fields.left_out, file, number)
+                self.notes.add_remark(fields.left_out, file, number)
                 return
             if not fields.flaws:
                 self.rows.append(Row(file, number, *conversation))
                 for note in fields.notes:
-                    self.notes.say(note, file, number)
+                    self.notes.add_remark(note, file, number)
                 return
             flaws = fields.flaws
         else:
-            flaws = [_no_object(value)]
+            flaws = [_flaw_of_non_object(value)]
         self.bad_row_count += 1
         self.problem_count += len(flaws)
         room = max(0, MAX_PROBLEMS - len(self.problems))
         self.problems.extend(Problem(file, number, *flaw) for flaw in flaws[:room])
 
 
-def _no_object(value: object) -> Flaw:
+def _flaw_of_non_object(value: object) -> Flaw:
     if isinstance(value, Flaw):
         return value
     return Flaw("", f"is {kind_of(value)}, not an object", 'Write an object: {"instruction": "...", "output": "..."}')
 
 
 def _peek(records: Iterator[Record]) -> tuple[list[Record], dict[str, None] | None]:
-    """The first records, and the fields of the objects among them in order; None where there is no object."""
+    """The first records, and the field names of the objects among them, in order; None if there is no object."""
     first: list[Record] = []
     fields: dict[str, None] | None = None
     objects = 0
@@ -230,24 +233,27 @@ def _peek(records: Iterator[Record]) -> tuple[list[Record], dict[str, None] | No
 def read_rows(
     path: Path | Sequence[Path], columns: Mapping[str, str] | None = None, formats: Mapping[str, Format] = FORMATS
 ) -> Rows:
-    """Read all rows of a file or folder, or of several, each file in its own format.
+    """Read all rows of one or more files or folders, each file in its own format.
 
-    Bad rows become problems; nothing is said of them yet (see `require_good`).
+    Bad rows become problems; call `require_good` to refuse them.
 
-    columns: our field name -> its name in the file, where they differ.
-    formats: `QUESTIONS` also takes rows without an answer.
+    Args:
+        path: files and folders.
+        columns: our field name -> its name in the file, for those that differ.
+        formats: the formats to recognise; `QUESTIONS` also accepts rows without an answer.
 
     Raises:
-        DataError: a file can't be read at all, no format fits it, or `columns` names what is not there.
+        DataError: a file can't be read at all, no format fits it, or `columns` names a field or column that doesn't
+            exist.
     """
     reading = _Reading(dict(columns or {}), formats)
     _check_columns(reading.columns)
     paths = [path] if isinstance(path, Path) else path
     files = [file for each in paths for file in data_files(each)]
-    found = dict.fromkeys(reading.file(file) for file in files)
+    found = dict.fromkeys(reading.read_file(file) for file in files)
     return Rows(
         reading.rows, reading.problems, ", ".join(found), files,
-        reading.notes.told(), reading.problem_count, reading.bad_row_count,
+        reading.notes.lines(), reading.problem_count, reading.bad_row_count,
     )  # fmt: skip
 
 
@@ -255,7 +261,7 @@ def require_good(rows: Rows, on_bad_row: Literal["fail", "skip"]) -> list[Row]:
     """The good rows.
 
     Raises:
-        DataError: there are bad rows and `on_bad_row` is fail, or no good row is left. The problems are listed.
+        DataError: there are bad rows and `on_bad_row` is "fail", or no good row is left. It lists the problems.
     """
     if rows.rows and (on_bad_row == "skip" or not rows.problems):
         return rows.rows
@@ -263,20 +269,20 @@ def require_good(rows: Rows, on_bad_row: Literal["fail", "skip"]) -> list[Row]:
         raise DataError("no row is left to train on: " + "; ".join(rows.notes))
     total = len(rows.rows) + rows.bad_row_count
     problems = [str(problem) for problem in rows.problems[:MAX_LISTED]]
-    head = f"{rows.bad_row_count} of {total} rows can't be used:\n{_told(problems, rows.problem_count)}\n"
+    head = f"{rows.bad_row_count} of {total} rows can't be used:\n{_problem_list(problems, rows.problem_count)}\n"
     if not rows.rows:
-        raise DataError(f"{head}No good row is left. Mend them in the file.")
-    raise DataError(f"{head}Mend them in the file, or leave them out: data.on_bad_row=skip")
+        raise DataError(f"{head}No good row is left. Fix them in the file.")
+    raise DataError(f"{head}Fix them in the file, or leave them out: data.on_bad_row=skip")
 
 
-def _told(problems: Sequence[str], count: int) -> str:
-    """The first of `count` problems, and how many more there are."""
+def _problem_list(problems: Sequence[str], count: int) -> str:
+    """The first problems of `count`, one per line, and how many more there are."""
     more = f"\n  ... and {count - len(problems)} more" if count > len(problems) else ""
     return listed(problems, MAX_LISTED) + more
 
 
 def write_skipped(problems: Iterable[Problem], target: Path) -> None:
-    """Write problems as JSON lines: file, row, field, what, remedy."""
+    """Write problems as JSON lines with the keys file, row, field, what and remedy."""
     lines = []
     for problem in problems:
         values = asdict(problem)

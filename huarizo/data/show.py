@@ -1,4 +1,4 @@
-"""Rows as the model sees them: what it reads, what it learns, and how many tokens each has."""
+"""Prints rows as the model sees them: what it reads, what it learns, and how many tokens each has."""
 
 from itertools import groupby
 
@@ -10,9 +10,9 @@ from huarizo.data.tokens import IGNORED
 
 
 def show_examples(console: Console, data: Data, count: int) -> None:
-    """Print what is to be known of the data, then the first `count` rows.
+    """Print the notes on the data, then the first `count` examples.
 
-    Learnt text is green; where there are no colours it stands between « and ».
+    Learnt text is green; without colours it is put between « and ».
     """
     tokenizer = data.encoder.tokenizer
     for note in data.notes:
@@ -20,9 +20,10 @@ def show_examples(console: Console, data: Data, count: int) -> None:
     console.print(
         Text.assemble("read by the model, ", ("learnt by the model", "green"), " (between « and » without colours)")
     )
-    for example in data.train.dataset.select(range(min(count, len(data.train.dataset)))):
-        row = data.rows[example["row"]]
-        tokens = list(zip(example["input_ids"], example["labels"], strict=True))
+    columns = data.train.dataset[:count]
+    for index, input_ids, labels in zip(columns["row"], columns["input_ids"], columns["labels"], strict=True):
+        row = data.rows[index]
+        tokens = list(zip(input_ids, labels, strict=True))
         learnt = sum(label != IGNORED for _, label in tokens)
         console.print(
             Text(f"\n--- {row.file}, row {row.number}: {len(tokens)} tokens, {learnt} of them learnt", "bold")

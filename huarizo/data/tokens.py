@@ -1,7 +1,7 @@
-"""Pieces of text become token ids and labels, kept in a memory-mapped Arrow file that is keyed by its content.
+"""Tokenises pieces of text into ids and labels, and caches them in a memory-mapped Arrow file keyed by its content.
 
-A row is tokenised piece by piece, so that a training prompt has exactly the ids that the same prompt has when the
-model is asked: no token ever spans the border between prompt and response. Labels are -100 wherever nothing is learnt.
+A row is tokenised piece by piece, so that a training prompt has exactly the ids that the same prompt has at inference:
+no token spans the border between prompt and response. Labels are -100 for tokens that are not learnt.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -24,15 +24,25 @@ from huarizo.errors import DataError, ModelError
 from huarizo.files import remove_leftovers, told, write_whole
 from huarizo.sandbox.reading import interruptible, open_file
 
-IGNORED = -100
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from typing_extensions import Buffer
+
+    from huarizo.data.templates import Tokenizer
+
+Labels = Literal["auto", "response", "all"]
+IGNORED = -100  # label of a token that is not learnt
 CHUNK = 1000  # rows tokenised in one call
-LAYOUT = 3  # of the cached file; part of its key
+LAYOUT = 3  # version of the cached file's layout; part of its key
 DAY = 86400  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation as the model sees it: `input_ids` and `labels` of the same length; -100 = not learnt."""
+    """One conversation as the model sees it.
+
+    input_ids: [L] token ids. labels: [L], the same ids, or -100 where a token is not learnt. L is at most `max_length`.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -40,30 +50,32 @@ class Example:
 
 
 class Encoder:
-    """Tokenises conversations for training, and prompts for generation, with the same code.
+    """Tokenises conversations for training and prompts for generation, with the same code.
 
     Args:
         tokenizer: a Transformers tokenizer.
         prompt: the prompt format.
-        labels: `response` learns responses and their stop token, `all` learns every token but the first; `auto` is
-            `response` for conversations and `all` for plain texts. An answer that is only to be read never is learnt.
-        max_length: tokens; what is beyond is cut.
+        labels: `response` learns responses and their stop tokens; `all` learns every token but the first; `auto` is
+            `response` for conversations and `all` for plain texts. An answer that is only read is never learnt.
+        max_length: in tokens; longer examples are cut.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: "Tokenizer",
         prompt: PromptFormat,
-        labels: Literal["auto", "response", "all"] = "auto",
+        labels: Labels = "auto",
         max_length: int = 512,
     ) -> None:
-        self.tokenizer, self.prompt, self.max_length = tokenizer, prompt, max_length
-        self.labels: Literal["auto", "response", "all"] = labels
-        self.stop_id: int | None = tokenizer.convert_tokens_to_ids(prompt.stop) if prompt.stop else None
-        (first,) = self._encoded(["a"])
-        self._bos = tokenizer.bos_token_id if first[:1] == [tokenizer.bos_token_id] else None
-        # SentencePiece writes a space before a text; a continuation has none. A line break, which never merges with
-        # what follows it, stands in front while it is tokenised and is taken off again.
+        self.tokenizer: Any = tokenizer  # Transformers gives every special token and id the same union of types
+        self.prompt, self.max_length = prompt, max_length
+        self.labels: Labels = labels
+        self.stop_id: int | None = self.tokenizer.convert_tokens_to_ids(prompt.stop) if prompt.stop else None
+        (first,) = self._encode(["a"])
+        bos: int | None = self.tokenizer.bos_token_id
+        self._bos = bos if first[:1] == [bos] else None
+        # SentencePiece adds a space before a text, which a continuation must not have. So a continuation is tokenised
+        # after a line break, which never merges with what follows, and the line break is removed again.
         self._anchor = self._ids(["\n"])[0]
         if self._ids(["a"])[0] == self._ids(["\na"])[0][len(self._anchor) :]:
             self._anchor = []
@@ -74,40 +86,44 @@ class Encoder:
         return self._bos is not None
 
     def _ids(self, texts: list[str], literal: bool = False) -> list[list[int]]:
+        """Ids of each text without added special tokens. literal: special tokens in it are plain text."""
         if not texts:
             return []
-        return self._encoded(texts, add_special_tokens=False, split_special_tokens=literal)
+        return self._encode(texts, add_special_tokens=False, split_special_tokens=literal)
 
-    def _encoded(self, texts: list[str], **options: bool) -> list[list[int]]:
-        """Raises ModelError: the tokenizer gives up on a text."""
+    def _encode(self, texts: list[str], **options: bool) -> list[list[int]]:
+        """The tokenizer's ids of each text. Raises ModelError if it fails."""
         try:
             return interruptible(lambda: self.tokenizer(texts, **options)["input_ids"])
-        except Exception as error:  # whatever a foreign tokenizer sets off
+        except Exception as error:  # a foreign tokenizer may raise anything
             where = getattr(self.tokenizer, "name_or_path", "")
             raise ModelError(f"{where}: the tokenizer can't encode these texts: {error}") from None
 
     def _continuations(self, texts: list[str], literal: bool = False) -> list[list[int]]:
+        """Ids of texts that continue an earlier text."""
         if not self._anchor:
             return self._ids(texts, literal)
         return [ids[len(self._anchor) :] for ids in self._ids(["\n" + text for text in texts], literal)]
 
-    def _whole(self, texts: list[str]) -> list[list[int]]:
-        """Plain texts with the special tokens that are written in them, and those that the tokenizer puts around a
-        text, which are there once where a text brings them along."""
+    def _plain_texts(self, texts: list[str]) -> list[list[int]]:
+        """Ids of plain texts, with the special tokens written in them and those that the tokenizer adds around a text.
+
+        If a text already has the added ones, they are not repeated.
+        """
         if not texts:
             return []
         tokenizer = self.tokenizer
-        found = self._encoded(texts)
+        encoded = self._encode(texts)
         twice = [tokenizer.bos_token_id] * 2, [tokenizer.eos_token_id] * 2
-        return [ids[ids[:2] == twice[0] : len(ids) - (ids[-2:] == twice[1])] for ids in found]
+        return [ids[ids[:2] == twice[0] : len(ids) - (ids[-2:] == twice[1])] for ids in encoded]
 
-    def _tokenised(self, conversations: Sequence[list[Piece]]) -> Iterator[list[tuple[list[int], bool]]]:
-        """Each conversation as (ids, learnt) runs, in few calls of the tokenizer."""
+    def _tokenise(self, conversations: Sequence[list[Piece]]) -> Iterator[list[tuple[list[int], bool]]]:
+        """Each conversation as runs of (ids, learnt), with few calls of the tokenizer."""
         if self.labels == "all":
             conversations = [_all_learnt(pieces) for pieces in conversations]
         heads = [pieces[0] for pieces in conversations]
         firsts = iter(self._ids([piece.text for piece in heads if piece.kind != "text"]))
-        texts = iter(self._whole([piece.text for piece in heads if piece.kind == "text"]))
+        texts = iter(self._plain_texts([piece.text for piece in heads if piece.kind == "text"]))
         later = [piece for pieces in conversations for piece in pieces[1:]]
         written = iter(self._continuations([piece.text for piece in later if piece.kind in ("prompt", "opening")]))
         responses = iter(self._continuations([piece.text for piece in later if piece.kind == "response"], literal=True))
@@ -128,12 +144,15 @@ class Encoder:
         return piece.learnt and (piece.kind != "prompt" or self.labels == "all")
 
     def by_row(self, rows: Sequence[Row]) -> Iterator[list[Example] | Flaw]:
-        """For each row, in order, its examples: several where the chat template rewrites earlier turns, none where
-        nothing that is learnt lies within `max_length`. Or what is wrong with a row that the format refuses."""
+        """The examples of each row, in order, or the flaw of a row that the prompt format refuses.
+
+        A row has several examples if the chat template rewrites earlier turns, and none if it has nothing to learn
+        within `max_length`.
+        """
         iterator = iter(rows)
         while chunk := list(itertools.islice(iterator, CHUNK)):
             found = [self._conversations(row) for row in chunk]
-            every = self._tokenised([each for one in found if isinstance(one, list) for each in one])
+            every = self._tokenise([each for one in found if isinstance(one, list) for each in one])
             for one in found:
                 if isinstance(one, Flaw):
                     yield one
@@ -142,7 +161,7 @@ class Encoder:
                     yield [example for example in examples if example is not None]
 
     def encode(self, rows: Sequence[Row]) -> Iterator[Example | None]:
-        """Examples of the rows, in order; None for a row of which nothing that is learnt lies within `max_length`.
+        """Examples of the rows, in order; None for a row with nothing to learn within `max_length`.
 
         Raises:
             DataError: the prompt format refuses a row; the message names it.
@@ -172,23 +191,27 @@ class Encoder:
         return Example(kept, learnt, was_cut=len(input_ids) > self.max_length)
 
     def encode_prompt(self, system: str, turns: Sequence[Turn]) -> list[int]:
-        """Ids of a conversation whose last turn has no answer yet, as the model was trained to read it."""
-        (runs,) = self._tokenised([self.prompt.pieces(system, turns)])
+        """Ids ([L], not cut) of a conversation whose last turn has no answer yet, as they are in training."""
+        (runs,) = self._tokenise([self.prompt.pieces(system, turns)])
         return [i for ids, _ in runs for i in ids]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text outside any conversation; special tokens in it are plain text."""
+        """Ids ([L], not cut) of a text outside any conversation; special tokens in it are plain text."""
         (ids,) = self._ids([text], literal=True)
         return [self._bos, *ids] if self._bos is not None else ids
 
-    def within(self, positions: int) -> "Encoder":
-        """The same, with rows cut at the model's positions where `max_length` is more."""
+    def limited_to(self, positions: int) -> "Encoder":
+        """The same encoder, with `max_length` no more than the model's positions."""
         if self.max_length <= positions:
             return self
         return Encoder(self.tokenizer, self.prompt, self.labels, positions)
 
     def check_embedding(self, largest: int, size: int) -> None:
-        """Raises ModelError: an embedding of `size` rows has none for the token id `largest`."""
+        """Check that an embedding of `size` rows has one for the token id `largest`.
+
+        Raises:
+            ModelError: it has none.
+        """
         if largest >= size:
             raise ModelError(
                 f"the tokenizer has {self.vocabulary:,} tokens, but the model's embedding has only {size:,}, and the "
@@ -198,11 +221,11 @@ class Encoder:
 
     @property
     def vocabulary(self) -> int:
-        """How many rows an embedding for all tokens of the tokenizer has."""
+        """How many rows an embedding needs for all tokens of the tokenizer."""
         return max(self.tokenizer.get_vocab().values()) + 1
 
     def fingerprint(self) -> str:
-        """A hash of everything but the rows that decides the ids."""
+        """A hash of everything that determines the ids, except for the rows."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         parts = [
@@ -214,7 +237,7 @@ class Encoder:
 
 
 def _all_learnt(pieces: list[Piece]) -> list[Piece]:
-    """A conversation all of which is learnt, as the one text that it is; its pieces where an answer is only read."""
+    """A conversation as one learnt piece, or unchanged if an answer in it is only read."""
     if all(piece.learnt for piece in pieces) and pieces[0].kind != "text":
         return [Piece("prompt", "".join(piece.text for piece in pieces))]
     return pieces
@@ -222,25 +245,33 @@ def _all_learnt(pieces: list[Piece]) -> list[Piece]:
 
 @dataclass(frozen=True)
 class TokenisedRows:
-    """`dataset` has columns input_ids, labels (lists of int32) and row (int64, an index into the rows).
+    """The examples of a list of rows. A row may have several.
 
-    A row may have several examples. `cut` and `left_out` are indices of rows that were shortened, or had no response
-    within `max_length`; `refused` those that the prompt format can't write, and why. `largest`: of all token ids.
-    `fingerprint` is a hash of the rows and of everything else that decides the ids.
+    dataset: columns input_ids and labels (int32 lists of one length, [L]) and row (int64, an index into the rows).
+    cut: indices of rows that were shortened. left_out: indices of rows without a response within `max_length`.
+    refused: indices of rows that the prompt format can't write, and why. largest: the largest token id.
+    fingerprint: a hash of the rows and of everything else that determines the ids.
     """
 
-    dataset: Any
+    dataset: "Dataset"
     cut: list[int]
     left_out: list[int]
     fingerprint: str
     refused: dict[int, Flaw]
     largest: int
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens all examples have together."""
+        column = self.dataset.data.column("input_ids")
+        return sum(len(chunk.flatten()) for chunk in column.chunks)
+
 
 def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRows:
-    """Token ids of all rows, from the cache folder where they are there already.
+    """Tokenise all rows, or take their ids from the cache folder.
 
-    The file's name is a hash of the rows, the tokenizer and the settings; it appears whole or not at all.
+    The name of the cached file is a hash of the rows, the tokenizer and the settings. It is written whole or not at
+    all, and replaced if it is damaged.
 
     Raises:
         DataError: no row has a response within `max_length`.
@@ -253,7 +284,7 @@ def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRow
         content = (row.system, row.exchanges, row.tools, row.text)
         digest.update(repr(content).encode("utf-8", "surrogatepass"))
     path = cache / f"{digest.hexdigest()[:40]}.arrow"
-    if not _is_whole(path):
+    if not _is_intact(path):
         with told(cache):
             cache.mkdir(parents=True, exist_ok=True)
         remove_leftovers(cache, older_than=DAY)
@@ -270,7 +301,11 @@ def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRow
 
 
 def require_examples(tokenised: TokenisedRows, rows: int, max_length: int) -> None:
-    """Raises DataError: of so many rows that can be written none has a response within `max_length`."""
+    """Check that at least one example is left, of this number of rows.
+
+    Raises:
+        DataError: no row has a response within `max_length`.
+    """
     if not len(tokenised.dataset):
         raise DataError(
             f"none of the {rows} rows has any of its response within data.max_length={max_length} tokens. "
@@ -285,7 +320,7 @@ class _Hashed:
         self.file, self.digest = file, hashlib.sha256()
         self.closed = False
 
-    def write(self, data: Any) -> int:
+    def write(self, data: "Buffer") -> int:
         self.digest.update(data)
         return self.file.write(data)
 
@@ -294,13 +329,14 @@ class _Hashed:
 
 
 def _write_with_digest(file: BinaryIO, rows: Sequence[Row], encoder: Encoder) -> None:
-    """The Arrow stream, and behind its end the sha256 of all that: a damaged cache is made anew, never trained on."""
+    """Write the Arrow stream followed by its sha256, so that a damaged cache is noticed and never trained on."""
     hashed = _Hashed(file)
     _write_arrow(hashed, rows, encoder)
     file.write(hashed.digest.digest())
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
+    """Whether a cached file is there and ends with the sha256 of the rest."""
     try:
         with open_file(path) as file:
             digest, rest = hashlib.sha256(), os.fstat(file.fileno()).st_size - hashlib.sha256().digest_size
@@ -312,26 +348,30 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _write_arrow(file: Any, rows: Sequence[Row], encoder: Encoder) -> None:
+def _write_arrow(file: _Hashed, rows: Sequence[Row], encoder: Encoder) -> None:
+    """Write the dataset of `TokenisedRows`, with its other fields as JSON in the schema's metadata."""
     import pyarrow as pa
 
-    ids: list[Any] = []
-    labels: list[Any] = []
+    ids: list[np.ndarray] = []  # [L] int32 each
+    labels: list[np.ndarray] = []
     index: list[int] = []
-    facts: dict[str, Any] = {"cut": [], "left_out": [], "refused": [], "largest": encoder.stop_id or 0}
+    cut: list[int] = []
+    left_out: list[int] = []
+    refused: list[tuple[int, *tuple[str, ...]]] = []
     for number, found in enumerate(encoder.by_row(rows)):
         if isinstance(found, Flaw):
-            facts["refused"].append([number, *found])
+            refused.append((number, *found))
             continue
         if not found:
-            facts["left_out"].append(number)
+            left_out.append(number)
         if any(example.was_cut for example in found):
-            facts["cut"].append(number)
+            cut.append(number)
         for example in found:
             ids.append(np.array(example.input_ids, dtype=np.int32))
             labels.append(np.array(example.labels, dtype=np.int32))
             index.append(number)
-    facts["largest"] = max([facts["largest"], *(int(each.max()) for each in ids)])
+    largest = max([encoder.stop_id or 0, *(int(each.max()) for each in ids)])
+    facts = {"cut": cut, "left_out": left_out, "refused": refused, "largest": largest}
     tokens = pa.list_(pa.int32())
     schema = pa.schema(
         {"input_ids": tokens, "labels": tokens, "row": pa.int64()}, metadata={"huarizo": json.dumps(facts)}

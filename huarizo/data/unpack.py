@@ -1,6 +1,7 @@
-"""The bytes of a file, unpacked where its name ends in `.gz` or `.zst`, without ever holding more than is asked for.
+"""Streams the bytes of a file, decompressed if its name ends in `.gz` or `.zst`.
 
-A few packed bytes can stand for terabytes. Reading stops where the unpacked bytes are out of all proportion.
+A few compressed bytes can expand into terabytes, so only what is asked for is held, and reading stops when the output
+is out of proportion to the file.
 """
 
 import io
@@ -12,7 +13,7 @@ from huarizo.sandbox.reading import open_file
 
 CODECS: dict[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}
 UNPACKED = 2**30  # bytes that any file may unpack to
-RATIO = 200  # how many times its size a file may unpack to beyond that; text seldom exceeds 20
+RATIO = 200  # a larger file may unpack to this many times its size; text rarely exceeds 20
 
 
 def is_packed(path: Path) -> bool:
@@ -20,10 +21,10 @@ def is_packed(path: Path) -> bool:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """The file's bytes as a stream.
+    """The file's bytes as a stream, decompressed.
 
     Raises:
-        DataError: there is no such file, or, on the way, it can't be unpacked or unpacks to too much.
+        DataError: there is no such file; or, while reading, it can't be unpacked or unpacks to too much.
     """
     with told(path):
         return io.BufferedReader(_Unpacked(path), 2**16) if is_packed(path) else open_file(path)
@@ -34,7 +35,7 @@ class _Unpacked(io.RawIOBase):
         import pyarrow as pa
 
         self.path, self.codec = path, CODECS[path.suffix.lower()]
-        self.room = max(UNPACKED, RATIO * path.stat().st_size)
+        self.bytes_left = max(UNPACKED, RATIO * path.stat().st_size)
         self.stream = pa.CompressedInputStream(pa.OSFile(str(path), "rb"), self.codec)
 
     def readable(self) -> bool:
@@ -46,10 +47,10 @@ class _Unpacked(io.RawIOBase):
         except (OSError, ValueError) as error:
             what = f"can't be unpacked as {self.codec}: {excerpt(str(error), 120)}"
             raise refusal(self.path, what, "It may be cut off or damaged: download or pack it again") from None
-        self.room -= len(data)
-        if self.room < 0:
+        self.bytes_left -= len(data)
+        if self.bytes_left < 0:
             what = f"unpacks to more than {RATIO} times its size"
-            raise refusal(self.path, what, "Unpack it yourself, and look whether it is a file of rows")
+            raise refusal(self.path, what, "Unpack it yourself, and check that it is a file of rows")
         buffer[: len(data)] = data
         return len(data)
 

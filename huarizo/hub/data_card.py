@@ -1,8 +1,8 @@
-"""The configs and splits of a data set as the card beside it declares them: README.md, `configs:` in its front matter.
+"""Reads the configs and splits that a data set's card declares: README.md, `configs:` in its front matter.
 
-In goes the card's text, out come patterns of files by config and split, as the `datasets` library reads them. The card
-is foreign: only this one key is parsed, within the bounds of a recipe, and a pattern reaches no file by itself; it
-picks among names that are there.
+Input is the card's text; output is file patterns by config and split, as the `datasets` library understands them. The
+card is foreign text: only this key is parsed, within the size limits of a recipe, and a pattern only selects from given
+file names, so it can't reach any other file.
 """
 
 import re
@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -25,19 +24,19 @@ SHAPE = "Each of the `configs:` is written as {config_name: ..., data_files: [{s
 
 
 class CardError(ValueError):
-    """What a card declares can't be understood; the message says why."""
+    """The card can't be read or understood; the message says why."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Split -> patterns of its files, below `folder`; no splits where the names of the files tell them."""
+    """Split -> patterns of its files, below `folder`. Without splits, the file names decide."""
 
     splits: Mapping[str, tuple[str, ...]]
     folder: str = ""
     is_default: bool = False
 
     def files(self, names: Collection[str]) -> dict[str, list[str]]:
-        """Split -> those of the sorted `names` (relative, with /) that are its files."""
+        """Split -> its files among the sorted `names` (relative, with /)."""
         there = set(names)
         found: dict[str, list[str]] = {}
         for split, patterns in self.splits.items():
@@ -49,7 +48,7 @@ class Config:
 
 
 def card_in(folder: Path) -> str:
-    """The text of the card in a folder, "" where there is none.
+    """The text of the card in a folder, "" if there is none.
 
     Raises:
         CardError: it can't be read.
@@ -63,10 +62,10 @@ def card_in(folder: Path) -> str:
 
 
 def declared(card: str) -> dict[str, Config]:
-    """The configs that a card declares, by name, in its order; none of a card that declares none.
+    """The configs that a card declares, by name, in its order; {} if it declares none.
 
     Raises:
-        CardError: `configs:` is not what data sets write there.
+        CardError: `configs:` does not have the form that data sets use.
     """
     front = FRONT.search(card)
     block = CONFIGS.search(front[1]) if front else None
@@ -77,15 +76,15 @@ def declared(card: str) -> dict[str, Config]:
     try:
         values = parse_yaml(block[0])["configs"]
     except yaml.YAMLError as error:
-        raise CardError(f"{CARD}: `configs:` is no valid YAML: {' '.join(str(error).split())}") from None
+        raise CardError(f"{CARD}: `configs:` is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, list):
-        raise CardError(f"{CARD}: `configs:` is no list. {SHAPE}")
+        raise CardError(f"{CARD}: `configs:` is not a list. {SHAPE}")
     return dict(_config(value) for value in values)
 
 
-def _config(value: Any) -> tuple[str, Config]:
+def _config(value: object) -> tuple[str, Config]:
     if not isinstance(value, dict):
         raise CardError(f"{CARD}: {SHAPE}")
     name, files, folder = value.get("config_name", "default"), value.get("data_files"), value.get("data_dir", "")
@@ -103,13 +102,13 @@ def _config(value: Any) -> tuple[str, Config]:
     return str(name), Config(splits, f"{folder}/" if folder else "", value.get("default") is True or name == "default")
 
 
-def _are_texts(values: list[Any]) -> bool:
-    """Whether all are texts, or numbers, as which YAML reads a name like 2024."""
+def _are_texts(values: list[object]) -> bool:
+    """Whether all values are texts, or numbers, because YAML reads a name like 2024 as a number."""
     return all(isinstance(value, str | int) and not isinstance(value, bool) for value in values)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern, in which `**` stands for any number of folders, is one of the whole name."""
+    """Whether a pattern matches the whole name. `**` matches any number of folders."""
     parts, reached = name.split("/"), {0}
     for wanted in pattern.split("/"):
         if wanted == "**":

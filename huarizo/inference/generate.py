@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from huarizo.console import tracked
 from huarizo.data.discovery import excerpt
 from huarizo.data.prompts import OpenExchange, Question, Turn
-from huarizo.data.spans import RefusedRow, came_back
+from huarizo.data.spans import RefusedRow, appears_in
 from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
 from huarizo.inference.artifact import Tuned
@@ -70,7 +70,7 @@ class Assistant:
             pieces = self.encoder.prompt.pieces(system, [OpenExchange("Hi")])
         except RefusedRow as error:
             return str(error)
-        return "" if came_back(system, "".join(piece.text for piece in pieces)) else UNHEARD
+        return "" if appears_in(system, "".join(piece.text for piece in pieces)) else UNHEARD
 
     def fits(self, question: Question) -> bool:
         """Whether a prompt leaves room for an answer in what the model was made for."""

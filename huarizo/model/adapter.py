@@ -16,6 +16,7 @@ from huarizo.errors import ModelError
 from huarizo.files import fault_in, manifest_of
 from huarizo.hub.model_files import tensors_in
 from huarizo.model.added_tokens import lengthen, lengthened, size_of
+from huarizo.model.architectures.registry import vocabulary_layers
 from huarizo.model.load import load_tokenizer
 from huarizo.model.weights import first_line
 from huarizo.sandbox.reading import odd_entry, read_json, without_panics
@@ -26,7 +27,6 @@ LARGEST_RANK = 4096
 PREFIX = "base_model.model."  # of the names in an adapter's file
 BASE_LAYER = ".base_layer.weight"
 """How names end of embeddings and heads that PEFT writes beside the LoRA on them, as the base had them."""
-VOCABULARY_LAYERS = ("embed_tokens", "lm_head")
 VOCABULARY_SIDE = {
     ".weight": 0, BASE_LAYER: 0, ".lora_embedding_A": 1, ".lora_B.weight": 0,
 }  # fmt: skip
@@ -112,7 +112,7 @@ def is_of_the_base(name: str, config: Any) -> bool:
     """Whether a tensor of an adapter's file is an embedding or head that the base had when it was saved."""
     layer = layer_of(name).rpartition(".")[2]
     return name.endswith(BASE_LAYER) or (
-        name.endswith(f".{layer}.weight") and layer in VOCABULARY_LAYERS and layer not in (config.modules_to_save or ())
+        name.endswith(f".{layer}.weight") and _is_vocabulary(name) and layer not in (config.modules_to_save or ())
     )
 
 
@@ -123,7 +123,7 @@ def layer_of(name: str) -> str:
 
 
 def _is_vocabulary(name: str) -> bool:
-    return layer_of(name).rpartition(".")[2] in VOCABULARY_LAYERS
+    return layer_of(name).rpartition(".")[2] in set().union(*vocabulary_layers())
 
 
 def rows_with(folder: Path, rows: int) -> int:
@@ -157,8 +157,8 @@ def _places(name: str, shape: list[int]) -> int:
 
 def trained_rows(config: Any) -> dict[str, list[int]]:
     """The ids of the tokens whose rows an adapter has, by the last part of the layer's name."""
-    found = config.trainable_token_indices or {}
-    found = found if isinstance(found, dict) else {VOCABULARY_LAYERS[0]: found}
+    found: Any = config.trainable_token_indices or {}
+    found = found if isinstance(found, dict) else dict.fromkeys(vocabulary_layers()[0], found)
     return {name.rpartition(".")[2]: numbers for name, numbers in found.items()}
 
 
@@ -292,7 +292,7 @@ def _is_tokens(value: Any) -> bool:
     numbers = list(value.values()) if isinstance(value, dict) else [value]
     names = [str(name).rpartition(".")[2] for name in value] if isinstance(value, dict) else []
     return value is None or (
-        set(names) <= set(VOCABULARY_LAYERS)
+        set(names) <= set().union(*vocabulary_layers())
         and len(set(names)) == len(names)
         and all(
             isinstance(each, list)

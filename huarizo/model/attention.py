@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from huarizo.errors import ModelError
 from huarizo.kernels import attention as kernel
 
 NAME = "huarizo_packed"
@@ -169,6 +170,29 @@ def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[tor
 _attend.register_autograd(_backward, setup_context=_save)
 
 
+WITHOUT_EFFECT = frozenset({
+    "position_ids", "cache_position", "use_cache", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
+    "return_dict",
+})  # fmt: skip
+"""What reaches an attention function that has no say in what attention computes."""
+
+
+def _refuse_others(module: torch.nn.Module, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    """What asks for another attention than the causal one of each example: a sliding window, soft caps, sinks, dropout,
+    a bias, a mask, or anything that is not known. None, False and no dropout ask for nothing."""
+    asked = {"attention_mask": mask, **kwargs}
+    causal = asked.pop("is_causal", None)
+    odd = [
+        name if isinstance(value, torch.Tensor) else f"{name}={value}"
+        for name, value in asked.items()
+        if name not in WITHOUT_EFFECT and (isinstance(value, torch.Tensor) or value)
+    ]
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        odd.append("is_causal=False")
+    if odd:
+        raise ModelError(f"this model can't be trained here: packed attention has no {', '.join(odd)}")
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -186,7 +210,9 @@ def packed_attention(
 
     Raises:
         ValueError: without `cu_seqlens`. Generation uses Transformers' own attention instead.
+        ModelError: the model's attention is another than this, by what is passed.
     """
+    _refuse_others(module, attention_mask, kwargs)
     if cu_seqlens is None:
         raise ValueError(f"{NAME} needs cu_seqlens; call model.set_attn_implementation('sdpa') to generate")
     if query.device.type == "cpu":

@@ -1,6 +1,6 @@
 """Compiles the decoder layers, so that what stands between their matrix products runs as a few fused loops.
 
-All layers of a Llama are alike, so one is compiled, with the number of tokens left open, and serves them all (regional
+All layers of a model are alike, so one is compiled, with the number of tokens left open, and serves them all (regional
 compilation). What was compiled is kept between runs. Where nothing can be compiled the layers run as they are, slower
 and just as right, and the reason is told.
 """
@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
+from huarizo import kernels
 from huarizo.files import sha256_of
 from huarizo.machine import keep_compiled_code
-from huarizo.model.frozen import int8
+from huarizo.model import frozen
+from huarizo.model.architectures.registry import architecture_of
+from huarizo.model.frozen.linear import TRACED_AS_ONE
 
 
 def why_not(on: torch.device) -> str | None:
@@ -42,20 +45,21 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 
 def compile_layers(model: Any) -> None:
     """Compile the decoder layers of a PeftModel in place, where `why_not` finds nothing against it."""
-    inner = model.get_base_model().model
-    _let_int8_be_cached()
+    base = model.get_base_model()
+    _let_products_be_cached()
     model.enable_input_require_grads()  # the first layer like all others: one compilation less
-    for layer in inner.layers:
+    for layer in base.get_submodule(architecture_of(base.config).layers):
         layer.compile(dynamic=True)
 
 
-def _let_int8_be_cached() -> None:
-    """Tell torch's cache of compiled graphs that `int8_linear` does what its sources say and nothing else."""
+def _let_products_be_cached() -> None:
+    """Tell torch's cache of compiled graphs that products traced as one do what the sources say and nothing else."""
     import torch._inductor.config as inductor
 
-    name = f"{int8.int8_linear.__module__}.{int8.int8_linear.__name__}"
-    sources = int8.__file__, int8.kernel.__file__
-    inductor.unsafe_marked_cacheable_functions[name] = "".join(sha256_of(Path(source)) for source in sources)
+    sources = sorted(path for package in (frozen, kernels) for path in Path(package.__path__[0]).glob("*.py"))
+    state = "".join(map(sha256_of, sources))
+    for product in TRACED_AS_ONE:
+        inductor.unsafe_marked_cacheable_functions[f"{product.__module__}.{product.__name__}"] = state
 
 
 def seconds_compiling() -> float:

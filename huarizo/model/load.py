@@ -1,7 +1,6 @@
-"""A local folder becomes a frozen Llama and its tokenizer.
+"""A local folder becomes a frozen model and its tokenizer.
 
-Only the Llama architecture is taken, only safetensors are read, and no code of a model ever runs. Whatever differs
-between Llama checkpoints (a tied head, grouped queries, rope scaling, attention bias) is Transformers' own business.
+Only architectures of the registry are taken, only safetensors are read, and no code of a model ever runs.
 """
 
 from pathlib import Path
@@ -12,20 +11,32 @@ import torch
 from huarizo.errors import MachineError, ModelError
 from huarizo.hub.model_files import quantised
 from huarizo.machine import spread
+from huarizo.model.architectures.architecture import Architecture
+from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.attention import NAME as PACKED_ATTENTION
-from huarizo.model.weights import NO_ROOM, check_weights, first_line, tensors_of, unloadable
+from huarizo.model.frozen.storages import STORAGES
+from huarizo.model.weights import (
+    NO_ROOM,
+    check_weights,
+    class_of,
+    config_of,
+    first_line,
+    reading,
+    tensors_of,
+    within_memory,
+)
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 
 TOKENIZER_TIME, TOKENIZER_MEMORY = 60.0, 4 * 2**30  # seconds and bytes, for tokenizer.json
 _TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)
+OR_INT8 = ", or train with precision=int8"
 LIMITS = {"head_dim": 2**16, "max_position_embeddings": 2**31, "num_labels": 10_000}
 """What else config.json may say of sizes, at most: Transformers makes a table of `num_labels` names."""
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder, checked to be a Llama.
+    """`config.json` of a model folder, checked to be of an architecture that is trained.
 
     Raises:
         ModelError: no or broken config.json, another architecture, or weights that are quantised already.
@@ -37,22 +48,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no config.json here, so this is no model folder") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be read: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        names = config.get("architectures") if isinstance(config, dict) else None
-        raise ModelError(
-            f"{folder}: the architecture is {found!r} ({', '.join(names or ['no class named'])}). Huarizo trains "
-            "the Llama architecture (model_type 'llama'): TinyLlama, Llama 2 and 3, SmolLM2, Vicuna and others"
-        )
+    architecture = architecture_of(config, folder)
     if problem := quantised(folder, folder.name):
         raise ModelError(f"{folder}: {problem}")
-    _check_sizes(path, config)
+    _check_sizes(path, config, architecture)
     return config
 
 
-def _check_sizes(path: Path, config: dict[str, Any]) -> None:
+def _check_sizes(path: Path, config: dict[str, Any], architecture: Architecture) -> None:
     """The sizes are whole numbers, and such that the weights can be those of the files beside it."""
-    wrong = [name for name in SIZES if type(config.get(name)) is not int or not 0 < config[name] < 2**31]
+    wrong = [name for name in architecture.sizes if type(config.get(name)) is not int or not 0 < config[name] < 2**31]
     shared = config.get("num_key_value_heads")
     if wrong or (shared is not None and (type(shared) is not int or not 0 < shared <= config["num_attention_heads"])):
         raise ModelError(f"{path}: {(wrong or ['num_key_value_heads'])[0]} is no size of a model")
@@ -64,7 +69,7 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
         value = config.get(name)
         if value is not None and (type(value) is not int or not 0 < value <= most):
             raise ModelError(f"{path}: {name} is no size of a model")
-    _check_layers(path, config)
+    _check_layers(path, config, architecture.layers + ".")
 
 
 def positions(config: dict[str, Any]) -> int:
@@ -81,10 +86,10 @@ def positions(config: dict[str, Any]) -> int:
     return int(factor * (original if kind == "yarn" and isinstance(original, int) else most))
 
 
-def _check_layers(path: Path, config: dict[str, Any]) -> None:
+def _check_layers(path: Path, config: dict[str, Any], prefix: str) -> None:
     """The weights have as many layers as the config says; `check_weights` compares the rest, layer by layer."""
     names = (name for tensors in tensors_of(path.parent).values() for name in tensors)
-    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    layers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
     if len(layers) < config["num_hidden_layers"]:
         raise ModelError(
             f"{path}: it has {config['num_hidden_layers']:,} layers, but in the weights are {len(layers):,}"
@@ -135,25 +140,24 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         MachineError: there is not enough memory for it.
         ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
-    from transformers import GenerationConfig, LlamaForCausalLM
+    from transformers import GenerationConfig
 
     needed = weight_bytes(read_config(folder), "float", dtype)
     check_weights(folder)
-    try:
-        with without_panics():
-            model: Any = LlamaForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map="auto" if spread(needed, device) else {"": device},
-                attn_implementation=PACKED_ATTENTION,
-                use_safetensors=True,
-                generation_config=GenerationConfig(),
-                local_files_only=True,
-            )
-    except Exception as error:  # whatever broken weights set off
-        raise unloadable(folder, error) from None
+    config = config_of(folder)
+    with within_memory(folder, OR_INT8), reading(folder):
+        model: Any = class_of(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map="auto" if spread(needed, device) else {"": device},
+            attn_implementation=PACKED_ATTENTION,
+            use_safetensors=True,
+            generation_config=GenerationConfig(),
+            local_files_only=True,
+        )
     if not {"cpu", "disk"}.isdisjoint(map(str, getattr(model, "hf_device_map", {}).values())) and device.type == "cuda":
-        raise MachineError(f"{folder}: {NO_ROOM}")
+        raise MachineError(f"{folder}: {NO_ROOM}{OR_INT8}")
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
@@ -162,13 +166,10 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
     """Estimate of what one token keeps in memory for the backward pass, in bytes, uncompiled and with LoRA everywhere.
 
-    Per layer the norms keep their input and its fp32 copy (12 hidden sizes in all), attention q, k, v, the output and
-    rope's products (8), the MLP gate, up, silu and their product (6 intermediate sizes), LoRA fp32 inputs (8).
     Compiled layers keep less than half of that.
     """
     size = torch.finfo(dtype).bits // 8
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    return config["num_hidden_layers"] * (20 * hidden * size + 6 * inner * size + 8 * hidden * 4)
+    return config["num_hidden_layers"] * architecture_of(config).layer_activation_bytes(config, size)
 
 
 def checkpoint_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
@@ -180,14 +181,12 @@ def checkpoint_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> in
 def weight_bytes(config: dict[str, Any], precision: str, dtype: torch.dtype) -> int:
     """What the frozen base occupies, in bytes: linears in `precision`, the embedding in `dtype`.
 
-    A head tied to the embedding takes nothing, unless it is int8: then it is a copy.
+    A head tied to the embedding takes nothing, unless it has a storage of its own: then it is a copy.
     """
     size = torch.finfo(dtype).bits // 8
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    shared = (config.get("num_key_value_heads") or heads) / heads
-    layer = hidden * hidden * (2 + 2 * shared) + 3 * hidden * config["intermediate_size"]
-    linear_size = 1 if precision == "int8" else size
-    embedding = config["vocab_size"] * hidden
-    shares_embedding = precision != "int8" and config.get("tie_word_embeddings")
-    head = 0 if shares_embedding else embedding * linear_size
-    return int(config["num_hidden_layers"] * layer * linear_size + embedding * size + head)
+    stored = STORAGES.get(precision)
+    linear_size = stored.bytes_per_weight if stored else size
+    embedding = config["vocab_size"] * config["hidden_size"]
+    head = embedding * linear_size if stored or not config.get("tie_word_embeddings") else 0
+    layers = config["num_hidden_layers"] * architecture_of(config).layer_weights(config)
+    return int(layers * linear_size + embedding * size + head)

@@ -13,21 +13,23 @@ from typing import Any
 import torch
 
 from huarizo.errors import RecipeError, listed
-from huarizo.model.adapter import CHECKS, VOCABULARY_LAYERS
+from huarizo.model.adapter import CHECKS
 from huarizo.model.added_tokens import SETTING, lengthen
-from huarizo.model.frozen.int8 import Int8Linear
+from huarizo.model.architectures.registry import architecture_of
+from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.lora import register
+from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.weights import skeleton
 from huarizo.recipe import LoraRecipe
 
 BY_HUARIZO = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version")
-NO_BIAS = "chat, merge and export load changes of weights alone, and most Llamas have no biases"
+NO_BIAS = "chat, merge and export load changes of weights alone, and most models have no biases"
 WITH_ROWS = "it begins from gradients or activations of rows; pissa and olora begin from the weights alone"
 REASONS = {
     **dict.fromkeys(BY_HUARIZO, "Huarizo sets it"),
     "bias": NO_BIAS,
     "lora_bias": NO_BIAS,
-    "fan_in_fan_out": "a Llama's linear layers are kept as [out, in]",
+    "fan_in_fan_out": "the model's linear layers are kept as [out, in]",
     "exclude_modules": "give a list of plain names, not a pattern",
     "rank_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and ranks, not patterns",
     "alpha_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and numbers, not patterns",
@@ -36,7 +38,7 @@ REASONS = {
     "gradients or activations of rows; what loftq and pissa_niter_N leave of the base is another at each loading",
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), WITH_ROWS),
     "layer_replication": "the result has other layers than the base, so that no GGUF or merged base fits it",
-    "target_parameters": "it is for mixtures of experts, and a Llama has none",
+    "target_parameters": "it is for mixtures of experts, and this model has none",
     "trainable_token_indices": "name the tokens: data.special_tokens trains their rows",
     "ensure_weight_tying": "train the embedding or the head, not both, or neither",
     "use_qalora": "it is for GPTQ bases, and Huarizo adds LoRA to float ones",
@@ -54,7 +56,7 @@ ALSO_REFUSED: dict[str, Callable[[Any], bool]] = {
 
 def linear_names(model: torch.nn.Module) -> list[str]:
     """Last parts of the names of the model's linear layers, such as q_proj, in order of appearance."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Int8Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | FrozenLinear)]
     names = [name.rpartition(".")[2] for name in linears]
     return list(dict.fromkeys(names))
 
@@ -73,13 +75,16 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
     model = skeleton(folder)
     lengthen(model, max(tokens, default=-1) + 1)
     _check_options(recipe.options)
-    if tokens and precision == "int8":
+    stored = precision in STORAGES
+    if tokens and stored:
         raise RecipeError(
-            f"{SETTING}: their rows are trained in float, and with precision int8 the head is frozen in 8 bit. Set "
-            "precision=bf16 or fp32"
+            f"{SETTING}: their rows are trained in float, and with precision {precision} the head is frozen in "
+            f"{precision}. Set precision=bf16 or fp32"
         )
-    if precision == "int8" and recipe.options.get("use_dora"):
-        raise RecipeError("lora.options.use_dora: not supported with precision int8. Set precision=bf16 or fp32")
+    if stored and recipe.options.get("use_dora"):
+        raise RecipeError(
+            f"lora.options.use_dora: not supported with precision {precision}. Set precision=bf16 or fp32"
+        )
     plain = {name: value for name, value in recipe.options.items() if name != "init_lora_weights"}
     with warnings.catch_warnings(record=True) as told, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
@@ -93,10 +98,10 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
         if not found:
             raise RecipeError(f"lora.options.modules_to_save: the model has no {name!r}")
         wrapped = any(isinstance(part, torch.nn.Linear) for module in found for part in module.modules())
-        if precision == "int8" and wrapped:
+        if stored and wrapped:
             raise RecipeError(
-                f"lora.options.modules_to_save: with precision int8 {name} is frozen in 8 bit. Set precision=bf16 or "
-                "fp32"
+                f"lora.options.modules_to_save: with precision {precision} {name} is frozen in {precision}. Set "
+                "precision=bf16 or fp32"
             )
     return peft_model.num_parameters(only_trainable=True)
 
@@ -126,8 +131,8 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = 
 
     known = linear_names(model)
     targets = recipe.target_modules
-    if targets == "all-linear":  # PEFT's own reading of the word does not know int8 layers
-        targets = [name for name in known if name != "lm_head"]
+    if targets == "all-linear":  # PEFT's own reading of the word does not know frozen layers
+        targets = [name for name in known if name != architecture_of(model.config).vocabulary_layers[1]]
     for name in targets:
         if name.rpartition(".")[2] not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -160,23 +165,22 @@ def _rows_config(model: Any, recipe: LoraRecipe, targets: Sequence[str], tokens:
     """
     if not tokens:
         return {}
-    whole = [name for name in recipe.options.get("modules_to_save") or [] if name in VOCABULARY_LAYERS]
-    if set(whole) == set(VOCABULARY_LAYERS):
+    embedding, head = architecture_of(model.config).vocabulary_layers
+    whole = [name for name in recipe.options.get("modules_to_save") or [] if name in (embedding, head)]
+    if set(whole) == {embedding, head}:
         return {}
     if whole:
         raise RecipeError(
-            f"lora.options.modules_to_save: with {SETTING} name embedding and head, [embed_tokens, lm_head], or "
+            f"lora.options.modules_to_save: with {SETTING} name embedding and head, [{embedding}, {head}], or "
             f"neither, not {whole[0]} alone"
         )
-    if any(name.rpartition(".")[2] == "lm_head" for name in targets):
-        raise RecipeError(f"lora.target_modules: with {SETTING} the head's rows are trained, so lm_head can't be here")
+    if any(name.rpartition(".")[2] == head for name in targets):
+        raise RecipeError(f"lora.target_modules: with {SETTING} the head's rows are trained, so {head} can't be here")
     ids = list(tokens)
-    return {
-        "trainable_token_indices": ids if model.config.tie_word_embeddings else dict.fromkeys(VOCABULARY_LAYERS, ids)
-    }
+    return {"trainable_token_indices": ids if model.config.tie_word_embeddings else {embedding: ids, head: ids}}
 
 
 def count_weights(model: Any) -> int:
-    """All weights of a model: its parameters, and what is kept in int8."""
-    quantised = sum(module.weight.numel() for module in model.modules() if isinstance(module, Int8Linear))
-    return quantised + sum(parameter.numel() for parameter in model.parameters())
+    """All weights of a model: its parameters, and those of frozen layers with a storage of their own."""
+    stored = sum(module.count_weights() for module in model.modules() if isinstance(module, FrozenLinear))
+    return stored + sum(parameter.numel() for parameter in model.parameters())

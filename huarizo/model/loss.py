@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from huarizo.model.dropout import at_places
-from huarizo.model.frozen.int8 import Int8Linear
+from huarizo.model.frozen.linear import input_gradient_of
 
 CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
 
@@ -55,15 +55,13 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grads = [torch.zeros_like(parameter) for parameter in parameters]
+        input_gradient = None if parameters else input_gradient_of(head)
         rows = _rows(head)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            if isinstance(head, torch.nn.Linear) and not parameters:
-                loss, grad_logits = gradient(F.linear(hidden[part], head.weight, head.bias), targets[part])
-                grad_hidden[part] = grad_logits @ head.weight
-            elif isinstance(head, Int8Linear):
+            if input_gradient is not None:
                 loss, grad_logits = gradient(head(hidden[part]), targets[part])
-                grad_hidden[part] = head.input_gradient(grad_logits)
+                grad_hidden[part] = input_gradient(grad_logits)
             else:
                 with torch.enable_grad(), at_places(head, places[part]):
                     chunk = hidden[part].detach().requires_grad_()
@@ -124,7 +122,7 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Ten
 
 
 class PackedLoss:
-    """The summed loss of packed batches (see `huarizo.data.packing.pack`), through a model around the Llama `base`.
+    """The summed loss of packed batches (see `huarizo.data.packing.pack`), through a model around `base`.
 
     compiled: whether the gradient of the logits is compiled.
     """
@@ -137,13 +135,15 @@ class PackedLoss:
         """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
         hidden, places = self._labelled(model, batch), batch["places"][batch["label_positions"]]
         on = hidden.device
-        return summed_loss(hidden, self.base.lm_head, batch["targets"].to(on), self.gradient, places.to(on))
+        return summed_loss(
+            hidden, self.base.get_output_embeddings(), batch["targets"].to(on), self.gradient, places.to(on)
+        )
 
     def by_token(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of each labelled token of a batch: [L] float32, without gradient."""
         with torch.no_grad():
             hidden = self._labelled(model, batch)
-            return token_losses(hidden, self.base.lm_head, batch["targets"].to(hidden.device))
+            return token_losses(hidden, self.base.get_output_embeddings(), batch["targets"].to(hidden.device))
 
     def _labelled(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Hidden states at the labelled positions, [L, H], on the head's device, which may be another than the inputs'.
@@ -159,7 +159,7 @@ class PackedLoss:
                 logits_to_keep=nothing,
                 use_cache=False,
             )
-        head = self.base.lm_head
+        head = self.base.get_output_embeddings()
         labelled = states[0][0, batch["label_positions"].to(states[0].device)]
         return labelled.to(next(itertools.chain(head.parameters(), head.buffers())).device)
 
@@ -168,7 +168,7 @@ class PackedLoss:
 def _last_hidden(base: Any) -> Iterator[list[torch.Tensor]]:
     """Collects the hidden states behind the last norm, [1, T, H], of each forward pass inside the block."""
     states: list[torch.Tensor] = []
-    handle = base.model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    handle = base.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
     try:
         yield states
     finally:

@@ -26,8 +26,9 @@ from huarizo.model.adapter import (
 )
 from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from huarizo.model.added_tokens import lengthened
+from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.load import read_config
-from huarizo.model.weights import EMBEDDING, FLOATS, HEAD, check_weights, first_line, read_tensor, tensors_of
+from huarizo.model.weights import FLOATS, check_weights, first_line, read_tensor, tensors_of
 
 LINEAR_PARTS = {"lora_A.weight", "lora_B.weight"}
 EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B"}
@@ -37,7 +38,7 @@ MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 class MergedWeights:
     """The tensors of a base model with an adapter added, by the base's names.
 
-    base: a Llama's folder. adapter: a LoRA adapter's folder, or None for the base alone. `changes` are the adapter's
+    base: a model's folder. adapter: a LoRA adapter's folder, or None for the base alone. `changes` are the adapter's
     parts by module (`lora_A.weight` [r, in], `lora_B.weight` [out, r] ...), `replaced` the tensors that it has whole,
     `token_rows` its rows of single tokens, ids and [ids, H] by tensor, and `base_tensors` the embedding and head that
     the base had where it was saved, if they are others. Embedding and head have as many rows as the adapter needs.
@@ -50,10 +51,12 @@ class MergedWeights:
     def __init__(self, base: Path, adapter: Path | None) -> None:
         self.base, self.adapter = base, adapter
         self.config = read_config(base)
+        self.architecture = architecture_of(self.config, base)
+        self.embedding, self.head = (f"{path}.weight" for path in (self.architecture.embedding, self.architecture.head))
         check_weights(base)
         files = tensors_of(base)
         if self.config.get("tie_word_embeddings"):
-            _leave_out_a_copy(base, files)
+            _leave_out_a_copy(base, files, self.head, self.embedding)
         self.shards = {file: list(tensors) for file, tensors in files.items()}
         self._file_of = {name: file for file, tensors in files.items() for name in tensors}
         self._headers = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
@@ -69,13 +72,13 @@ class MergedWeights:
             self._read_adapter(adapter)
         if self._changes_one_of_the_tied():
             if self.tied:
-                self.shards[list(self.shards)[-1]].append(HEAD)
+                self.shards[list(self.shards)[-1]].append(self.head)
             self.config["tie_word_embeddings"] = False
 
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding, and has no tensor of its own."""
-        return HEAD not in self._file_of
+        return self.head not in self._file_of
 
     def names(self) -> list[str]:
         """All tensors, in the order of the base's files."""
@@ -90,7 +93,7 @@ class MergedWeights:
         if name in self.replaced:
             return tuple(self.replaced[name].shape)
         source = self._source(name)
-        if source in (EMBEDDING, HEAD):
+        if source in (self.embedding, self.head):
             return self.config["vocab_size"], self.config["hidden_size"]
         return tuple(self._headers[source].shape)
 
@@ -106,14 +109,14 @@ class MergedWeights:
         return weight
 
     def _source(self, name: str) -> str:
-        return EMBEDDING if name == HEAD and self.tied else name
+        return self.embedding if name == self.head and self.tied else name
 
     def _base_tensor(self, name: str) -> torch.Tensor:
         """The tensor that the adapter is put on, with a row for each token."""
         if name in self.base_tensors:
             return self.base_tensors[name]
         tensor = self._file_tensor(name)
-        return lengthened(tensor, self.config["vocab_size"]) if name in (EMBEDDING, HEAD) else tensor
+        return lengthened(tensor, self.config["vocab_size"]) if name in (self.embedding, self.head) else tensor
 
     def _file_tensor(self, name: str) -> torch.Tensor:
         return read_tensor(self.base / self._file_of[name], name)
@@ -133,7 +136,7 @@ class MergedWeights:
     def _take(self, adapter: Path, key: str, tensor: torch.Tensor) -> None:
         """Put a tensor of the adapter's file where it belongs."""
         kept_whole = tuple(self._lora.modules_to_save or ())
-        known = {name.removesuffix(".weight") for name in self._file_of} | {HEAD.removesuffix(".weight")}
+        known = {name.removesuffix(".weight") for name in self._file_of} | {self.architecture.head}
         module, (_, mark, rest) = layer_of(key), key.partition(".lora_")
         if module not in known:
             raise self._wrong_base(f"it has no {module}")
@@ -185,9 +188,9 @@ class MergedWeights:
             raise self._wrong_base(f"its {module} is {_size(shape)}, the adapter's {_size(ours)}")
 
     def _changes_one_of_the_tied(self) -> bool:
-        tied = (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"))
+        tied = (self.architecture.embedding, self.architecture.head)
         changed = any(module in self.changes or f"{module}.weight" in self.replaced for module in tied)
-        return changed or HEAD in self.token_rows
+        return changed or self.head in self.token_rows
 
     def _added(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight with LoRA's change, by PEFT's layer alone in a tree of the model's names."""
@@ -217,12 +220,12 @@ class MergedWeights:
         return ModelError(f"{self.adapter}: this adapter was made for {made_for}, not for {self.base}: {why}")
 
 
-def _leave_out_a_copy(base: Path, files: dict[str, dict[str, Any]]) -> None:
+def _leave_out_a_copy(base: Path, files: dict[str, dict[str, Any]], head: str, embedding: str) -> None:
     """A tied head that is kept all the same, as a copy of the embedding, is no tensor of its own."""
     place = {name: base / file for file, tensors in files.items() for name in tensors}
-    if HEAD in place and torch.equal(read_tensor(place[HEAD], HEAD), read_tensor(place[EMBEDDING], EMBEDDING)):
+    if head in place and torch.equal(read_tensor(place[head], head), read_tensor(place[embedding], embedding)):
         for tensors in files.values():
-            tensors.pop(HEAD, None)
+            tensors.pop(head, None)
 
 
 def _shape_of(parts: dict[str, torch.Tensor]) -> tuple[int, int]:

@@ -5,25 +5,27 @@ would train another model than the one that was given, so both are refused by na
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from huarizo.errors import MachineError, ModelError, listed
 from huarizo.hub import model_files
 from huarizo.hub.model_files import INDEX, WEIGHTS, Tensor, lacking
 from huarizo.machine import is_out_of_memory
-from huarizo.sandbox.reading import without_panics
+from huarizo.model.architectures.architecture import Architecture
+from huarizo.model.architectures.registry import architecture_of
+from huarizo.sandbox.reading import PanicError, without_panics
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FAULTS_OF_FILES = OSError, SafetensorError, PanicError
 MOST_NAMED = 5
-NO_ROOM = (
-    "there is not enough memory for this model. Close other programs, use a smaller model, or train with precision=int8"
-)
+NO_ROOM = "there is not enough memory for this model. Close other programs or use a smaller model"
 
 
 def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -51,18 +53,39 @@ def read_tensor(file: Path, name: str, device: torch.device | None = None) -> to
         ModelError: the file can't be read.
         MachineError: there is no memory for the tensor.
     """
+    with (
+        within_memory(file),
+        reading(file, Exception),
+        safe_open(file, framework="pt", device=str(device or "cpu")) as opened,
+    ):
+        return opened.get_tensor(name)
+
+
+@contextmanager
+def reading(path: Path, faults: type[Exception] | tuple[type[Exception], ...] = FAULTS_OF_FILES) -> Iterator[None]:
+    """Inside the block weight files are read: what is wrong with them becomes a ModelError, a lack of memory doesn't.
+
+    faults: classes of what a reader raises of a broken file; those of the system and safetensors alone, where more is
+    done than reading.
+    """
     try:
-        with without_panics(), safe_open(file, framework="pt", device=str(device or "cpu")) as opened:
-            return opened.get_tensor(name)
-    except Exception as error:  # whatever a broken file sets off
-        raise unloadable(file, error) from None
+        with without_panics():
+            yield
+    except faults as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"{path}: the weights can't be loaded: {first_line(error)}") from None
 
 
-def unloadable(path: Path, error: Exception) -> ModelError | MachineError:
-    """What a library says of weights that it can't load, in words."""
-    if is_out_of_memory(error):
-        return MachineError(f"{path}: {NO_ROOM}")
-    return ModelError(f"{path}: the weights can't be loaded: {first_line(error)}")
+@contextmanager
+def within_memory(path: Path, advice: str = "") -> Iterator[None]:
+    """Inside the block a lack of memory becomes a MachineError, with advice behind the usual one; all else passes."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(f"{path}: {NO_ROOM}{advice}") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -77,7 +100,9 @@ def check_weights(folder: Path) -> None:
     Raises:
         ModelError: naming the tensors and the files.
     """
-    expected = {name: tuple(weight.shape) for name, weight in skeleton(folder).named_parameters()}
+    model = skeleton(folder)
+    architecture = architecture_of(model.config, folder)
+    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     files = tensors_of(folder)
     present = {name for names in files.values() for name in names}
     absent = [name for name in expected if name not in present]
@@ -90,32 +115,47 @@ def check_weights(folder: Path) -> None:
     problems = []
     for file, tensors in files.items():
         for name, tensor in tensors.items():
-            if problem := _problem(name, tensor, expected):
+            if problem := _problem(name, tensor, expected, architecture):
                 problems.append(f"{file}: {name} {problem}")
     if problems:
         raise ModelError(f"{folder}: the weights are not those of its config.json:\n{listed(problems, MOST_NAMED)}")
 
 
 def skeleton(folder: Path) -> Any:
-    """The Llama that a folder's config.json describes, on torch's meta device: shapes without numbers.
+    """The model that a folder's config.json describes, on torch's meta device: shapes without numbers.
 
     Raises:
         ModelError: no model can be made of it.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     try:
-        config = LlamaConfig.from_pretrained(folder, local_files_only=True)
+        config = config_of(folder)
         with torch.device("meta"):
-            return LlamaForCausalLM(config)
+            return class_of(config)(config)
     except Exception as error:  # whatever a broken configuration sets off
         raise ModelError(f"{folder / 'config.json'}: no model can be made of it: {first_line(error)}") from None
 
 
-def _problem(name: str, tensor: Tensor, expected: dict[str, tuple[int, ...]]) -> str | None:
+def config_of(folder: Path) -> Any:
+    """Transformers' configuration of a model folder. Dropout in its attention has no say: the base is frozen, and what
+    is dropped is the adapter's own business."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config.attention_dropout = 0.0
+    return config
+
+
+def class_of(config: Any) -> Any:
+    """Transformers' class of causal models with this configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _problem(name: str, tensor: Tensor, expected: dict[str, tuple[int, ...]], architecture: Architecture) -> str | None:
     """What is wrong with a tensor of a weight file, in words."""
-    if name == HEAD and name not in expected:  # tied by config.json, and kept all the same
-        name = EMBEDDING
+    if name == f"{architecture.head}.weight" and name not in expected:  # tied by config.json, and kept all the same
+        name = f"{architecture.embedding}.weight"
     if name not in expected:
         return "has no place in that model"
     if tuple(tensor.shape) != expected[name]:

@@ -127,7 +127,7 @@ def evaluate(
         ModelError: the rows use a token that the model has no embedding for.
         MachineError: out of memory even for one row.
     """
-    encoder = assistant.encoder.within(assistant.positions)
+    encoder = assistant.encoder.limited_to(assistant.positions)
     if encoder is not assistant.encoder:
         logger.warning(
             "rows are cut at the %d tokens that the model was made for, not at data.max_length=%d",

@@ -1,4 +1,4 @@
-"""A tuned Llama as one GGUF file, which llama.cpp and Ollama run: written tensor by tensor with the `gguf` package.
+"""A tuned model as one GGUF file, which llama.cpp and Ollama run: written tensor by tensor with the `gguf` package.
 
 What has gone wrong elsewhere is decided here in words or not at all: the tokenizer's kind and pre-tokenizer, the order
 of the rotated halves of q and k, whether a BOS is added, the chat template, and the token at which an answer ends.
@@ -21,8 +21,8 @@ from huarizo.errors import ModelError, UserError
 from huarizo.files import make_parent, require_space, whole_file
 from huarizo.inference.artifact import Tuned
 from huarizo.model.adapter import check_adapter
+from huarizo.model.architectures.architecture import GgufLayout
 from huarizo.model.merge import MergedWeights
-from huarizo.model.weights import HEAD
 from huarizo.results.overwrite import check_file
 from huarizo.results.vocabulary import add_vocabulary, read_vocabulary
 
@@ -51,11 +51,31 @@ def export_gguf(tuned: Tuned, target: Path, kind: str, force: bool = False, cons
         )
     check_file(target, force, [tuned.base, tuned.adapter])
     weights = MergedWeights(tuned.base, tuned.adapter)
+    layout_of(weights)
     require_space(target, size_of(weights, kind), "the GGUF file")
     make_parent(target)
     with whole_file(target) as temporary:
         write_gguf(weights, tuned.encoder, temporary, kind, target.stem, console)
     return target
+
+
+def layout_of(weights: MergedWeights) -> GgufLayout:
+    """How llama.cpp knows a model's architecture.
+
+    Raises:
+        ModelError: it does not.
+    """
+    layout = weights.architecture.gguf
+    if layout is None:
+        raise ModelError(f"{weights.base}: {weights.architecture.model_type} models can't be written as GGUF here")
+    return layout
+
+
+def _tensor_names(weights: MergedWeights) -> gguf.TensorNameMap:
+    """llama.cpp's names of the model's tensors."""
+    named = layout_of(weights).name
+    known = next(known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == named)
+    return gguf.get_tensor_name_map(known, weights.config["num_hidden_layers"])
 
 
 def is_adapter(file: Path) -> bool:
@@ -87,7 +107,7 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
     """
     check_file(target, force, [tuned.base, tuned.adapter])
     weights = MergedWeights(tuned.base, tuned.adapter)
-    if weights.tied and HEAD.removesuffix(".weight") in weights.changes:
+    if weights.tied and weights.architecture.head in weights.changes:
         raise ModelError(
             f"{tuned.adapter}: it changes the head, which in this base is the embedding and has no tensor of its own "
             "in GGUF. Export the merged model: leave out --adapter"
@@ -100,16 +120,16 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
             f"{tuned.adapter}: only a LoRA of one rank and scale on linear layers can be written alone (no DoRA, "
             "PiSSA, OLoRA, patterns, replaced layers or added tokens). Export the merged model: leave out --adapter"
         )
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, weights.config["num_hidden_layers"])
+    layout, names = layout_of(weights), _tensor_names(weights)
     make_parent(target)
     with whole_file(target) as temporary:
-        writer = gguf.GGUFWriter(temporary, "llama")
+        writer = gguf.GGUFWriter(temporary, layout.name)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", lora.lora_alpha * (math.sqrt(lora.r) if lora.use_rslora else 1))
         for module, parts in weights.changes.items():
             name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
-            b = _arranged(f"{module}.weight", parts["lora_B.weight"].float(), weights.config)
+            b = _arranged(f"{module}.weight", parts["lora_B.weight"].float(), weights)
             writer.add_tensor(f"{name}.lora_a", parts["lora_A.weight"].float().contiguous().numpy())
             writer.add_tensor(f"{name}.lora_b", b.numpy())
         writer.write_header_to_file()
@@ -137,20 +157,20 @@ def write_gguf(
         ModelError: a tokenizer, activation or rope that llama.cpp does not have, or weights that the type can't hold.
         OSError: the disk is full or can't be written.
     """
-    config = weights.config
-    vocabulary = read_vocabulary(weights.base, encoder.tokenizer, config["vocab_size"])
-    writer = gguf.GGUFWriter(target, "llama")
+    config, layout = weights.config, layout_of(weights)
+    vocabulary = read_vocabulary(weights.base, encoder.tokenizer, config["vocab_size"], layout.splits)
+    writer = gguf.GGUFWriter(target, layout.name)
     _describe(writer, weights, kind, name)
     rope = _rope_factors(writer, config)
     add_vocabulary(writer, vocabulary, encoder)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    names = _tensor_names(weights)
     plan = {name: _stored_as(name, weights, kind) for name in weights.names()}
     if rope is not None:
         writer.add_tensor_info("rope_freqs.weight", rope.shape, rope.dtype, rope.nbytes)
     for name, stored in plan.items():
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
-            raise ModelError(f"{weights.base}: llama.cpp's Llama has no tensor {name}")
+            raise ModelError(f"{weights.base}: llama.cpp's {layout.name} has no tensor {name}")
         shape = weights.shape(name)
         size = int(np.prod(shape)) * gguf.GGML_QUANT_SIZES[stored][1] // gguf.GGML_QUANT_SIZES[stored][0]
         dtype = np.dtype(np.float16) if stored == gguf.GGMLQuantizationType.F16 else np.dtype(np.float32)
@@ -161,7 +181,7 @@ def write_gguf(
     if rope is not None:
         writer.write_tensor_data(rope)
     for name, stored in tracked(plan.items(), "writing", console):
-        writer.write_tensor_data(_stored(name, _arranged(name, weights[name], config), stored))
+        writer.write_tensor_data(_stored(name, _arranged(name, weights[name], weights), stored))
     _close(writer, target)
 
 
@@ -175,9 +195,12 @@ def _close(writer: gguf.GGUFWriter, file: Path) -> None:
 
 
 def _describe(writer: gguf.GGUFWriter, weights: MergedWeights, kind: str, name: str) -> None:
-    config = weights.config
-    if config.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{weights.base}: llama.cpp's Llama has the activation silu, not {config['hidden_act']}")
+    config, layout = weights.config, layout_of(weights)
+    if config.get("hidden_act", layout.activation) != layout.activation:
+        raise ModelError(
+            f"{weights.base}: llama.cpp's {layout.name} has the activation {layout.activation}, not "
+            f"{config['hidden_act']}"
+        )
     heads = config["num_attention_heads"]
     writer.add_name(name)
     writer.add_context_length(_positions(config))
@@ -246,10 +269,10 @@ def _stored(name: str, weight: torch.Tensor, stored: gguf.GGMLQuantizationType) 
     return values if stored == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(values, stored)
 
 
-def _arranged(name: str, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
+def _arranged(name: str, weight: torch.Tensor, weights: MergedWeights) -> torch.Tensor:
     """q and k with each head's two halves interleaved: llama.cpp rotates neighbours, Transformers halves."""
-    heads = config["num_attention_heads"]
-    if ".q_proj." not in name and ".k_proj." not in name:
+    counted_by = layout_of(weights).interleaved.get(name.rpartition(".")[0].rpartition(".")[2])
+    if counted_by is None:
         return weight
-    heads = heads if ".q_proj." in name else config.get("num_key_value_heads") or heads
+    heads = weights.config.get(counted_by) or weights.config["num_attention_heads"]
     return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape).contiguous()

@@ -4,6 +4,7 @@ What llama.cpp would cut otherwise is refused in words: a file whose prompts hav
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +15,14 @@ from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.results.chat_template import chat_template, leading_space, space_everywhere
 
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""The pattern of Llama 3's pre-tokenizer."""
+SENTENCEPIECE = "llama"  # as llama.cpp calls it, whatever the model
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer as GGUF has it. `scores` are SentencePiece's, `merges` byte-level BPE's."""
 
-    kind: Literal["llama", "gpt2"]
+    kind: Literal["llama", "gpt2"]  # llama.cpp's names of the two
     pre: str
     tokens: list[bytes]
     types: list[int]
@@ -33,10 +30,11 @@ class Vocabulary:
     merges: list[str] | None
 
 
-def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
+def read_vocabulary(folder: Path, tokenizer: Any, size: int, splits: Mapping[str, str]) -> Vocabulary:
     """The tokenizer of a model, SentencePiece or byte-level BPE, with as many tokens as the embedding has rows.
 
-    folder: the model's, for messages.
+    folder: the model's, for messages; splits: patterns by which a text is split before BPE, each with llama.cpp's name
+    of it.
 
     Raises:
         ModelError: a tokenizer of another kind, or one whose pre-tokenizer llama.cpp does not have.
@@ -59,8 +57,8 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
     if is_sentencepiece:
         ranks = {merge.replace(" ", ""): float(-rank) for rank, merge in reversed(list(enumerate(merges)))}
         scores = [ranks.get(token.decode("utf-8"), float(-len(merges) - 1)) for token in tokens]
-        return Vocabulary("llama", "default", tokens, types, scores, None)
-    return Vocabulary("gpt2", _pre_tokenizer(folder, spec), tokens, types, None, merges)
+        return Vocabulary(SENTENCEPIECE, "default", tokens, types, scores, None)
+    return Vocabulary("gpt2", _pre_tokenizer(folder, spec, splits), tokens, types, None, merges)
 
 
 def _type(number: int, text: str, added: dict[int, Any], is_sentencepiece: bool, model: Any, known: bool) -> int:
@@ -75,7 +73,7 @@ def _type(number: int, text: str, added: dict[int, Any], is_sentencepiece: bool,
     return gguf.TokenType.NORMAL
 
 
-def _pre_tokenizer(folder: Path, spec: dict[str, Any]) -> str:
+def _pre_tokenizer(folder: Path, spec: dict[str, Any], splits: Mapping[str, str]) -> str:
     """llama.cpp's name of how a text is split before BPE, from what the tokenizer does."""
     pre = spec.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
@@ -86,8 +84,8 @@ def _pre_tokenizer(folder: Path, spec: dict[str, Any]) -> str:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and steps[0].get("pattern", {}).get("Regex") == LLAMA3_SPLIT:
-        return "llama-bpe"
+    if kinds == ["Split", "ByteLevel"] and (name := splits.get(steps[0].get("pattern", {}).get("Regex"))):
+        return name
     raise ModelError(f"{folder}: llama.cpp's name of this tokenizer's pre-tokenizer is not known ({kinds})")
 
 
@@ -122,7 +120,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, encoder: Enc
         writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(encoder.adds_bos)
     writer.add_add_eos_token(False)
-    if vocabulary.kind == "llama":
+    if vocabulary.kind == SENTENCEPIECE:
         writer.add_add_space_prefix(space_everywhere(encoder))
     if template := chat_template(encoder, leading_space(encoder)):
         writer.add_chat_template(template)

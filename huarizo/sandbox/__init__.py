@@ -1,1 +1,1 @@
-"""Foreign text and files are read in a child process, which may take so much time and memory and can be killed."""
+"""Reads foreign text and files in a child process with limits on time and memory, which can be killed."""

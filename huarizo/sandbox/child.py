@@ -1,7 +1,7 @@
-"""The child's side: reads jobs from its socket, does them within its limits, and answers.
+"""The child's side: reads jobs from its socket, does them within its limits, and sends the answers.
 
-Frames in both directions are four bytes of length and JSON. The child imports what its jobs need and nothing else, so
-that it starts quickly; it ends with its socket, and at the latest when a job's time is up, also without a parent.
+A frame, in either direction, is four bytes of length followed by JSON. The child imports only what its jobs need, so
+that it starts quickly. It ends when its socket closes or when a job's time is up, so it never outlives its parent long.
 """
 
 import json
@@ -10,11 +10,11 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 try:
     import resource
@@ -27,19 +27,19 @@ OPAQUE = "\0type"
 
 
 class RefusedError(Exception):
-    """Foreign text or a file says itself that it refuses this input."""
+    """The foreign text or file itself rejects this input."""
 
 
 def serve() -> None:
-    """Do jobs until the socket, which is standard input, ends.
+    """Do jobs until the socket (standard input) closes.
 
-    The first frame names the module of huarizo.sandbox whose JOBS they are, and how many bytes of memory they may take
+    The first frame names the module of huarizo.sandbox whose JOBS to run, and how many bytes of memory they may use
     beyond its imports. A job that is a generator sends its items one by one.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     with socket.socket(fileno=os.dup(0)) as channel, channel.makefile("rb") as requests:
         start = json.loads(read_frame(requests) or b"{}")
-        jobs: dict[str, Callable[..., Any]] = import_module(f"huarizo.sandbox.{start['module']}").JOBS
+        jobs: dict[str, Callable[..., object]] = import_module(f"huarizo.sandbox.{start['module']}").JOBS
         _limit_memory(start["memory"])
         _send(channel, {"done": True})
         while (data := read_frame(requests)) is not None:
@@ -50,7 +50,7 @@ def serve() -> None:
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
-    """The next frame's JSON; None at the end of the stream, in the middle of a frame too."""
+    """The next frame's JSON; None at the end of the stream, even in the middle of a frame."""
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         return None
@@ -59,19 +59,23 @@ def read_frame(stream: BinaryIO) -> bytes | None:
     return data if len(data) == length else None
 
 
-def frame(value: Any) -> bytes:
-    """A value as a frame; what JSON doesn't have becomes `{OPAQUE: type}`. Raises MemoryError: it is too large."""
+def frame(value: object) -> bytes:
+    """A value as a frame. A value that JSON lacks becomes `{OPAQUE: type name}`.
+
+    Raises:
+        MemoryError: the frame is larger than LARGEST_FRAME.
+    """
     data = json.dumps(value, separators=(",", ":"), default=_opaque).encode("ascii")
     if len(data) > LARGEST_FRAME:
         raise MemoryError
     return LENGTH.pack(len(data)) + data
 
 
-def _opaque(value: Any) -> dict[str, str]:
+def _opaque(value: object) -> dict[str, str]:
     return {OPAQUE: type(value).__name__}
 
 
-def _send(channel: socket.socket, answer: dict[str, Any]) -> None:
+def _send(channel: socket.socket, answer: Mapping[str, object]) -> None:
     try:
         data = frame(answer)
     except MemoryError:
@@ -79,8 +83,10 @@ def _send(channel: socket.socket, answer: dict[str, Any]) -> None:
     channel.sendall(data)
 
 
-def _answers(job: Callable[..., Any], arguments: dict[str, Any], seconds: float) -> Iterator[dict[str, Any]]:
-    """What a job gives, or why it gives nothing. A foreign file may set off any exception, those of Rust included."""
+def _answers(
+    job: Callable[..., object], arguments: Mapping[str, object], seconds: float
+) -> Iterator[dict[str, object]]:
+    """The job's result, or why there is none. A foreign file may raise any exception, including panics from Rust."""
     try:
         _limit_time(seconds)
         result = job(**arguments)
@@ -101,7 +107,7 @@ def _answers(job: Callable[..., Any], arguments: dict[str, Any], seconds: float)
 
 
 def _limit_time(seconds: float) -> None:
-    """The kernel ends this process when it has computed so long from now on, whatever it computes."""
+    """Let the kernel end this process after this many more seconds of CPU time."""
     if resource is not None:
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit = math.ceil(used.ru_utime + used.ru_stime + seconds) + 1
@@ -110,7 +116,7 @@ def _limit_time(seconds: float) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Linux only; elsewhere the bounds on time and on what a file may hold are all there is."""
+    """Allow `more` bytes beyond what is mapped now. Linux only: elsewhere only the time and file size limits apply."""
     statm = Path("/proc/self/statm")
     if resource is None or not statm.is_file():
         return

@@ -1,7 +1,7 @@
-"""The rows of a Parquet or Arrow file, batch by batch: a few kilobytes can unfold into terabytes, but only here.
+"""Reads the rows of a Parquet or Arrow file in batches, in the child, because kilobytes can expand into terabytes.
 
-Arrow files are what `save_to_disk` of the `datasets` library leaves behind, as a stream or as a file with a footer.
-Their buffers are validated before a value is taken out of them, because offsets in a damaged file lead anywhere.
+Arrow files are those that `save_to_disk` of the `datasets` library writes, as a stream or as a file with a footer.
+Their buffers are validated before any value is read, because offsets in a damaged file can point anywhere.
 """
 
 from collections.abc import Collection, Iterator
@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 BATCH = 1000  # rows at most
-BATCH_BYTES = 16 * 2**20  # of a batch, by what the file says of its rows
+BATCH_BYTES = 16 * 2**20  # of a batch at most, estimated from the sizes that the file declares
 
 
 def columns(path: str) -> list[str]:
-    """Names of the columns."""
+    """The names of the columns, in the file's order."""
     if _is_arrow(path):
         with pa.OSFile(path, "rb") as file:
             return _arrow_reader(file)[0].schema.names
@@ -24,8 +24,11 @@ def columns(path: str) -> list[str]:
         return file.schema_arrow.names
 
 
-def rows(path: str, wanted: Collection[str]) -> Iterator[list[list[Any]]]:
-    """Batches of rows, each the values of the wanted columns in the file's order; [] for one row if none is there."""
+def rows(path: str, wanted: Collection[str]) -> Iterator[list[list[object]]]:
+    """Batches of rows. A row is the values of the wanted columns, in the file's order.
+
+    A file with rows but none of the wanted columns gives one empty row.
+    """
     for batch in _arrow_batches(path, wanted) if _is_arrow(path) else _parquet_batches(path, wanted):
         if not batch.num_columns:
             if batch.num_rows:
@@ -48,8 +51,8 @@ def _parquet_batches(path: str, wanted: Collection[str]) -> Iterator[pa.RecordBa
         yield from file.iter_batches(batch_size=size, columns=chosen, use_threads=False)
 
 
-def _arrow_reader(file: pa.OSFile, places: list[int] | None = None) -> tuple[Any, bool]:
-    """A reader of the columns at these places, and whether the file has a footer."""
+def _arrow_reader(file: pa.OSFile, places: list[int] | None = None) -> tuple[Any, bool]:  # pyarrow is untyped
+    """A reader of the columns at these places (all by default), and whether the file has a footer."""
     file.seek(0)
     has_footer = file.read(6) == b"ARROW1"
     file.seek(0)

@@ -1,4 +1,7 @@
-"""Foreign files that are read in this process: ordinary ones, too small to unfold into much."""
+"""Reads foreign files in this process: regular files only, with a size limit.
+
+Opening never waits for a pipe and never reads a device. Calls into native libraries can be interrupted with Ctrl-C.
+"""
 
 import errno
 import json
@@ -12,14 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-MOST_JSON = 10_000_000  # bytes; in memory JSON takes up to 25 times that
+MOST_JSON = 10_000_000  # bytes of a file; parsed JSON takes up to 25 times as much memory
 
 
 def open_file(path: Path) -> BufferedReader:
-    """An ordinary file, open for reading. A pipe is not waited for, and a device not read.
+    """A regular file, open for reading. Never waits for a pipe, never reads a device.
 
     Raises:
-        OSError: it can't be opened, or is no file.
+        OSError: it can't be opened, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
@@ -31,10 +34,10 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
-    """An ordinary file's content.
+    """The content of a regular file.
 
     Raises:
-        OSError: it can't be read, or is no file.
+        OSError: it can't be read, or is not a regular file.
         ValueError: it has more than `most` bytes.
     """
     with open_file(path) as file:
@@ -45,16 +48,21 @@ def read_bytes(path: Path, most: int = MOST_JSON) -> bytes:
 
 
 def read_text(path: Path, most: int = MOST_JSON) -> str:
-    """An ordinary file's text, without a byte order mark. Raises as `read_bytes` does, and ValueError: no UTF-8."""
+    """The UTF-8 text of a regular file, without its byte order mark.
+
+    Raises:
+        OSError: it can't be read, or is not a regular file.
+        ValueError: it has more than `most` bytes, or is not UTF-8.
+    """
     return read_bytes(path, most).decode("utf-8-sig")
 
 
-def read_json(path: Path, most: int = MOST_JSON) -> Any:
+def read_json(path: Path, most: int = MOST_JSON) -> Any:  # callers check the value against what they expect
     """The value of a JSON file.
 
     Raises:
-        OSError: it can't be read, or is no file.
-        ValueError: it is too large, no UTF-8, no JSON, or nested too deeply.
+        OSError: it can't be read, or is not a regular file.
+        ValueError: it is too large, not UTF-8, not JSON, or nested too deeply.
     """
     try:
         return json.loads(read_bytes(path, most))
@@ -63,7 +71,7 @@ def read_json(path: Path, most: int = MOST_JSON) -> Any:
 
 
 def odd_entry(folder: Path) -> str | None:
-    """What in a folder is neither file nor folder, so that opening it could hang; None for nothing."""
+    """What is wrong with the first entry that is neither file nor folder, as opening it could hang; None if nothing."""
     for path in sorted(folder.iterdir()):
         try:
             mode = path.stat().st_mode
@@ -74,22 +82,29 @@ def odd_entry(folder: Path) -> str | None:
     return None
 
 
+class PanicError(ValueError):
+    """A Rust library panicked."""
+
+
 @contextmanager
 def without_panics() -> Iterator[None]:
-    """A panic of a library in Rust, which is no Exception, becomes a ValueError."""
+    """Turn a panic of a Rust library, which is a BaseException, into a PanicError."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the library that reads it gives up: {error}") from None
+        raise PanicError(f"the library that reads it gives up: {error}") from None
 
 
 def interruptible(call: Callable[[], T]) -> T:
-    """What a call of a library returns, which Ctrl-C ends also where the library, deep in Rust, looks at no signal.
+    """Run a library call so that Ctrl-C works, even if native code in the library ignores signals.
 
-    It works in a thread that is left to itself then and ends with the process. Raises what the call raises; a panic
-    becomes a ValueError.
+    The call runs in a daemon thread; after Ctrl-C that thread is abandoned and ends with the process.
+
+    Raises:
+        PanicError: a Rust library panicked.
+        Exception: whatever the call raises.
     """
     results: list[T] = []
     errors: list[BaseException] = []

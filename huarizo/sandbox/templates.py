@@ -1,12 +1,12 @@
-"""Jinja templates, compiled and rendered: a model's chat template, and a prompt template of a recipe.
+"""Compiles and renders Jinja templates: a model's chat template, and a recipe's prompt template.
 
-A chat template finds what Transformers gives it (`render_jinja_template`): the sandbox that changes nothing,
-`generation` blocks, loop controls, `tojson`, `raise_exception`, `strftime_now`; a test compares the two.
+Chat templates get the environment that Transformers gives them (`render_jinja_template`): the immutable sandbox,
+`generation` blocks, loop controls, `tojson`, `raise_exception`, `strftime_now`. A test compares the two.
 """
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -22,9 +22,9 @@ from huarizo.sandbox.child import RefusedError
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what an assistant says, and writes it as it is.
+    """The `{% generation %}` block: marks what the assistant writes, and leaves the text as it is.
 
-    blocks: what was written so far; spans: first and last place, in characters, of what stood in such blocks.
+    blocks: the text written so far. spans: (begin, end) of each such block, in characters.
     """
 
     tags = {"generation"}  # noqa: RUF012
@@ -34,7 +34,7 @@ class _Generation(Extension):
         self.blocks: list[str] = []
         self.spans: list[tuple[int, int]] = []
 
-    def render(self, template: Template, variables: dict[str, Any]) -> str:
+    def render(self, template: Template, variables: dict[str, object]) -> str:
         self.blocks, self.spans = [], []
         for block in template.generate(variables):
             self.blocks.append(block)
@@ -52,17 +52,17 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict` for templates, without a class to reach through."""
+    """`dict` for templates, without giving them the class itself."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    def __call__(self, *args: Any, **kwargs: object) -> Mapping[Any, object]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+    def fromkeys(self, *args: Any) -> Mapping[Any, object]:
         return dict.fromkeys(*args)
 
 
 class _Namespace(Namespace):
-    """`namespace` for templates, without names that Python itself uses."""
+    """`namespace` for templates, without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportSelfClsParameterName]
         self, *rest = args
@@ -71,22 +71,26 @@ class _Namespace(Namespace):
             _check_name(name)
         Namespace.__init__(self, attributes)
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: object) -> None:
         _check_name(name)
         super().__setitem__(name, value)
 
 
-def _check_name(name: Any) -> None:
+def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"chat templates can't keep {name!r}, a name that begins with an underscore")
 
 
-def _raise_exception(message: Any) -> None:
+def _raise_exception(message: object) -> None:
     raise TemplateError(str(message))
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -102,7 +106,8 @@ def _chat_template(template: str) -> tuple[Template, _Generation]:
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    generation: Any = environment.extensions[_Generation.identifier]
+    generation = environment.extensions[_Generation.identifier]
+    assert isinstance(generation, _Generation)
     return environment.from_string(template), generation
 
 
@@ -120,20 +125,20 @@ def _refusals() -> Iterator[None]:
         raise RefusedError(str(error)) from None
 
 
-def chat(template: str, date: str | None, **variables: Any) -> tuple[str, list[tuple[int, int]] | None]:
-    """A chat template's text for `messages` and whatever else it is given, and the spans of its `generation` blocks.
+def chat(template: str, date: str | None, **variables: object) -> tuple[str, list[tuple[int, int]] | None]:
+    """A chat template's text for `messages` and its other variables, and the spans of its `generation` blocks.
 
-    date: the day that `strftime_now` tells, YYYY-MM-DD; None for the present moment. No spans of a template that has no
-    such blocks.
+    Spans are (begin, end) in characters; None if the template has no such blocks.
+    date: the day that `strftime_now` gives, YYYY-MM-DD; None for the present moment.
     """
-    told = datetime.fromisoformat(date) if date else datetime.now()
+    now = datetime.fromisoformat(date) if date else datetime.now()
     with _refusals():
         compiled, generation = _chat_template(template)
-        text = generation.render(compiled, variables | {"strftime_now": told.strftime})
+        text = generation.render(compiled, variables | {"strftime_now": now.strftime})
     return text, generation.spans if "endgeneration" in template else None
 
 
-def prompt(template: str, **variables: Any) -> str:
+def prompt(template: str, **variables: object) -> str:
     """A recipe's template with `instruction` and `input`."""
     with _refusals():
         return _prompt_template(template).render(variables)

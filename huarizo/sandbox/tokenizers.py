@@ -1,4 +1,4 @@
-"""Tries a tokenizer.json: whether it loads, and whether its patterns come to an end on some texts."""
+"""Tries out a tokenizer.json: does it load, and do its patterns finish on some difficult texts?"""
 
 from tokenizers import Tokenizer
 
@@ -6,6 +6,7 @@ PROBES = ("The quick brown fox, 123.\n\n가나다 🙂", "a" * 500 + "!", " " * 
 
 
 def check(path: str) -> None:
+    """Load a tokenizer.json and encode the PROBES; raises whatever the library raises."""
     tokenizer = Tokenizer.from_file(path)
     for probe in PROBES:
         tokenizer.encode(probe)

@@ -1,7 +1,7 @@
-"""The parent's side: a child process that does jobs on foreign text, and is killed when one takes too much.
+"""The parent's side: a child process that does jobs on foreign text, and is killed if one takes too much.
 
-It works from any thread, one job at a time. The child is started at the first job and kept for the next ones, because
-tens of thousands of rows are rendered; whatever ends a job before its answer, Ctrl-C too, ends the child with it.
+A worker can be used from any thread, one job at a time. The child starts with the first job and is kept for later ones,
+because a run renders tens of thousands of rows. Anything that ends a job early, such as Ctrl-C, ends the child as well.
 """
 
 import atexit
@@ -24,38 +24,44 @@ CODE = "import sys; sys.path[:] = sys.argv[1:]; from huarizo.sandbox.child impor
 
 
 class TooCostlyError(Exception):
-    """A job takes more time or memory than it may; the message says which."""
+    """A job takes more time or memory than allowed; the message says which."""
 
 
 class FailedError(Exception):
-    """A job ends in an exception; the message is the exception's."""
+    """A job raises an exception; the message is that of the exception."""
 
 
 __all__ = ["FailedError", "RefusedError", "TooCostlyError", "Worker"]
 
 
 class Worker:
-    """A child for the jobs of `huarizo.sandbox.{module}`, with `memory` bytes for them."""
+    """A child process for the JOBS of `huarizo.sandbox.{module}`, limited to `memory` bytes beyond its imports."""
 
     def __init__(self, module: str, memory: int) -> None:
         self.module, self.memory = module, memory
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # the process that started the child: one that was forked from it has none
+        self._owner = 0  # id of the process that started the child; a fork of it must start its own
 
-    def call(self, job: str, seconds: float, **arguments: Any) -> Any:
-        """What the job returns, within so many seconds.
+    @property
+    def pid(self) -> int | None:
+        """The child's process id; None while no child runs."""
+        child = self._child
+        return child.pid if child is not None and self._owner == os.getpid() and child.poll() is None else None
+
+    def call(self, job: str, seconds: float, **arguments: object) -> Any:
+        """The job's result (a JSON value), within this many seconds.
 
         Raises:
             TooCostlyError: it takes longer, or more memory.
-            RefusedError: the text or file says itself that it refuses this.
-            FailedError: any other exception.
+            RefusedError: the text or file itself rejects this input.
+            FailedError: the job raises any other exception.
         """
         (result,) = self._answers(job, seconds, arguments)
         return result
 
-    def stream(self, job: str, seconds: float, most: int, **arguments: Any) -> Iterator[Any]:
-        """The items that a job yields, within so many seconds each and `most` bytes in all. Raises as `call` does."""
+    def stream(self, job: str, seconds: float, most: int, **arguments: object) -> Iterator[Any]:
+        """The items that a job yields, within `seconds` for each and `most` bytes in all. Raises as `call` does."""
         yield from self._answers(job, seconds, arguments, most)
 
     def close(self) -> None:
@@ -67,14 +73,16 @@ class Worker:
             child.kill()
             child.wait()
 
-    def _answers(self, job: str, seconds: float, arguments: dict[str, Any], most: int | None = None) -> Iterator[Any]:
+    def _answers(
+        self, job: str, seconds: float, arguments: dict[str, object], most: int | None = None
+    ) -> Iterator[Any]:
         request = frame({"job": job, "seconds": seconds, "arguments": arguments})
         with self._lock:
-            whole = False
+            is_whole = False
             try:
-                if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
+                if self.pid is None:
                     self.close()
-                    self._started()
+                    self._start_or_fail()
                 self._received = 0
                 self._channel.settimeout(seconds)
                 self._channel.sendall(request)
@@ -85,14 +93,14 @@ class Worker:
                     if kind == "item":
                         yield value
                         continue
-                    whole = kind != "memory"  # what has no memory left starts anew
+                    is_whole = kind != "memory"  # after running out of memory, the next job gets a new child
                     break
             except TimeoutError:
                 raise TooCostlyError(f"more than {seconds:g} seconds") from None
             except ConnectionError:
                 raise self._end(seconds) from None
             finally:
-                if not whole:
+                if not is_whole:
                     self.close()
         if kind == "memory":
             raise TooCostlyError(MEMORY)
@@ -103,7 +111,7 @@ class Worker:
         if most is None:
             yield value
 
-    def _started(self) -> None:
+    def _start_or_fail(self) -> None:
         try:
             self._start()
         except (TimeoutError, ConnectionError) as error:
@@ -133,7 +141,7 @@ class Worker:
         self._answer()
 
     def _answer(self) -> tuple[str, Any]:
-        """The next answer's kind and value. Raises TimeoutError, or ConnectionError where the child has ended."""
+        """The next answer's kind and value. Raises TimeoutError, or ConnectionError if the child has ended."""
         answer = read_frame(self._stream)
         if answer is None:
             raise ConnectionError
@@ -142,11 +150,11 @@ class Worker:
         return pair
 
     def _end(self, seconds: float) -> Exception:
-        """Why the child has ended, by the signal that ended it."""
+        """The exception for a child that has ended, by the signal that ended it."""
         child = self._child
         number = -child.wait() if child is not None else 0
         if number == signal.SIGXCPU:
             return TooCostlyError(f"more than {seconds:g} seconds")
-        if number in (signal.SIGABRT, signal.SIGKILL):  # what libraries do without memory, and the system
+        if number in (signal.SIGABRT, signal.SIGKILL):  # a library, or the system, out of memory
             return TooCostlyError(MEMORY)
         return FailedError(f"it crashes the process that reads it (exit {-number})")

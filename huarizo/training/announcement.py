@@ -18,7 +18,7 @@ MUCH_WORK = 6e12  # operations; they take most CPUs a minute or more
 def announce(prepared: Prepared, run: Run, events: Events) -> None:
     """Report what is about to be trained, as events."""
     recipe, data, plan = prepared.recipe, prepared.data, prepared.plan
-    tokens = _tokens_in(data.train)
+    tokens = data.train.tokens
     events.note("device", describe(device(), plan.memory.weights))
     events.note("model", recipe.model)
     events.note("data", _data_line(prepared, run, tokens))
@@ -32,11 +32,6 @@ def announce(prepared: Prepared, run: Run, events: Events) -> None:
     if device().type == "cpu":
         for title, line in cpu_lines(prepared, tokens).items():
             events.note(title, line)
-
-
-def _tokens_in(rows: TokenisedRows) -> int:
-    lengths = rows.dataset.with_format("arrow")
-    return sum(len(ids) for batch in lengths.iter(1000) for ids in batch["input_ids"])
 
 
 def _counted(tokenised: TokenisedRows) -> str:

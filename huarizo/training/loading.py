@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from huarizo.data.packing import cut, pack
 from huarizo.machine import device
 from huarizo.model.added_tokens import lengthen, rows_to_train
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
+from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.load import load_base
 from huarizo.model.lora import add_lora
 from huarizo.plan import Choice
@@ -21,12 +22,12 @@ CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; from the training ro
 def load_frozen(folder: Path, choice: Choice, rows: Dataset) -> PreTrainedModel:
     """Load the frozen base onto this device, in the chosen precision.
 
-    rows: the tokenised training rows. An int8 base is calibrated on the first few: they show its outlier channels.
+    rows: the tokenised training rows. A quantised base is calibrated on the first few: they show its outlier channels.
     """
-    if choice.precision != "int8":
+    if choice.precision not in STORAGES:
         return load_base(folder, choice.dtype, device())
     first = cut([len(ids) for ids in rows[:CALIBRATION_ROWS]["input_ids"]], CALIBRATION_TOKENS)[0]
-    return load_int8_base(folder, choice.dtype, device(), pack([rows[index] for index in first]))
+    return load_quantised_base(folder, choice.precision, choice.dtype, device(), pack([rows[index] for index in first]))
 
 
 def load_model(prepared: Prepared) -> PeftModel:

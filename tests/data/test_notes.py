@@ -1,23 +1,14 @@
-"""What is said of rows that can be used, and the mapping that is proposed for columns with usual names."""
+"""Notes on rows that can be used, and the column mapping that is proposed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from huarizo.data.dataset import prepare_data
 from huarizo.data.notes import MAX_PLACES
 from huarizo.data.rows import read_rows
 from huarizo.errors import DataError
-from huarizo.model.load import load_tokenizer
-from huarizo.recipe import DataRecipe
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
+from tests.data.reading import write
 
 MAPPINGS = [
     (
@@ -47,7 +38,7 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [row | {"context": "C"}, row | {"source": "web"}])
     write(tmp_path / "b.jsonl", [row | {"context": "C", "input": "I", "system_prompt": "S"}])
     assert read_rows(tmp_path).notes == [
-        "not used: context, source, system_prompt; to use what is there: "
+        "not used: context, source, system_prompt; to use them: "
         "data.columns.input=context data.columns.system=system_prompt"
     ]
     columns = {"input": "context"}
@@ -65,22 +56,9 @@ def test_texts_that_stand_for_no_text(tmp_path: Path) -> None:
     assert [row.exchanges[0].output for row in read.rows[3:5]] == ["A", "None"], "learnt as it stands"
     assert read.notes == [
         f"<noinput> is read as no input in 2 rows ({path}, rows 1, 2)",
-        f'"nan", "None" or "null" is a whole text, learnt as it stands, in 2 rows ({path}, rows 4, 5). '
-        "Delete these rows if it means that there was no text",
+        f'"nan", "None" or "null" is a whole text, and is learnt as written, in 2 rows ({path}, rows 4, 5). '
+        "Delete these rows if it means that the text is missing",
     ]
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "nan"}]
     many = write(tmp_path / "b.jsonl", [{"messages": turns}] * (MAX_PLACES + 3))
     assert "in 13 rows" in read_rows(many).notes[0] and "10 and 3 more)" in read_rows(many).notes[0]
-
-
-def test_heldout_rows_that_are_trained_on_are_said(tmp_path: Path, tiny_model_folder: Path) -> None:
-    rows = [{"instruction": f"Q{number}", "output": "A"} for number in range(4)]
-    train = write(tmp_path / "train.jsonl", rows)
-    heldout = write(tmp_path / "heldout.jsonl", [rows[2], {"instruction": "new", "output": "A"}, rows[0]])
-    tokenizer = load_tokenizer(tiny_model_folder)
-    data = prepare_data(DataRecipe(), 42, train, heldout, tokenizer, tmp_path / "cache")
-    assert data.notes == [
-        f"2 of 3 held-out rows are also trained on, so that the held-out loss says less: {heldout}, rows 1, 3"
-    ]
-    apart = write(tmp_path / "apart.jsonl", [{"instruction": "Q0", "output": "B"}])
-    assert prepare_data(DataRecipe(), 42, train, apart, tokenizer, tmp_path / "cache").notes == []

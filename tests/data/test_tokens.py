@@ -1,6 +1,7 @@
-"""Ids and labels: the response and nothing else is learnt, it ends with EOS, BOS stands once, bytes survive."""
+"""Ids and labels: only the response is learnt, it ends with EOS, BOS stands once, bytes survive."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from huarizo.data.prompts import ChatFormat, OpenExchange, prompt_format
-from huarizo.data.rows import Exchange, Row
+from huarizo.data.prompts import OpenExchange, prompt_format
+from huarizo.data.rows import Row
 from huarizo.data.tokens import IGNORED, Encoder, tokenise
-from huarizo.errors import DataError, ModelError, RecipeError
+from huarizo.data.turns import Exchange
+from huarizo.errors import DataError, ModelError
+from tests.data.encoding import TEMPLATES, TINY, TURNS, encoder_of, learnt_of_row
+from tests.data.reading import read
 from tests.tiny import make_tokenizer
 
-TINY = make_tokenizer()
 FORMATS = ["alpaca", "stanford", "chat", "Q: {{ instruction }} {{ input }}\nA:"]
+
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=60)
+
+
 TRICKY = [
     "안녕하세요, 라마와 알파카입니다.",
     "a\nb\n\n",
@@ -98,18 +105,6 @@ def test_every_assistant_turn_is_learnt(name: str) -> None:
     assert example.input_ids[: len(prompt)] == prompt
 
 
-def test_the_chat_format_renders_what_the_template_renders() -> None:
-    turns = [Exchange("a", "b", "c"), Exchange("d", "", "e")]
-    pieces = ChatFormat(TINY).pieces("s", turns)
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a\n\nb"}]
-    messages += [
-        {"role": "assistant", "content": "c"},
-        {"role": "user", "content": "d"},
-        {"role": "assistant", "content": "e"},
-    ]
-    assert "".join(p.text for p in pieces) == TINY.apply_chat_template(messages, tokenize=False).rstrip("\n")
-
-
 @pytest.mark.parametrize("max_length", [1, 30, 64, 75, 500])
 def test_long_rows_are_cut_or_left_out(max_length: int) -> None:
     encoder = Encoder(TINY, prompt_format("alpaca", TINY), max_length=max_length)
@@ -141,36 +136,12 @@ def test_eos_is_learnt_where_pad_is_eos_and_where_the_template_writes_no_stop(st
     assert example.labels[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
 
 
-def test_formats_that_can_not_be_are_refused_in_words() -> None:
-    no_template = make_tokenizer(chat_template=None)
-    with pytest.raises(RecipeError, match="no chat template"):
-        prompt_format("chat", no_template)
-    assert prompt_format("auto", no_template).name == "alpaca"
-    assert prompt_format("auto", TINY).name == "chat"
-    with pytest.raises(RecipeError, match="must contain"):
-        prompt_format("{{ 1 }}", TINY)
-    with pytest.raises(RecipeError, match="instruktion"):
-        prompt_format("{{ instruktion }}", TINY)
-    with pytest.raises(RecipeError, match="unexpected end of template"):
-        prompt_format("{{ instruction ", TINY)
-    with pytest.raises(RecipeError):
-        prompt_format("{{ instruction.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}", TINY)
-    shouting = make_tokenizer("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
-    with pytest.raises(ModelError, match="rewrites the answer"):
-        prompt_format("chat", shouting)
-    strict = make_tokenizer(
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-        "{{ m['content'] + '</s>' }}{% endfor %}"
-    )
-    with pytest.raises(DataError, match="rows.json, row 1: .*no system here"):
-        encode(Encoder(strict, prompt_format("chat", strict)), row("x", system="be kind"))
-
-
 def test_prepared_rows_are_cached_by_content(tmp_path: Path) -> None:
     rows = [row(f"answer {n}", f"question {n}") for n in range(2500)] + [row("long", "x" * 600)]
     encoder = Encoder(TINY, prompt_format("alpaca", TINY))
     first = tokenise(rows, encoder, tmp_path)
     assert len(first.dataset) == 2500 and first.left_out == [2500]
+    assert first.tokens == sum(map(len, first.dataset["input_ids"]))
     (file,) = tmp_path.glob("*.arrow")
     stamp = file.stat().st_mtime_ns
     again = tokenise(rows, encoder, tmp_path)
@@ -210,7 +181,6 @@ def test_two_runs_may_prepare_the_same_rows_at_once(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_in_the_cache_is_removed_later(tmp_path: Path) -> None:
-    import os
 
     for name, age in {".old.arrow.0123abcd.tmp": 2e5, ".new.arrow.0123abcd.tmp": 0}.items():
         (tmp_path / name).write_bytes(b"half")
@@ -231,7 +201,7 @@ class PanicException(BaseException):
 
 
 @pytest.mark.parametrize("error", [PanicException("out of range"), Exception("out of range")])
-def test_a_tokenizer_that_gives_up_is_told_with_its_name(error: BaseException) -> None:
+def test_a_tokenizer_that_fails_is_reported_with_its_name(error: BaseException) -> None:
     class Tokenizer:
         name_or_path, bos_token_id, eos_token_id = "models/odd", None, None
 
@@ -248,3 +218,31 @@ def test_a_tokenizer_that_gives_up_is_told_with_its_name(error: BaseException) -
         list(encoder.by_row([row("break")]))
     with pytest.raises(ModelError, match="^models/odd: "):
         encoder.encode_text("break")
+
+
+def test_several_examples_of_a_row_are_kept_together(tmp_path: Path) -> None:
+    rows = [Row("rows.json", 1, "", TURNS), Row("rows.json", 2, "", TURNS[:1])]
+    found = tokenise(rows, encoder_of(TEMPLATES["qwen3"]), tmp_path)
+    assert found.dataset["row"] == [0, 0, 1] and found.left_out == []
+
+
+@pytest.mark.parametrize("prompt", ["alpaca", "chat"])
+def test_a_text_is_trained_on_as_it_is(tmp_path: Path, prompt: str) -> None:
+    texts = ["### Human: What is salt?### Assistant: Sodium chloride.", "<s>[INST] Hi [/INST] Hi. </s>"]
+    rows = read(tmp_path, *({"text": text} for text in texts))
+    assert rows.format == "text"
+    assert (
+        [learnt_of_row(row, prompt) for row in rows.rows]
+        == texts
+        == [learnt_of_row(row, prompt, "all") for row in rows.rows]
+    )
+    with pytest.raises(DataError, match=r"a.json, row 1, field 'text': .*data.labels=auto"):
+        list(Encoder(TINY, prompt_format(prompt, TINY), "response").encode(rows.rows))
+
+
+def test_a_texts_special_tokens_stand_once(tinyllama_tokenizer: Any) -> None:
+    encoder = Encoder(tinyllama_tokenizer, prompt_format("alpaca", tinyllama_tokenizer))
+    for text in ("<s> Hi </s>", "Hi </s>", "Hi"):
+        (example,) = encoder.encode([Row("f", 1, "", (), text=text)])
+        assert example is not None and example.input_ids == example.labels
+        assert example.input_ids.count(1) == 1 and example.input_ids.count(2) == text.count("</s>")

@@ -1,4 +1,4 @@
-"""Turns in the shapes that people have become exchanges, and what is only to be read is not learnt."""
+"""Turns in their usual shapes become exchanges; turns of weight 0 are read and not learnt."""
 
 import json
 from pathlib import Path
@@ -6,33 +6,160 @@ from typing import Any
 
 import pytest
 
-from huarizo.data.prompts import prompt_format
-from huarizo.data.rows import Row, Rows, read_rows, require_good
-from huarizo.data.tokens import IGNORED, Encoder
+from huarizo.data.rows import read_rows, require_good
 from huarizo.data.turns import Exchange
 from huarizo.errors import DataError
-from tests.tiny import make_tokenizer
+from tests.data.encoding import TINY, learnt_of_row
+from tests.data.reading import (
+    ANSWER,
+    CALL,
+    OPENAI,
+    SHAREGPT,
+    USER,
+    complaint_about,
+    conversations,
+    exchanges,
+    in_full,
+    read,
+    write,
+)
 
-TINY = make_tokenizer()
-USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+# Name, the messages of the second row, the message after "a.json, row 2, field 'messages".
+TURNS = [
+    ("turns null", "null", "': is null, not a list. <LIST>"),
+    ("turns text", '"Q"', "': is a text ('Q'), not a list. <LIST>"),
+    ("turns object", "<U>", "': is an object ('role', 'content'), not a list. <LIST>"),
+    ("turns empty", "[]", "': is an empty list. <LIST>"),
+    ("turn text", '["Q", <A>]', '[0]\': is a text (\'Q\'), not an object. Write it as {"role": ..., "content": ...}.'),
+    ("turn null", "[<U>, null]", '[1]\': is null, not an object. Write it as {"role": ..., "content": ...}.'),
+    ("no role", '[{"content": "Q"}, <A>]', "[0].role': is missing. <ROLES>"),
+    ("no content", '[<U>, {"role": "assistant"}]', "[1].content': is missing. Add it, or delete the row."),
+    (
+        "null content",
+        '[<U>, {"role": "assistant", "content": null}]',
+        "[1].content': is null. Write a text, or delete the row.",
+    ),
+    (
+        "content parts",
+        '[{"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image_url", "image_url": {}}]}, <A>]',
+        "[0].content[1]': is a part of type 'image_url', not text. Only text can be trained on: write it as text, "
+        "or delete the row.",
+    ),
+    (
+        "empty content",
+        '[<U>, {"role": "assistant", "content": ""}]',
+        "[1].content': is empty. Write a text, or delete the row.",
+    ),
+    (
+        "unknown role",
+        '[{"role": "narrator", "content": "Q"}, <A>]',
+        "[0].role': is a text ('narrator'), not a known role. <ROLES>",
+    ),
+    (
+        "number role",
+        '[{"role": 1, "content": "Q"}, <A>]',
+        "[0].role': is a number (1), not a known role. <ROLES>",
+    ),
+    (
+        "no answer",
+        "[<S>, <U>, <U>]",
+        "[1]': is a user turn without an answer. Add the assistant's answer, or delete this turn.",
+    ),
+    (
+        "late system",
+        "[<U>, <A>, <S>, <U>, <A>]",
+        "[2]': is a system turn that is not the first turn. Move it to the front, or delete it.",
+    ),
+    (
+        "two weights",
+        '[<U>, <A>, {"role": "assistant", "content": "A", "weight": 0}]',
+        "[2]': is a second assistant turn in a row, with another weight than the first. Give both the same weight.",
+    ),
+    (
+        "half a weight",
+        '[<U>, {"role": "assistant", "content": "A", "weight": 0.5}]',
+        "[1].weight': is a number (0.5). Write 1 for a turn that is learnt, or 0 for one that is only read.",
+    ),
+    (
+        "train maybe",
+        '[<U>, {"role": "assistant", "content": "A", "train": "maybe"}]',
+        "[1].train': is a text ('maybe'). Write 1 for a turn that is learnt, or 0 for one that is only read.",
+    ),
+    (
+        "tool first",
+        '[{"role": "tool", "content": "Q"}, <A>]',
+        "[0]': is a tool's turn without a call before it. Put the assistant's tool_calls before it.",
+    ),
+    (
+        "no result",
+        '[<U>, {"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f"}}]}, <A>]',
+        "[2]': follows a tool call without its result. Put the tool's turn between them.",
+    ),
+    (
+        "calls text",
+        '[<U>, {"role": "assistant", "tool_calls": "f"}, <A>]',
+        "[1].tool_calls': is a text ('f'), not a list. Write [{\"function\": {...}}].",
+    ),
+    (
+        "arguments",
+        '[<U>, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}, <A>]',
+        '[1].tool_calls[0]\': has arguments that are not a JSON object. Write them as {"name": value}.',
+    ),
+    (
+        "call",
+        '[<U>, {"role": "function_call", "content": "f(x)"}, <A>]',
+        '[1].content\': is not a tool call. Write it as {"name": "...", "arguments": {...}}.',
+    ),
+    ("only system", "[<S>]", "[0]': is a system turn and the only one. Add a user turn and its answer."),
+    (
+        "turn twice",
+        '[{"role": "user", "role": "user", "content": "Q"}, <A>]',
+        "[0].role': occurs 2 times in one object. Keep one of them.",
+    ),
+]
 
 
-def read(tmp_path: Path, *records: Any) -> Rows:
-    file = tmp_path / "a.json"
-    file.write_text(json.dumps(records))
-    return read_rows(file)
+@pytest.mark.parametrize(("bad", "expected"), [pytest.param(*case, id=name) for name, *case in TURNS])
+def test_turns(tmp_path: Path, bad: str, expected: str) -> None:
+    good = in_full('{"messages": [<U>, <A>]}')
+    message = complaint_about(tmp_path / "a.json", f'[{good}, {{"messages": {in_full(bad)}}}]')
+    assert f"\n  - a.json, row 2, field 'messages{in_full(expected)}\n" in message
 
 
-def exchanges(tmp_path: Path, *turns: Any) -> tuple[Exchange, ...]:
-    (row,) = require_good(read(tmp_path, {"messages": turns}), "fail")
-    return row.exchanges
+# Name, a file of two rows the second of which is bad, the message.
+BAD_ROWS = [
+    ("turns missing", '[{"messages": [<U>, <A>]}, {"id": 1}]', "a.json, row 2, field 'messages': is missing. <LIST>"),
+    (
+        "tools",
+        '[{"messages": [<U>, <A>]}, {"messages": [<U>, <A>], "tools": [{"type": "function"}]}]',
+        "a.json, row 2, field 'tools[0]': does not describe a tool. Write it as "
+        '{"type": "function", "function": {"name": "...", ...}}.',
+    ),
+    (
+        "two systems",
+        '[{"messages": [<U>, <A>]}, {"messages": [<S>, <U>, <A>], "system": "other"}]',
+        "a.json, row 2, field 'system': differs from the system turn. Keep one of the two.",
+    ),
+    (
+        "gpt first",
+        '[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, '
+        '{"conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "Q"}]}]',
+        "a.json, row 2, field 'conversations[1]': is a user turn without an answer. Add the assistant's answer, or "
+        "delete this turn.",
+    ),
+]
 
 
-def learnt(row: Row, name: str, labels: Any = "auto") -> str:
-    encoder = Encoder(TINY, prompt_format(name, TINY), labels)
-    (example,) = encoder.encode([row])
-    assert example is not None
-    return TINY.decode([label for label in example.labels if label != IGNORED])
+@pytest.mark.parametrize(("content", "expected"), [pytest.param(*case, id=name) for name, *case in BAD_ROWS])
+def test_bad_turns_in_a_row(tmp_path: Path, content: str, expected: str) -> None:
+    assert f"\n  - {in_full(expected)}\n" in complaint_about(tmp_path / "a.json", in_full(content))
+
+
+def test_system_beside_the_turns_and_roles_mixed(tmp_path: Path) -> None:
+    turns = [{"role": "human", "value": "Q"}, {"from": "assistant", "content": "A", "weight": 1}]
+    for name in ("conversations", "messages"):
+        rows = read_rows(write(tmp_path / "a.json", [{"id": "x", name: turns, "system": "S"}]))
+        assert conversations(rows) == [("S", (Exchange("Q", "", "A"),))]
 
 
 WEIGHTS = [
@@ -47,32 +174,14 @@ def test_a_turn_of_weight_0_is_read_and_not_learnt(tmp_path: Path, name: str, va
     wrong = {"role": "assistant", "content": "WRONG", name: value}
     right = {"role": "assistant", "content": "right", name: 1}
     (row,) = read(tmp_path, {"messages": [USER | {name: 0.5}, wrong, USER, right]}).rows
-    assert learnt(row, prompt) == f"right{TINY.eos_token}"
-    everything = learnt(row, prompt, "all")
+    assert learnt_of_row(row, prompt) == f"right{TINY.eos_token}"
+    everything = learnt_of_row(row, prompt, "all")
     assert "WRONG" not in everything and "right" in everything and "Q" in everything
 
 
 def test_weights_that_say_nothing_new_change_nothing(tmp_path: Path) -> None:
     for value in (None, 1, True, "true", "1", 1.0):
         assert exchanges(tmp_path, USER, ANSWER | {"weight": value, "train": None}) == (Exchange("Q", "", "A"),)
-
-
-def test_bad_answers_and_rows_without_a_learnt_turn_are_left_out_and_counted(tmp_path: Path) -> None:
-    turns = {"messages": [USER, ANSWER]}
-    unlearnt = {"messages": [USER, ANSWER | {"weight": 0}]}
-    rows = read(
-        tmp_path, turns | {"label": False}, turns | {"label": True}, turns | {"label": "False"}, unlearnt, turns
-    )
-    assert [row.number for row in require_good(rows, "fail")] == [2, 5]
-    assert len(rows.notes) == 2
-    assert "2 rows" in rows.notes[0] and "rows 1, 3)" in rows.notes[0] and "label: false" in rows.notes[0]
-    assert "1 row " in rows.notes[1] and "row 4)" in rows.notes[1]
-    kto = [{"prompt": "Q", "completion": "A", "label": label} for label in (True, False)]
-    assert len(read(tmp_path, *kto).rows) == 1
-    classes = [{"instruction": "Q", "output": "A", "label": label} for label in (0, 1)]
-    assert len(read(tmp_path, *classes).rows) == 2  # a number is a class, not a verdict
-    with pytest.raises(DataError, match="no row is left to train on"):
-        require_good(read(tmp_path, kto[1]), "fail")
 
 
 @pytest.mark.parametrize(
@@ -105,44 +214,6 @@ def test_lists_of_texts_are_user_and_assistant_in_turn(tmp_path: Path) -> None:
     assert rows.rows[1].exchanges[1] == Exchange("Q2", "", "A2")
 
 
-@pytest.mark.parametrize("prompt", ["alpaca", "chat"])
-def test_a_text_is_trained_on_as_it_is(tmp_path: Path, prompt: str) -> None:
-    texts = ["### Human: What is salt?### Assistant: Sodium chloride.", "<s>[INST] Hi [/INST] Hi. </s>"]
-    rows = read(tmp_path, *({"text": text} for text in texts))
-    assert rows.format == "text"
-    assert [learnt(row, prompt) for row in rows.rows] == texts == [learnt(row, prompt, "all") for row in rows.rows]
-    with pytest.raises(DataError, match=r"a.json, row 1, field 'text': .*data.labels=auto"):
-        list(Encoder(TINY, prompt_format(prompt, TINY), "response").encode(rows.rows))
-
-
-def test_a_texts_special_tokens_stand_once(tinyllama_tokenizer: Any) -> None:
-    encoder = Encoder(tinyllama_tokenizer, prompt_format("alpaca", tinyllama_tokenizer))
-    for text in ("<s> Hi </s>", "Hi </s>", "Hi"):
-        (example,) = encoder.encode([Row("f", 1, "", (), text=text)])
-        assert example is not None and example.input_ids == example.labels
-        assert example.input_ids.count(1) == 1 and example.input_ids.count(2) == text.count("</s>")
-
-
-CALL = {"name": "weather", "arguments": {"city": "Busan"}}
-OPENAI = {
-    "messages": [
-        {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "c1", "type": "function", "function": CALL | {"arguments": json.dumps(CALL["arguments"])}}]},
-        {"role": "tool", "tool_call_id": "c1", "content": '{"c": 21}'},
-        {"role": "assistant", "content": "21 C."},
-    ],
-    "tools": [{"type": "function", "function": {"name": "weather"}}],
-}  # fmt: skip
-SHAREGPT = {
-    "conversations": [
-        {"from": "human", "value": "Weather?"}, {"from": "function_call", "value": json.dumps(CALL)},
-        {"from": "observation", "value": '{"c": 21}'}, {"from": "gpt", "value": "21 C."},
-    ],
-    "system": "", "tools": '[{"name": "weather"}]',
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("record", [OPENAI, SHAREGPT], ids=["openai", "sharegpt"])
 def test_tools_calls_and_results(tmp_path: Path, record: dict[str, Any]) -> None:
     (row,) = require_good(read(tmp_path, record), "fail")
@@ -154,16 +225,6 @@ def test_tools_calls_and_results(tmp_path: Path, record: dict[str, Any]) -> None
     assert [json.loads(result)["content"] for result in second.results] == ['{"c": 21}']
 
 
-@pytest.mark.parametrize("record", [OPENAI, SHAREGPT], ids=["openai", "sharegpt"])
-@pytest.mark.parametrize("prompt", ["alpaca", "stanford", "{{ instruction }}{{ input }}", "chat"])
-def test_rows_with_tools_are_refused_where_the_prompts_have_no_place_for_them(
-    tmp_path: Path, record: dict[str, Any], prompt: str
-) -> None:
-    encoder = Encoder(TINY, prompt_format(prompt, TINY))
-    with pytest.raises(DataError, match=r"a.json, row 1, field 'tools': .* tools"):
-        list(encoder.encode(read(tmp_path, record).rows))
-
-
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_thinking_beside_an_answer_is_read(tmp_path: Path, name: str) -> None:
     assert exchanges(tmp_path, USER, ANSWER | {name: "deep"})[0].thinking == "deep"
@@ -173,10 +234,3 @@ def test_thinking_beside_an_answer_is_read(tmp_path: Path, name: str) -> None:
     assert (joined[0].thinking, joined[0].output) == ("a\n\nb", "A\n\nA")
     with pytest.raises(DataError, match=rf"messages\[1\]\.{name}"):
         exchanges(tmp_path, USER, ANSWER | {name: 3})
-
-
-def test_answers_inside_a_prompt_are_read_and_not_learnt(tmp_path: Path) -> None:
-    earlier = {"role": "assistant", "content": "EARLIER"}
-    (row,) = read(tmp_path, {"prompt": [USER, earlier, USER], "completion": [ANSWER]}).rows
-    assert [exchange.learnt for exchange in row.exchanges] == [False, True]
-    assert learnt(row, "alpaca") == f"A{TINY.eos_token}"

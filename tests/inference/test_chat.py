@@ -21,7 +21,7 @@ from huarizo.errors import MachineError, UserError
 from huarizo.inference import generate
 from huarizo.inference.chat import Conversation, checked, converse
 from huarizo.inference.generate import Assistant, Sampling, answers, open_assistant, stream_answer
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
 from tests.results.make import make_tuned
 from tests.tiny import CHATML, make_tokenizer
 
@@ -271,7 +271,7 @@ def test_odd_settings_of_generation_are_not_even_read(tmp_path: Path, settings: 
     (tuned.base / "generation_config.json").write_text(settings)
     assert answers(open_assistant(tuned, "fp32"), [Question(OpenExchange("Say it"))], 3)
     rows = pack([{"input_ids": [1], "labels": [1]}])
-    model = load_int8_base(tuned.base, torch.float32, torch.device("cpu"), rows)
+    model = load_quantised_base(tuned.base, "int8", torch.float32, torch.device("cpu"), rows)
     assert model.generation_config.to_diff_dict().keys() <= {"transformers_version"}
 
 

@@ -135,7 +135,7 @@ def test_a_gguf_has_the_longer_vocabulary_and_no_adapter_alone(tmp_path: Path) -
     assert reader.get_field("llama.vocab_size").contents() == 262
     assert reader.get_field("tokenizer.ggml.tokens").contents()[260:] == NEW
     assert {t.name: list(t.shape) for t in reader.tensors}["token_embd.weight"] == [64, 262]
-    vocabulary = read_vocabulary(base, tuned.encoder.tokenizer, 262)
+    vocabulary = read_vocabulary(base, tuned.encoder.tokenizer, 262, {})
     assert vocabulary.types[260:] == [gguf.TokenType.USER_DEFINED] * 2
     with pytest.raises(ModelError, match="or added tokens"):
         export_adapter(tuned, tmp_path / "adapter.gguf")
@@ -264,7 +264,7 @@ def test_foreign_rows_of_single_tokens_are_merged_as_peft_means_them(ids: Any, t
 
 def test_left_to_the_machine_the_precision_is_a_float_one(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
-    assert prepare(recipe_for(base, tmp_path, precision="auto")).choice.precision != "int8"
+    assert prepare(recipe_for(base, tmp_path, precision="auto")).plan.choice.precision != "int8"
 
 
 def test_a_tokenizer_that_no_row_needs_may_be_broken(tmp_path: Path) -> None:

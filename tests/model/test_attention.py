@@ -1,9 +1,12 @@
 """Packed attention: equal to the plain definition, value and gradient, and exactly isolated."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from huarizo.data.packing import pack
+from huarizo.errors import ModelError
 from huarizo.kernels import attention as kernel
 from huarizo.model import attention
 from tests.tiny import make_model
@@ -212,3 +215,61 @@ def test_generation_without_boundaries_is_refused() -> None:
     model.set_attn_implementation(attention.NAME)
     with pytest.raises(ValueError, match="cu_seqlens"):
         model(torch.tensor([[5, 6]]))
+
+
+def test_what_transformers_passes_of_a_llama_is_taken() -> None:
+    x, cu_seqlens = torch.randn(1, 2, 5, 16), torch.tensor([0, 2, 5], dtype=torch.int32)
+    plain, _ = attention.packed_attention(torch.nn.Module(), x, x, x, None, cu_seqlens=cu_seqlens)
+    out, _ = attention.packed_attention(
+        torch.nn.Module(), x, x, x, None, cu_seqlens=cu_seqlens, scaling=16**-0.5, dropout=0.0, use_cache=False,
+        position_ids=torch.arange(5)[None], num_items_in_batch=torch.tensor(3), output_attentions=False,
+        sliding_window=None, softcap=None, s_aux=None, is_causal=True,
+    )  # fmt: skip
+    assert torch.equal(out, plain)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"sliding_window": 4096}, "sliding_window=4096"), ({"softcap": 50.0}, "softcap=50.0"),
+        ({"s_aux": torch.zeros(2)}, "s_aux"), ({"dropout": 0.1}, "dropout=0.1"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"), ({"is_causal": False}, "is_causal=False"),
+        ({"output_attentions": True}, "output_attentions=True"), ({"head_mask": torch.ones(2)}, "head_mask"),
+        ({"never_heard_of": 1}, "never_heard_of=1"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_attention_is_refused_by_name(asked: dict[str, Any], named: str) -> None:
+    x, cu_seqlens = torch.randn(1, 2, 5, 16), torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(ModelError, match=f"packed attention has no {named}$"):
+        attention.packed_attention(torch.nn.Module(), x, x, x, None, cu_seqlens=cu_seqlens, **asked)
+
+
+def test_masks_and_attention_both_ways_are_refused() -> None:
+    x, cu_seqlens = torch.randn(1, 2, 5, 16), torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(ModelError, match="attention_mask"):
+        attention.packed_attention(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 5, 5), cu_seqlens=cu_seqlens)
+    encoder = torch.nn.Module()
+    encoder.is_causal = False
+    with pytest.raises(ModelError, match="is_causal=False"):
+        attention.packed_attention(encoder, x, x, x, None, cu_seqlens=cu_seqlens)
+    out, _ = attention.packed_attention(encoder, x, x, x, None, cu_seqlens=cu_seqlens, is_causal=True)
+    assert out.shape == (1, 5, 2, 16)
+
+
+def test_a_model_with_a_sliding_window_is_refused_and_one_without_taken() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    ids, cu_seqlens = torch.tensor([[1, 2, 3]]), torch.tensor([0, 3], dtype=torch.int32)
+    for window in (2, None):
+        config = MistralConfig(**sizes, sliding_window=window, attn_implementation=attention.NAME)
+        model = MistralForCausalLM(config).eval()
+        if window is None:
+            packed = model(input_ids=ids, cu_seqlens=cu_seqlens).logits
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(packed, model(input_ids=ids).logits)
+        else:
+            with pytest.raises(ModelError, match="sliding_window=2"):
+                model(input_ids=ids, cu_seqlens=cu_seqlens)

@@ -11,7 +11,7 @@ from huarizo.data.packing import pack
 from huarizo.model import compile as compiling
 from huarizo.model.compile import compile_layers, uncompiled, why_not
 from huarizo.model.dropout import DropoutMasks
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base
 from huarizo.model.lora import add_lora
 from huarizo.model.loss import PackedLoss
@@ -34,7 +34,7 @@ BATCHES = [batch_of([5, 70, 33]), batch_of([129]), batch_of([2, 3, 64], seed=1)]
 
 def model_of(folder: Path, precision: str, dropout: float) -> Any:
     if precision == "int8":
-        base = load_int8_base(folder, torch.bfloat16, CPU, BATCHES[0])
+        base = load_quantised_base(folder, "int8", torch.bfloat16, CPU, BATCHES[0])
     else:
         base = load_base(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], CPU)
     model = add_lora(base, make_recipe(lora={"dropout": dropout}).lora, seed=1).train()

@@ -15,10 +15,10 @@ from huarizo.errors import ModelError
 from huarizo.model.adapter import load_adapter
 from huarizo.model.lora import add_lora
 from huarizo.model.merge import MergedWeights, merged_shards
-from huarizo.model.weights import EMBEDDING, HEAD
 from huarizo.recipe import make_recipe
 from tests.tiny import make_model
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}, "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"}, "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}},

@@ -14,10 +14,10 @@ from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError
+from huarizo.model.architectures.llama import LLAMA3_SPLIT
 from huarizo.results.chat_template import leading_space
 from huarizo.results.gguf import export_gguf
 from huarizo.results.verify import PROMPTS, LlamaCpp, compare_with_transformers
-from huarizo.results.vocabulary import LLAMA3_SPLIT
 from tests.results.make import make_tuned, trained_tokenizer
 from tests.tiny import CHATML
 

@@ -2,8 +2,8 @@
 
 The weight is stored once, in int8 with one scale an output channel, and serves both products: the channel scales are
 multiplied into the incoming gradient before that is quantised, so nothing is transposed and nothing kept twice.
-Activations and gradients are quantised as they come, one scale a token. Plain int8 ruins a Llama, because a few input
-channels are hundreds of times larger than the rest. Three things mend it
+Activations and gradients are quantised as they come, one scale a token. Plain int8 ruins a model, because a few
+input channels are hundreds of times larger than the rest. Three things mend it
 (tests/model/frozen/test_int8.py holds the figures):
 
 - smoothing moves the spread of the activations into the weight, where it does less harm: input channel j is divided
@@ -21,7 +21,7 @@ not its own.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch import nn
 
 from huarizo.host import int8_instructions
 from huarizo.kernels import int8 as kernel
+from huarizo.model.frozen.linear import FrozenLinear, traced_as_one
 
 FLOAT_CHANNELS = 8
 BLOCK = 32  # of channels that are rotated together
@@ -99,39 +100,53 @@ def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._int_mm(a_MK, b_KN)
 
 
+class Int8Weight(NamedTuple):
+    """All that makes the products of an `Int8Linear`. Where kernels/int8.c can be used, both weights are packed for it.
+
+    Packed, an int8 weight is uint8.
+    """
+
+    weight: torch.Tensor
+    """int8 [N', K'], smoothed and rotated."""
+    scale: torch.Tensor
+    """float32 [N']."""
+    input_scale: torch.Tensor
+    """float32 [K]: as inverse_smoothing, zero in the float channels."""
+    inverse_smoothing: torch.Tensor
+    """float32 [K], 1 / s_j."""
+    float_channels: torch.Tensor
+    """int64 [k], ascending."""
+    float_weight: torch.Tensor
+    """[N, k] in the activations' dtype."""
+    bias: torch.Tensor | None
+    """[N]."""
+    outputs: int
+    """N."""
+
+
 class _Int8Product(torch.autograd.Function):
     """y = x W' + b, with the gradient for x alone; a packed weight goes to the kernel."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scale: torch.Tensor,
-        input_scale: torch.Tensor,
-        inverse_smoothing: torch.Tensor,
-        float_channels: torch.Tensor,
-        float_weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        outputs: int,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight, scale, inverse_smoothing)
-        if is_packed(weight):
-            rows = kernel.quantise(x, input_scale)
-            return kernel.forward(*rows, weight, scale, x, float_channels, float_weight, bias, outputs)
-        x_int8, x_scale = quantise_rows(rotated(x.float() * input_scale))
-        y = rotated(int8_product(x_int8, weight.t()).float() * x_scale * scale)[:, :outputs]
-        return (y + F.linear(x[:, float_channels], float_weight, bias).float()).to(x.dtype)
+    def forward(ctx: Any, x: torch.Tensor, *parts: Any) -> torch.Tensor:
+        w = Int8Weight(*parts)
+        ctx.save_for_backward(w.weight, w.scale, w.inverse_smoothing)
+        if is_packed(w.weight):
+            rows = kernel.quantise(x, w.input_scale)
+            return kernel.forward(*rows, w.weight, w.scale, x, w.float_channels, w.float_weight, w.bias, w.outputs)
+        x_int8, x_scale = quantise_rows(rotated(x.float() * w.input_scale))
+        y = rotated(int8_product(x_int8, w.weight.t()).float() * x_scale * w.scale)[:, : w.outputs]
+        return (y + F.linear(x[:, w.float_channels], w.float_weight, w.bias).float()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return input_gradient(grads[0], *ctx.saved_tensors), None, None, None, None, None, None, None, None
+        return input_gradient(grads[0], *ctx.saved_tensors), *(None for _ in Int8Weight._fields)
 
 
 def input_gradient(
     grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smoothing: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of the input, [T, K], from that of the output, [T, N]; the others are those of an `Int8Linear`."""
+    """The gradient of the input, [T, K], from that of the output, [T, N]; the others are those of an `Int8Weight`."""
     if is_packed(weight):
         return kernel.backward(grad, weight, scale, inverse_smoothing)
     grad_int8, grad_scale = quantise_gradient(rotated(grad.float()) * scale)
@@ -139,22 +154,10 @@ def input_gradient(
     return (grad_x * inverse_smoothing).to(grad.dtype)
 
 
-@torch.compiler.allow_in_graph  # the compiler takes it as one operation and traces both directions through it
-def int8_linear(
-    x_TK: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    input_scale: torch.Tensor,
-    inverse_smoothing: torch.Tensor,
-    float_channels: torch.Tensor,
-    float_weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    outputs: int,
-) -> torch.Tensor:
-    """[T, K] -> [T, N = outputs] in the dtype of x, differentiable in x; the others are those of an `Int8Linear`."""
-    return _Int8Product.apply(  # pyright: ignore
-        x_TK, weight, scale, input_scale, inverse_smoothing, float_channels, float_weight, bias, outputs
-    )
+@traced_as_one
+def int8_linear(x_TK: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    """[T, K] -> [T, N] in the dtype of x, differentiable in x."""
+    return _Int8Product.apply(x_TK, *weight)  # pyright: ignore[reportReturnType]
 
 
 def is_packed(weight: torch.Tensor) -> bool:
@@ -162,22 +165,15 @@ def is_packed(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.uint8
 
 
-class Int8Linear(nn.Module):
-    """x W' + b with a frozen int8 weight.
+class Int8Linear(FrozenLinear):
+    """x W' + b with a frozen int8 weight; its buffers are those of an `Int8Weight`."""
 
-    weight: int8 [N', K'], smoothed and rotated; scale: float32 [N']; inverse_smoothing: float32 [K], 1 / s_j;
-    input_scale: the same, zero in the float channels; float_channels: int64 [k], ascending; float_weight: [N, k] in the
-    activations' dtype. Where kernels/int8.c can be used, both weights are packed for it.
-    Not an nn.Linear, so that nothing takes it for one and adds floats to its int8 weight.
-    """
-
-    weight: torch.Tensor
+    storage = "int8"
     scale: torch.Tensor
     input_scale: torch.Tensor
     inverse_smoothing: torch.Tensor
     float_channels: torch.Tensor
     float_weight: torch.Tensor
-    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -188,7 +184,7 @@ class Int8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        self.dtype = linear.weight.dtype  # of the activations
+        self.dtype = linear.weight.dtype
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("inverse_smoothing", inverse_smoothing)
         self.register_buffer("float_channels", float_channels)
@@ -225,10 +221,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of x."""
-        y = int8_linear(
-            x.flatten(0, -2), self.weight, self.scale, self.input_scale, self.inverse_smoothing,
+        weight = Int8Weight(
+            self.weight, self.scale, self.input_scale, self.inverse_smoothing,
             self.float_channels, self.float_weight, self.bias, self.out_features,
         )  # fmt: skip
+        y = int8_linear(x.flatten(0, -2), weight)
         return y.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A local model folder becomes a Llama whose decoder layers are int8, one layer at a time.
+"""A local model folder becomes a model whose linear layers are quantised, one decoder layer at a time.
 
 Each layer is read in its float dtype, a few training rows run through it so that its input channels show their size,
 then its linears are quantised and the float weights let go; the output head likewise. The whole float model never
@@ -6,7 +6,7 @@ stands in memory, and no layer sees what quantisation did to the ones before it.
 dtype.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.attention import NAME as PACKED_ATTENTION
-from huarizo.model.frozen.int8 import quantise
+from huarizo.model.frozen.storages import STORAGES, Storage
 from huarizo.model.load import read_config
-from huarizo.model.weights import HEAD, check_weights, read_tensor, tensors_of, unloadable
-
-# Linears of a decoder layer that read the same activations.
-GROUPS = (
-    ("self_attn", ("q_proj", "k_proj", "v_proj")),
-    ("self_attn", ("o_proj",)),
-    ("mlp", ("gate_proj", "up_proj")),
-    ("mlp", ("down_proj",)),
-)
+from huarizo.model.weights import check_weights, class_of, config_of, read_tensor, tensors_of, within_memory
 
 
 class _Weights:
@@ -58,59 +51,65 @@ def _peaks(layer: nn.Module) -> Iterator[dict[nn.Module, torch.Tensor]]:
         handle.remove()
 
 
-def quantise_layer(layer: nn.Module, peaks: dict[nn.Module, torch.Tensor]) -> None:
-    """Put int8 layers in the place of the linears of a decoder layer."""
-    for part, names in GROUPS:
-        parent = layer.get_submodule(part)
-        linears: Sequence[Any] = [getattr(parent, name) for name in names]
-        for name, replacement in zip(names, quantise(linears, peaks[linears[0]]), strict=True):
-            setattr(parent, name, replacement)
+def _quantise(
+    module: nn.Module, groups: Iterable[Sequence[str]], peaks: dict[nn.Module, torch.Tensor], kept: Storage
+) -> None:
+    """Put layers of a storage in the place of a module's linears, named by their paths and grouped by their input."""
+    for names in groups:
+        linears: Sequence[Any] = [module.get_submodule(name) for name in names]
+        for name, replacement in zip(names, kept.quantise(linears, peaks[linears[0]]), strict=True):
+            module.set_submodule(name, replacement)
 
 
 @torch.no_grad()
-def load_int8_base(folder: Path, dtype: torch.dtype, device: torch.device, calibration: dict[str, torch.Tensor]) -> Any:
-    """The frozen base with int8 linears on `device`, with packed attention.
+def load_quantised_base(
+    folder: Path, storage: str, dtype: torch.dtype, device: torch.device, calibration: dict[str, torch.Tensor]
+) -> Any:
+    """The frozen base on `device` with its linears kept as a storage does, with packed attention.
 
-    dtype: of the activations and of what is not quantised; calibration: a packed batch (`huarizo.data.packing.pack`) of
-    training rows. The same rows give the same int8 weights.
+    storage: one of `STORAGES`; dtype: of the activations and of what is not quantised; calibration: a packed batch
+    (`huarizo.data.packing.pack`) of training rows. The same rows give the same weights.
 
     Raises:
         MachineError: there is not enough memory for it.
         ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
     """
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers import GenerationConfig
 
     read_config(folder)
     check_weights(folder)
-    config = LlamaConfig.from_pretrained(folder, local_files_only=True)
+    config = config_of(folder)
     config._attn_implementation = PACKED_ATTENTION
     config.use_cache = False
     config.dtype = dtype
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-    try:
-        weights = _Weights(folder, dtype, device)
-        inner: Any = model.model
-        inner.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-        weights.fill(inner.embed_tokens, "model.embed_tokens")
-        weights.fill(inner.norm, "model.norm")
-        hidden = inner.embed_tokens(calibration["input_ids"].to(device))
-        embeddings = inner.rotary_emb(hidden, calibration["position_ids"].to(device))
-        cu_seqlens = calibration["cu_seqlens"]
-        for number, layer in enumerate(inner.layers):
-            weights.fill(layer, f"model.layers.{number}")
-            with _peaks(layer) as peaks:
-                hidden = layer(hidden, position_embeddings=embeddings, cu_seqlens=cu_seqlens)
-            quantise_layer(layer, peaks)
-        if HEAD in weights.files:
-            weights.fill(model.lm_head, "lm_head")
-        else:
-            model.tie_weights()
-        with _peaks(model) as peaks:
-            model.lm_head(inner.norm(hidden))
-        model.lm_head = quantise([model.lm_head], peaks[model.lm_head])[0]
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise unloadable(folder, error) from None
+        model = class_of(config)(config)
+    with within_memory(folder):
+        _fill(model, _Weights(folder, dtype, device), STORAGES[storage], calibration)
     model.generation_config = GenerationConfig()  # as load_base
     return model.requires_grad_(False).eval()
+
+
+def _fill(model: Any, weights: _Weights, kept: Storage, calibration: dict[str, torch.Tensor]) -> None:
+    """Read a model on torch's meta device and quantise it, from the embedding to the head."""
+    parts, device = architecture_of(model.config), weights.device
+    rotary = type(model.get_submodule(parts.rotary_embedding))(model.config).to(device)
+    model.set_submodule(parts.rotary_embedding, rotary)
+    embedding, norm, head = (model.get_submodule(path) for path in (parts.embedding, parts.norm, parts.head))
+    weights.fill(embedding, parts.embedding)
+    weights.fill(norm, parts.norm)
+    hidden = embedding(calibration["input_ids"].to(device))
+    positions = rotary(hidden, calibration["position_ids"].to(device))
+    cu_seqlens = calibration["cu_seqlens"]
+    for number, layer in enumerate(model.get_submodule(parts.layers)):
+        weights.fill(layer, f"{parts.layers}.{number}")
+        with _peaks(layer) as peaks:
+            hidden = layer(hidden, position_embeddings=positions, cu_seqlens=cu_seqlens)
+        _quantise(layer, parts.shared_inputs, peaks, kept)
+    if f"{parts.head}.weight" in weights.files:
+        weights.fill(head, parts.head)
+    else:
+        model.tie_weights()
+    with _peaks(head) as peaks:
+        head(norm(hidden))
+    _quantise(model, [[parts.head]], peaks, kept)

@@ -1,9 +1,9 @@
-"""LoRA on an int8 layer, registered with PEFT through its hook for custom modules.
+"""LoRA on a frozen layer with a storage of its own, registered with PEFT through its hook for custom modules.
 
-    y = W_int8 x + scaling B A dropout(x)
+    y = W_stored x + scaling B A dropout(x)
 
 A [r, K] and B [N, r] are kept in fp32 and multiplied in the dtype of the activations, as autocast would. They see the
-activations that the float model would see, not the quantised ones, so that the adapter is right for the float model:
+activations that the float model would see, not quantised ones, so that the adapter is right for the float model:
 it is saved as an ordinary PEFT adapter.
 Seen with peft 0.19 to 0.21; tests/model/frozen/test_lora.py fails when the hook moves.
 """
@@ -19,13 +19,13 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from huarizo.model.dropout import HashedDropout
-from huarizo.model.frozen.int8 import Int8Linear
+from huarizo.model.frozen.linear import FrozenLinear
 
 NEEDS_NO_WEIGHT = ("gaussian", "eva")  # inits by name that do not look at the base weight
 
 
-class Int8LoraLinear(nn.Module, LoraLayer):
-    """An Int8Linear with adapters. PEFT makes it.
+class FrozenLoraLinear(nn.Module, LoraLayer):
+    """A FrozenLinear with adapters. PEFT makes it.
 
     Raises:
         ValueError: LoRA variants that change more than adding B A x (DoRA and others), or a LoRA bias.
@@ -51,19 +51,19 @@ class Int8LoraLinear(nn.Module, LoraLayer):
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> None:
         if config.lora_bias:
-            raise ValueError("lora_bias is not supported with precision int8. Use precision=bf16 or fp32")
+            raise ValueError(f"lora_bias is not supported with precision {self._storage}. Use precision=bf16 or fp32")
         try:
             super().resolve_lora_variant(config=config)
         except ValueError:
             raise ValueError(
                 "this LoRA variant (DoRA, or another that changes more than adding B A x) is not supported with "
-                "precision int8. Use precision=bf16 or fp32"
+                f"precision {self._storage}. Use precision=bf16 or fp32"
             ) from None
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:  # pyright: ignore
         init = config.init_lora_weights
         if isinstance(init, str) and init not in NEEDS_NO_WEIGHT:
-            with _float_weight(self.get_base_layer()):
+            with _float_weight(cast(FrozenLinear, self.get_base_layer())):
                 super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
         else:
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
@@ -84,18 +84,24 @@ class Int8LoraLinear(nn.Module, LoraLayer):
         return result
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("an adapter is not merged into int8 weights: load the float base and merge it there")
+        raise ValueError(
+            f"an adapter is not merged into {self._storage} weights: load the float base and merge it there"
+        )
 
     def unmerge(self) -> None:
-        raise ValueError("nothing was merged: an adapter is not merged into int8 weights")
+        raise ValueError(f"nothing was merged: an adapter is not merged into {self._storage} weights")
+
+    @property
+    def _storage(self) -> str:
+        return cast(FrozenLinear, self.get_base_layer()).storage
 
 
 @contextmanager
-def _float_weight(base: Any) -> Iterator[None]:
+def _float_weight(base: FrozenLinear) -> Iterator[None]:
     """Shows the weight in float32 inside the block, for inits that read and change it (PiSSA, OLoRA)."""
     quantised, shown = base.weight, base.dequantised()
     before = shown.clone()
-    base.weight = nn.Parameter(shown, requires_grad=False) if "weight" not in base._buffers else shown
+    base.weight = shown
     try:
         yield
     finally:
@@ -105,6 +111,6 @@ def _float_weight(base: Any) -> Iterator[None]:
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """Tell PEFT what to make of an int8 layer. The registration is not saved with the adapter."""
-    config._register_custom_module({Int8Linear: Int8LoraLinear})
+    """Tell PEFT what to make of a frozen layer. The registration is not saved with the adapter."""
+    config._register_custom_module({FrozenLinear: FrozenLoraLinear})
     return config

@@ -15,7 +15,7 @@ from huarizo.errors import ModelError
 from huarizo.model.frozen import int8
 from huarizo.model.frozen import load as int8_load
 from huarizo.model.frozen.int8 import BLOCK, Int8Linear, quantise, reference, reference_gradient, rotated
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base
 from huarizo.model.loss import PackedLoss, summed_loss
 from tests.tiny import make_model
@@ -159,7 +159,7 @@ def calibration(lengths: tuple[int, ...] = (20, 31)) -> dict[str, torch.Tensor]:
 def test_the_loaded_model_is_int8_and_close_to_the_float_one(config: dict[str, Any], tmp_path: Path) -> None:
     make_model(**config).save_pretrained(tmp_path)
     batch = calibration()
-    quantised = load_int8_base(tmp_path, torch.float32, CPU, batch)
+    quantised = load_quantised_base(tmp_path, "int8", torch.float32, CPU, batch)
     plain = load_base(tmp_path, torch.float32, CPU)
     names = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
     assert {name for name, module in quantised.named_modules() if isinstance(module, Int8Linear)} == names
@@ -171,7 +171,9 @@ def test_the_loaded_model_is_int8_and_close_to_the_float_one(config: dict[str, A
 
 def test_the_same_rows_give_the_same_weights(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
-    first, second = (load_int8_base(tmp_path, torch.bfloat16, CPU, calibration()).state_dict() for _ in range(2))
+    first, second = (
+        load_quantised_base(tmp_path, "int8", torch.bfloat16, CPU, calibration()).state_dict() for _ in range(2)
+    )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -198,7 +200,7 @@ def test_only_one_float_layer_stands_in_memory(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(int8_load._Weights, "fill", counted)
     monkeypatch.setattr(LlamaForCausalLM, "__init__", noted)
-    load_int8_base(tmp_path, torch.float32, CPU, calibration())
+    load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())
     assert max(whole) == 7
 
 
@@ -208,7 +210,8 @@ def test_sharded_weights_load_as_one_file_does(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
     assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
     one, many = (
-        load_int8_base(tmp_path / name, torch.float32, CPU, calibration()).state_dict() for name in ("one", "many")
+        load_quantised_base(tmp_path / name, "int8", torch.float32, CPU, calibration()).state_dict()
+        for name in ("one", "many")
     )
     assert all(torch.equal(one[name], many[name]) for name in one)
 
@@ -221,20 +224,20 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
     taken = weights.pop(name)
     save_file(weights, file)
     with pytest.raises(ModelError, match=name):
-        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+        load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())
     save_file(weights | {name: taken[:5].clone()}, file)
     with pytest.raises(ModelError, match=rf"{name} has the shape \[5, 64\], where config.json wants \[96, 64\]"):
-        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+        load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=str(tmp_path)):
-        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+        load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickle"):
-        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+        load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())
 
 
 def test_a_card_gets_enough_rows_and_the_layout_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,4 +271,4 @@ def test_an_index_that_is_no_json_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weights": {}})[:5])
     with pytest.raises(ModelError, match=str(tmp_path)):
-        load_int8_base(tmp_path, torch.float32, CPU, calibration())
+        load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from huarizo.errors import RecipeError
 from huarizo.model.frozen.int8 import Int8Linear
-from huarizo.model.frozen.load import load_int8_base
-from huarizo.model.frozen.lora import Int8LoraLinear
+from huarizo.model.frozen.load import load_quantised_base
+from huarizo.model.frozen.lora import FrozenLoraLinear
 from huarizo.model.load import load_base
 from huarizo.model.lora import add_lora
 from huarizo.model.loss import PackedLoss
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def int8_model(folder: Path, **lora: Any) -> Any:
-    base = load_int8_base(folder, torch.float32, CPU, calibration())
+    base = load_quantised_base(folder, "int8", torch.float32, CPU, calibration())
     return add_lora(base, make_recipe(lora={"dropout": 0, **lora}).lora, seed=1)
 
 
@@ -69,7 +69,7 @@ def test_every_matrix_gets_the_gradient_of_the_float_model(lora: dict[str, Any],
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_init_that_takes_from_the_weight_leaves_the_model_as_it_was(init: str, folder: Path) -> None:
-    base = load_int8_base(folder, torch.float32, CPU, calibration())
+    base = load_quantised_base(folder, "int8", torch.float32, CPU, calibration())
     with torch.no_grad():
         before = float(PackedLoss(base)(base, calibration()))
         model = add_lora(base, make_recipe(lora={"dropout": 0, "options": {"init_lora_weights": init}}).lora, seed=1)
@@ -111,7 +111,7 @@ def test_the_adapter_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
 
 
 def test_peft_makes_our_layer(folder: Path) -> None:
-    made = [module for module in int8_model(folder).modules() if isinstance(module, Int8LoraLinear)]
+    made = [module for module in int8_model(folder).modules() if isinstance(module, FrozenLoraLinear)]
     assert len(made) == 4  # q_proj and v_proj of two layers: the hook for custom modules still works
 
 

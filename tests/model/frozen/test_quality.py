@@ -15,7 +15,7 @@ from huarizo.data.tokens import Encoder
 from huarizo.hub.quickstart import quickstart_model
 from huarizo.kernels import int8 as kernel
 from huarizo.machine import DTYPES, float_precision
-from huarizo.model.frozen.load import load_int8_base
+from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base, load_tokenizer
 from huarizo.model.lora import add_lora
 from huarizo.model.loss import PackedLoss
@@ -59,7 +59,7 @@ def test_loss_and_gradients_are_those_of_the_float_model(rows: list[dict[str, to
     both = {key: torch.cat([batch[key] for batch in rows[:2]], -1) for key in ("input_ids", "position_ids")}
     ends = rows[0]["cu_seqlens"], rows[1]["cu_seqlens"][1:] + rows[0]["cu_seqlens"][-1]
     calibration = both | {"cu_seqlens": torch.cat(ends)}
-    loss, gradients = loss_and_gradients(load_int8_base(folder, dtype, CPU, calibration), batches)
+    loss, gradients = loss_and_gradients(load_quantised_base(folder, "int8", dtype, CPU, calibration), batches)
     assert abs(loss / plain_loss - 1) < 0.005
     assert gradients.keys() == plain.keys() and len(gradients) == 120
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
