@@ -210,7 +210,7 @@ def test_ctrl_c_saves_and_resume_ends_as_if_never_stopped(
         (["lora.rr=3"], "did you mean 'lora.r'?"),
         (["model=/no/such/folder"], "/no/such/folder"),
         (["data.train=missing.json"], "missing.json"),
-        (["precision=fp16"], "needs an NVIDIA card"),
+        (["precision=fp16"], "needs an NVIDIA GPU"),
         (["lora.target_modules=q_prj"], "did you mean 'q_proj'?"),
         (["data.max_length=8"], "data.max_length=8"),
         (["data.eval=100"], "holds out 100 of 12 rows"),
@@ -328,4 +328,4 @@ def test_a_name_that_no_file_can_have_is_told(
     monkeypatch.setattr(cli, "app", lambda: find_run("x" * 300))
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 2 and "no file can have so long a name" in capsys.readouterr().err
+    assert ended.value.code == 2 and "too long for a file" in capsys.readouterr().err
