@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 from huarizo.errors import HuarizoError, MachineError
 from huarizo.sandbox.reading import open_file
@@ -41,6 +41,14 @@ REMEDIES = {
 RUST = re.compile(r"\(os error (\d+)\)")
 NO_FOLDER_RENAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
 """The errors of file systems that can't rename a folder."""
+
+
+class FileFacts(TypedDict):
+    """What a manifest records of a file."""
+
+    size: int
+    """Bytes."""
+    sha256: str
 
 
 @contextmanager
@@ -347,13 +355,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, **facts: Any) -> None:
+def write_manifest(folder: Path, **facts: object) -> None:
     """Write manifest.json into a new folder: size and sha256 of each file, and the facts."""
     files = {f.name: {"size": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
-def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
+def manifest_of(folder: Path) -> dict[str, FileFacts]:
     """Size and sha256 of each file by manifest.json; {} if there is none. Raises ValueError if it is malformed."""
     try:
         files = json.loads(read_own(folder / MANIFEST))["files"]
@@ -364,7 +372,7 @@ def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{MANIFEST} can't be read") from error
 
 
-def fault_in(folder: Path, manifest: Mapping[str, Mapping[str, Any]]) -> str | None:
+def fault_in(folder: Path, manifest: Mapping[str, FileFacts]) -> str | None:
     """Describe the first file of a folder that does not match its manifest; None if all do."""
     for name, file in manifest.items():
         try:

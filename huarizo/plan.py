@@ -8,7 +8,7 @@ that the result stays bit-identical, and one for the new machine elsewhere.
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import get_args
 
 import torch
 
@@ -36,15 +36,16 @@ class Choice:
         return {"precision": self.precision, "precision_reason": self.reason, "dtype": dtype}
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> "Choice":
+    def from_values(cls, values: Mapping[str, object]) -> "Choice":
         """The inverse of `to_values`; ignores other keys.
 
         Raises:
             ValueError: the values are not those of a choice.
         """
         formats = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-        precision, dtype = values.get("precision"), formats.get(values.get("dtype", ""))
-        if precision not in ("int8", *DTYPES) or dtype is None:
+        precision = next((known for known in get_args(FixedPrecision) if known == values.get("precision")), None)
+        dtype = formats.get(str(values.get("dtype")))
+        if precision is None or dtype is None:
             raise ValueError("unknown precision or dtype")
         return cls(precision, str(values.get("precision_reason")), dtype)
 

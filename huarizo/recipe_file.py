@@ -20,8 +20,8 @@ class _RecipeLoader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys, and reads 2e-4 as a number, as YAML 1.2 does."""
 
 
-def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
+def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    seen: set[str] = set()
     for key_node, _ in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
@@ -65,7 +65,7 @@ def _unfolded(node: yaml.Node, known: dict[int, float]) -> float:
     """Number of values in a node with every alias expanded; infinite if one contains itself."""
     if id(node) not in known:
         known[id(node)] = float("inf")
-        children: list[Any] = node.value if isinstance(node.value, list) else []
+        children: list[yaml.Node | tuple[yaml.Node, yaml.Node]] = node.value if isinstance(node.value, list) else []
         pairs = [child if isinstance(child, tuple) else (child,) for child in children]
         known[id(node)] = 1 + sum(_unfolded(inner, known) for pair in pairs for inner in pair)
     return known[id(node)]

@@ -31,20 +31,23 @@ from safetensors.torch import save as tensor_bytes
 
 from huarizo.errors import MachineError, UserError
 from huarizo.files import discard, read_own, remove_leftovers, told, write_folder
+from huarizo.training.divergence import WatchState
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})(-\d+)?")
 DAMAGED = "damaged-"
+JsonObject = dict[str, Any]
+"""A JSON object, as `json.loads` returns it."""
 
 
 @dataclass(frozen=True)
 class Trained:
     """The objects whose state a checkpoint saves and restores. `scaler` is None without loss scaling."""
 
-    model: Any
-    optimizer: Any
-    scheduler: Any
-    scaler: Any
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any  # the libraries have several types for it
+    scaler: torch.amp.GradScaler | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Checkpoint:
     """A checkpoint that was read and verified. `files` holds the content of each file by name."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: JsonObject
     files: dict[str, bytes]
 
     @property
@@ -60,12 +63,12 @@ class Checkpoint:
         return self.manifest["step"]
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[JsonObject]:
         """The rows of metrics.jsonl up to this step."""
         return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
 
     @property
-    def watched(self) -> dict[str, Any]:
+    def watched(self) -> WatchState:
         """The state of the `LossWatch`."""
         return self._state["watched"]
 
@@ -75,10 +78,10 @@ class Checkpoint:
         return then["used"] if then.get("planned") == planned else planned
 
     @property
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> JsonObject:
         return json.loads(self.files["state.json"])
 
-    def restore_weights(self, model: Any) -> None:
+    def restore_weights(self, model: torch.nn.Module) -> None:
         """Load the LoRA weights into the model.
 
         Raises:
@@ -134,7 +137,7 @@ def generators() -> torch.Tensor:
     return torch.cat([torch.get_rng_state(), *cards])
 
 
-def contents(trained: Trained, rng: list[torch.Tensor], watched: dict[str, Any]) -> dict[str, bytes]:
+def contents(trained: Trained, rng: list[torch.Tensor], watched: WatchState) -> dict[str, bytes]:
     """The files that hold the training state, by name.
 
     rng: `generators` of each process, by rank; watched: the state of the `LossWatch`.
@@ -162,7 +165,7 @@ def contents(trained: Trained, rng: list[torch.Tensor], watched: dict[str, Any])
     }
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def _split(state: JsonObject) -> tuple[dict[str, torch.Tensor], list[JsonObject]]:
     """An optimizer's state as tensors named `PARAMETER.KEY`, and its parameter groups as plain values."""
     tensors = {}
     for parameter, values in state["state"].items():
@@ -179,7 +182,7 @@ def space_needed(trainable: int, keep: int) -> int:
     return (12 * trainable + 8_000_000) * (keep + 3) + 4 * trainable + 20_000_000
 
 
-def save(checkpoints: Path, step: int, files: Mapping[str, bytes], facts: Mapping[str, Any], keep: int) -> Path:
+def save(checkpoints: Path, step: int, files: Mapping[str, bytes], facts: Mapping[str, object], keep: int) -> Path:
     """Write a checkpoint, read it back, and then delete older ones.
 
     The newest `keep` are kept, and the best by held-out loss and by running loss.
@@ -229,7 +232,7 @@ def _prune(checkpoints: Path, keep: int) -> None:
             discard(folder)
 
 
-def _fact(folder: Path, key: str) -> Any:
+def _fact(folder: Path, key: str) -> object:
     try:
         return _manifest(folder).get(key)
     except _DamagedError:
@@ -285,7 +288,7 @@ class _DamagedError(Exception):
     """A checkpoint is not what was written."""
 
 
-def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
+def _verified(folder: Path, manifest: JsonObject) -> Iterator[tuple[str, bytes]]:
     """Each file's name and content, verified against the manifest."""
     for name, file in manifest["files"].items():
         try:
@@ -299,7 +302,7 @@ def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, byt
         yield name, content
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> JsonObject:
     """The manifest, verified to be intact and to belong to this folder."""
     try:
         manifest = json.loads(read_own(folder / MANIFEST))
@@ -319,5 +322,5 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def _digest(manifest: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

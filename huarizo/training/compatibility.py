@@ -8,10 +8,10 @@ bit-identical to that of an uninterrupted run.
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from importlib.metadata import version
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -74,6 +74,27 @@ REPORTED = {
 """Facts that affect rounding, each with its name in messages."""
 
 
+class Facts(TypedDict):
+    """What a checkpoint's manifest records to identify recipe, data, base model and machine."""
+
+    recipe: str
+    """A digest of the settings that affect training."""
+    base: str
+    """A digest of the pinned model."""
+    data: str
+    """The fingerprint of the tokenised training rows."""
+    precision: str
+    device: str
+    instructions: list[str]
+    kernels: list[str]
+    threads: int
+    processes: int
+    compiled: bool
+    micro_batch_tokens: int
+    activation_checkpointing: bool
+    versions: dict[str, str]
+
+
 def effect_of(key: str) -> Effect:
     """The effect of a setting, by its dotted key."""
     while key and key not in EFFECTS:
@@ -81,8 +102,8 @@ def effect_of(key: str) -> Effect:
     return EFFECTS[key]
 
 
-def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.device) -> dict[str, Any]:
-    """JSON values for the manifest that identify recipe, data, base model and machine."""
+def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.device) -> Facts:
+    """The facts of a run with this plan on this device."""
     precision = plan.choice.precision
     return {
         "recipe": _digest(_settings(to_yaml(recipe))),
@@ -107,14 +128,14 @@ def _kernels(precision: str) -> list[str]:
     return [name for name in wanted if not isinstance(load_kernel(name), str)]
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _settings(yaml: str) -> dict[str, Any]:
+def _settings(yaml: str) -> dict[str, object]:
     """A resolved recipe's settings by dotted key, without those that do not affect training."""
 
-    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    def walk(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
@@ -131,7 +152,7 @@ def same_training(one: Recipe, other: Recipe) -> bool:
     return all(before.get(key) == after.get(key) for key in keys)
 
 
-def changes_since(checkpoint: Checkpoint, recipe: Recipe, now: dict[str, Any]) -> list[str]:
+def changes_since(checkpoint: Checkpoint, recipe: Recipe, now: Facts) -> list[str]:
     """Describe the differences between then and now that affect the result.
 
     now: `facts_of` the run as it would be resumed.
@@ -139,7 +160,7 @@ def changes_since(checkpoint: Checkpoint, recipe: Recipe, now: dict[str, Any]) -
     Raises:
         UserError: the differences would make it a different run.
     """
-    then = checkpoint.manifest
+    then, facts = checkpoint.manifest, dict[str, object](now)
     before, after = _settings(checkpoint.files["recipe.yaml"].decode()), _settings(to_yaml(recipe))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     harmful = [key for key in changed if effect_of(key) is Effect.OTHER_RUN]
@@ -155,15 +176,15 @@ def changes_since(checkpoint: Checkpoint, recipe: Recipe, now: dict[str, Any]) -
     used = [key for key in changed if effect_of(key) is Effect.FROM_HERE]
     found = [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in used]
     for key, name in REPORTED.items():
-        if key in then and then[key] != now[key]:
-            found.append(f"{name}: {_in_words(then[key])} then, {_in_words(now[key])} now")
+        if key in then and then[key] != facts[key]:
+            found.append(f"{name}: {_in_words(then[key])} then, {_in_words(facts[key])} now")
     for name, number in now["versions"].items():
         if then["versions"].get(name) != number:
             found.append(f"{name} {then['versions'].get(name)} then, {number} now")
     return list(dict.fromkeys(found))
 
 
-def _in_words(value: Any) -> str:
+def _in_words(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

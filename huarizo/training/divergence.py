@@ -6,8 +6,8 @@ many skipped steps in a row, or when the loss climbs, the run ends, because cont
 
 import math
 from collections import deque
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 from huarizo.errors import UserError
 
@@ -22,6 +22,17 @@ class DivergedError(UserError):
     """The loss of a run diverged. The message says what to try."""
 
 
+class WatchState(TypedDict):
+    """The state of a `LossWatch` as JSON values; `lowest` is None before the first running mean."""
+
+    recent: list[float]
+    skipped: int
+    skipped_in_a_row: int
+    first: float | None
+    lowest: float | None
+    lowest_step: int
+
+
 @dataclass
 class LossWatch:
     """Gets the loss of every step. Its state is part of each checkpoint."""
@@ -34,14 +45,28 @@ class LossWatch:
     lowest_step: int = 0
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "LossWatch":
+    def from_state(cls, state: WatchState) -> "LossWatch":
         lowest = math.inf if state["lowest"] is None else state["lowest"]
-        return cls(**(state | {"recent": deque(state["recent"], WINDOW), "lowest": lowest}))
+        return cls(
+            recent=deque(state["recent"], WINDOW),
+            skipped=state["skipped"],
+            skipped_in_a_row=state["skipped_in_a_row"],
+            first=state["first"],
+            lowest=lowest,
+            lowest_step=state["lowest_step"],
+        )
 
-    def state(self) -> dict[str, Any]:
-        """The state as JSON values."""
+    def state(self) -> WatchState:
+        """The state for a checkpoint."""
         lowest = self.lowest if math.isfinite(self.lowest) else None
-        return asdict(self) | {"recent": list(self.recent), "lowest": lowest}
+        return {
+            "recent": list(self.recent),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "first": self.first,
+            "lowest": lowest,
+            "lowest_step": self.lowest_step,
+        }
 
     @property
     def running(self) -> float | None:

@@ -6,11 +6,12 @@ or a checkpoint are being written: once they are. A second signal always takes e
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What `signal.signal` takes and returns."""
 GRACE = 3.0  # seconds left to the step that is being computed
 
 
@@ -24,7 +25,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: str | None = None
         self._patience: float | None = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "Signals":
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):

@@ -15,8 +15,8 @@ import secrets
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huarizo.errors import MachineError, UserError
 from huarizo.files import open_own, read_own, told
@@ -33,6 +33,18 @@ LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2f
 
 class LockLostError(MachineError):
     """Another process has taken over the run. This one must not write to its folder any more."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process named in a lock file."""
+
+    pid: int
+    host: str
+    token: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
 
 class RunLock:
@@ -71,11 +83,11 @@ class RunLock:
         exclusive = self._flock()
         if not self._is_ours():
             return False
-        holder = _note_in(os.pread(self._descriptor, 4096, 0))
+        holder = _holder_in(os.pread(self._descriptor, 4096, 0))
         if exclusive is False or (holder and self._lives(holder, flock_says_free=exclusive is True)):
             raise UserError(
-                f"{self.path.parent}: another process trains here (process {holder.get('pid', '?')} on "
-                f"{holder.get('host', '?')}). Wait for it or stop it. If you know that it has ended, delete {self.path}"
+                f"{self.path.parent}: another process trains here ({holder or 'its name is not known'}). "
+                f"Wait for it or stop it. If you know that it has ended, delete {self.path}"
             )
         who = {"pid": os.getpid(), "host": platform.node(), "token": self._token}
         note = json.dumps(who | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
@@ -104,10 +116,10 @@ class RunLock:
             return None
         return True
 
-    def _lives(self, holder: dict[str, Any], flock_says_free: bool) -> bool:
+    def _lives(self, holder: Holder, flock_says_free: bool) -> bool:
         """Whether the holder named in the file may still be training, although this kernel sees no lock."""
-        if holder.get("host") == platform.node():
-            return not flock_says_free and _runs(holder["pid"])
+        if holder.host == platform.node():
+            return not flock_says_free and _runs(holder.pid)
         if flock_says_free and file_system(self.path) in LOCAL:
             return False
         return time.time() - os.fstat(self._descriptor).st_mtime < STALE_AFTER
@@ -132,12 +144,10 @@ class RunLock:
     def _other_holder(self) -> str | None:
         """Describe another holder named in the lock file, or None. Reopens it, as network drives cache content."""
         try:
-            note = _note_in(read_own(self.path))
+            holder = _holder_in(read_own(self.path))
         except FileNotFoundError:
             return None
-        if not note or note.get("token") == self._token:
-            return None
-        return f"process {note['pid']} on {note.get('host', '?')}"
+        return None if holder is None or holder.token == self._token else str(holder)
 
     def require_held(self) -> None:
         """Check what the renewing thread has seen.
@@ -171,13 +181,15 @@ class RunLock:
                 )
 
 
-def _note_in(content: bytes) -> dict[str, Any]:
-    """The holder named in the file; {} if there is none."""
+def _holder_in(content: bytes) -> Holder | None:
+    """The process named in a lock file's content; None if there is none."""
     try:
         note = json.loads(content)
     except ValueError:
-        return {}
-    return note if isinstance(note, dict) and isinstance(note.get("pid"), int) else {}
+        return None
+    if not isinstance(note, dict) or not isinstance(note.get("pid"), int):
+        return None
+    return Holder(note["pid"], str(note.get("host", "?")), str(note.get("token", "")))
 
 
 def _runs(pid: int) -> bool:

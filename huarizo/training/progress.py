@@ -1,10 +1,9 @@
 """The listener that shows a run's events: a live progress bar on a terminal, plain lines elsewhere."""
 
 import time
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from huarizo.console import PlainConsole
@@ -37,7 +36,7 @@ class Terminal:
         self.console = console
         self.last_line = 0.0
         self.bar: Progress | None = None
-        self.task: Any = None
+        self.task = TaskID(0)
 
     @property
     def reader_left(self) -> bool:

@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from transformers import TrainerState
@@ -43,7 +42,7 @@ class Saver:
     """
 
     def __init__(
-        self, run: Run, recipe: Recipe, facts: Mapping[str, Any], metrics: Metrics, events: Events,
+        self, run: Run, recipe: Recipe, facts: Mapping[str, object], metrics: Metrics, events: Events,
         micro_batch_tokens: int | None = None, samples: str = "", lock: RunLock | None = None,
     ) -> None:  # fmt: skip
         self.run, self.recipe, self.facts, self.metrics, self.events = run, recipe, facts, metrics, events

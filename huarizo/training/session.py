@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from peft import PeftModel
 
 from huarizo import events as happened
 from huarizo.errors import HuarizoError, MachineError
@@ -28,7 +29,7 @@ from huarizo.results.card import CARD, adapter_card
 from huarizo.results.report import save_loss_plot
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, space_needed
-from huarizo.training.compatibility import facts_of
+from huarizo.training.compatibility import Facts, facts_of
 from huarizo.training.interrupt import Signals, Stopped
 from huarizo.training.loading import load_model
 from huarizo.training.lock import RunLock
@@ -73,7 +74,7 @@ class Session:
     checkpoint: Checkpoint | None = None
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """The entries of each checkpoint's manifest that describe this run."""
         data = self.prepared.data.train.fingerprint
         return facts_of(self.prepared.recipe, data, self.prepared.plan, device())
@@ -94,7 +95,7 @@ class Session:
             MachineError, Interrupted: as `huarizo.training.finetune.fine_tune`.
         """
         prepared, run, plan = self.prepared, self.run, self.prepared.plan
-        model: Any = load_model(prepared)
+        model = load_model(prepared)
         trainable = model.num_parameters(only_trainable=True)
         if self.lock is not None:
             keep = prepared.recipe.training.keep
@@ -116,7 +117,7 @@ class Session:
         self._optimise(self._trainer(model, saver), saver)
         return self._finish(assistant, Result(run, metrics.rows, samples), saver)
 
-    def _trainer(self, model: Any, saver: Saver) -> LoraTrainer:
+    def _trainer(self, model: PeftModel, saver: Saver) -> LoraTrainer:
         recipe, plan, data = self.prepared.recipe, self.prepared.plan, self.prepared.data
         arguments = training_arguments(recipe, self.run, plan.choice, device(), plan.activation_checkpointing)
         limit = recipe.training.max_minutes

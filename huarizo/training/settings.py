@@ -6,13 +6,14 @@ train.
 """
 
 import contextlib
+import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import PeftModel
 
 from huarizo.errors import RecipeError
 from huarizo.model.lora import add_lora
@@ -20,7 +21,8 @@ from huarizo.model.weights import first_line
 from huarizo.plan import Choice
 from huarizo.recipe import LoraRecipe, Recipe, suggestion
 from huarizo.runs import Run
-from huarizo.training.checkpoint import Checkpoint, Trained, contents, generators
+from huarizo.training.checkpoint import Checkpoint, contents, generators
+from huarizo.training.divergence import LossWatch
 from huarizo.training.trainer import LoraTrainer, training_arguments
 
 STEPS_WITH_BACKWARD = ("lomo", "adalomo")
@@ -61,7 +63,7 @@ def check_trainer_settings(recipe: Recipe, choice: Choice, on: torch.device) -> 
             _step_and_restore(trainer)
 
 
-def _check_trackers(names: Any) -> None:
+def _check_trackers(names: str | Sequence[str] | None) -> None:
     from transformers.integrations import integration_utils
 
     known, there = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations()
@@ -75,8 +77,8 @@ def _check_trackers(names: Any) -> None:
         raise RecipeError(f"trainer.report_to: {'; '.join(problems)}")
 
 
-def _small_model() -> Any:
-    """A PeftModel around a Llama of one layer."""
+def _small_model() -> PeftModel:
+    """A Llama of one tiny layer, with LoRA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
@@ -85,13 +87,12 @@ def _small_model() -> Any:
 
 def _step_and_restore(trainer: LoraTrainer) -> None:
     """Take one step with made-up gradients, then save and restore the optimizer as a checkpoint does."""
-    optimizer: Any = trainer.optimizer
-    for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
+    trained = dataclasses.replace(trainer.trained(), scaler=None)
+    for parameter in trained.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    trained = Trained(trainer.model, optimizer, trainer.lr_scheduler, None)
-    Checkpoint(Path(), {}, contents(trained, [generators()], {})).restore_optimizer(trained)
+    trained.optimizer.step()
+    Checkpoint(Path(), {}, contents(trained, [generators()], LossWatch().state())).restore_optimizer(trained)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
@@ -88,10 +90,10 @@ class LoraTrainer(Trainer):
 
     def __init__(
         self,
-        model: Any,
+        model: PeftModel,
         args: TrainingArguments,
-        rows: Any,
-        heldout: Any,
+        rows: Dataset | list,
+        heldout: Dataset | list,
         recipe: Recipe,
         budget: int,
         *,
@@ -102,7 +104,7 @@ class LoraTrainer(Trainer):
         stopping: Stopping | None = None,
         elapsed_before: float = 0.0,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=heldout)
+        super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=heldout)  # pyright: ignore[reportArgumentType]
         self.remove_callback(PrinterCallback)
         self.recipe, self.budget, self.precision = recipe, budget, precision
         self.events, self.saver, self.stopping = events or Events(), saver, stopping
@@ -119,7 +121,7 @@ class LoraTrainer(Trainer):
         self.noise = EmbeddingNoise(model.get_base_model(), alpha, recipe.training.seed) if alpha else None
         self.packed_loss = PackedLoss(model.get_base_model(), compiled)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; for LoRA+, with a learning rate of its own for B."""
         ratio = self.recipe.lora.loraplus_lr_ratio
         if ratio is not None and self.optimizer is None:
@@ -127,11 +129,11 @@ class LoraTrainer(Trainer):
 
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # pyright: ignore
             decay = {"loraplus_weight_decay": self.args.weight_decay}
-            peft_model: Any = self.model
-            self.optimizer = create_loraplus_optimizer(peft_model, kind, loraplus_lr_ratio=ratio, **decay, **options)
+            assert isinstance(self.model, PeftModel)
+            self.optimizer = create_loraplus_optimizer(self.model, kind, loraplus_lr_ratio=ratio, **decay, **options)
         return super().create_optimizer(model)
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> StepLoader:
         training = self.recipe.training
         assert self.train_dataset is not None
         sampler = StepSampler(len(self.train_dataset), training.batch_size, training.seed)  # pyright: ignore[reportArgumentType]
@@ -145,7 +147,9 @@ class LoraTrainer(Trainer):
         """4 FLOP per frozen base weight and token: forward and input gradient."""
         return 4 * inputs.num_tokens * self.num_weights
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Compute the gradients of one optimizer step; returns its loss. Out of memory: halve the micro-batches."""
         model.train()
         with self._patience(GRACE):
@@ -179,7 +183,7 @@ class LoraTrainer(Trainer):
             torch.cuda.empty_cache()
             self.events.add(OutOfMemory(step=self.state.global_step + 1, micro_batch_tokens=self.budget))
 
-    def _skip_unless_finite(self, model: Any, loss: torch.Tensor) -> None:
+    def _skip_unless_finite(self, model: torch.nn.Module, loss: torch.Tensor) -> None:
         """Keep weights and moments unchanged, in all processes, if the loss or gradients of a step are not finite.
 
         The optimizer skips parameters without gradients. A loss scaler has to see the fault itself, so that it skips
@@ -235,7 +239,7 @@ class LoraTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss over the labelled tokens of the held-out rows, in nats. A signal interrupts it at once."""
         with self._patience(0):
@@ -262,20 +266,22 @@ class LoraTrainer(Trainer):
 
     # The Trainer's hooks for saving and loading (seen with transformers 5.17 to 5.23).
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module | None, trial: object) -> None:
         if self.saver is None:
             return
         rng = (generators() if self.loop.rng is None else self.loop.rng).to(self.args.device)
         rngs = [rng] if world_size() == 1 else list(self.accelerator.gather(rng[None]))  # pyright: ignore
         if self.is_world_process_zero():
-            self.saver.write(self._trained(), self.state, [rng.cpu() for rng in rngs], self.watch, self.budget)
+            self.saver.write(self.trained(), self.state, [rng.cpu() for rng in rngs], self.watch, self.budget)
         self.accelerator.wait_for_everyone()
 
-    def _trained(self) -> Trained:
+    def trained(self) -> Trained:
+        """The objects whose state a checkpoint saves and restores."""
+        assert self.model is not None and self.optimizer is not None and self.lr_scheduler is not None
         return Trained(self.model, self.optimizer, self.lr_scheduler, self.scaler)
 
     @property
-    def scaler(self) -> Any:
+    def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler; None for precisions that need none."""
         return getattr(self.accelerator, "scaler", None)
 
@@ -293,6 +299,7 @@ class LoraTrainer(Trainer):
             self.watch = LossWatch.from_state(checkpoint.watched)
             self.budget = checkpoint.micro_batch(self.budget)
             if checkpoint.step >= self.total_steps:
+                assert self.model is not None
                 checkpoint.restore_weights(self.model)
                 self.state = TrainerState.load_from_json(str(checkpoint.path / "trainer_state.json"))
                 return
@@ -311,13 +318,13 @@ class LoraTrainer(Trainer):
         steps = -(-len(self.train_dataset) // training.batch_size)  # pyright: ignore[reportArgumentType]
         return training.max_steps or math.ceil(training.epochs * steps)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        assert self.checkpoint is not None
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        assert self.checkpoint is not None and self.model is not None
         self.checkpoint.restore_weights(self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.checkpoint is not None:
-            self.checkpoint.restore_optimizer(self._trained())
+            self.checkpoint.restore_optimizer(self.trained())
             self.state.compute_steps(self.args, self.state.max_steps)  # the recipe decides when to log and evaluate
 
     def _load_scaler(self, checkpoint: str | None) -> None:
