@@ -18,6 +18,7 @@ from gemm import flop_per_token
 from summary import machine, versions
 
 from huarizo.data.packing import num_labels, pack
+from huarizo.data.tokens import Example
 from huarizo.machine import device
 from huarizo.model.compile import compile_layers
 from huarizo.model.dropout import DropoutMasks
@@ -63,14 +64,13 @@ def profiled(recipe: Any) -> tuple[dict[str, float], int, int, float]:
     loss = PackedLoss(model.get_base_model(), compiled=reason is None)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     rows = prepared.data.train.dataset
-    steps = [
-        [rows[i] for i in range(at, at + ROWS_A_STEP)] for at in range(0, (WARM_UP + STEPS) * ROWS_A_STEP, ROWS_A_STEP)
-    ]
+    examples = [Example.from_row(rows[index]) for index in range((WARM_UP + STEPS) * ROWS_A_STEP)]
+    steps = [examples[at : at + ROWS_A_STEP] for at in range(0, len(examples), ROWS_A_STEP)]
 
-    def step(examples: list[Any]) -> None:
+    def step(examples: list[Example]) -> None:
         batch = pack(examples)
-        masks.draw(0, batch["places"])
-        (loss(model, batch) / len(batch["targets"])).backward()
+        masks.draw(0, batch.places)
+        (loss(model, batch) / batch.num_labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -90,7 +90,7 @@ def profiled(recipe: Any) -> tuple[dict[str, float], int, int, float]:
         kind = kind_of(event, vocabulary)
         if kind is not None:
             kinds[kind] = kinds.get(kind, 0) + event.self_cpu_time_total / 1000 / STEPS
-    tokens = sum(len(example["input_ids"]) for examples in timed for example in examples)
+    tokens = sum(len(example.input_ids) for examples in timed for example in examples)
     return kinds, tokens, sum(num_labels(examples) for examples in timed), seconds
 
 

@@ -21,7 +21,7 @@ import transformers
 from rich.console import Console
 from summary import machine, versions
 
-from huarizo.data.packing import cut, pack
+from huarizo.data.packing import pack_within
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder
@@ -70,10 +70,8 @@ class FloatBase:
         self.folder = resolve_model(model).path
         tokenizer = load_tokenizer(self.folder)
         encoder = Encoder(tokenizer, prompt_format("alpaca", tokenizer))
-        encoded = [e for e in encoder.encode(require_good(read_rows(rows), "fail")) if e]
-        examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded]
-        parts = cut([len(example["input_ids"]) for example in examples], 2048)
-        self.batches = [pack([examples[index] for index in part]) for part in parts]
+        examples = [e for e in encoder.encode(require_good(read_rows(rows), "fail")) if e]
+        self.batches = list(pack_within(2048, examples))
 
     @torch.no_grad()
     def loss(self, adapter: Path | None) -> float:
@@ -82,7 +80,7 @@ class FloatBase:
         model: Any = load_adapter(base, adapter) if adapter else base
         packed_loss = PackedLoss(base)
         total = sum(float(packed_loss(model, batch)) for batch in self.batches)
-        return total / sum(len(batch["targets"]) for batch in self.batches)
+        return total / sum(batch.num_labels for batch in self.batches)
 
 
 def measure(chosen: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from huarizo.data.packing import num_labels, order
 from huarizo.data.prompts import prompt_format
 from huarizo.data.rows import read_rows, require_good
 from huarizo.data.tokens import Encoder, Example
-from huarizo.hub.names import QUICKSTART, resolve_data, resolve_model
+from huarizo.hub.names import resolve_data, resolve_model
+from huarizo.hub.quickstart import QUICKSTART
 from huarizo.model.load import load_tokenizer, read_config
 
 WARM_UP = 2  # steps of each run
@@ -77,7 +78,7 @@ def rates_of_steps(examples: list[Example], steps: int) -> tuple[int, float]:
     if not chosen:
         raise SystemExit(f"{len(examples)} rows are too few: give a larger file, or fewer --steps")
     tokens = sum(len(example.input_ids) for example in chosen)
-    labels = num_labels([{"labels": example.labels} for example in chosen])
+    labels = num_labels(chosen)
     return round(tokens * ROWS_A_STEP / len(chosen)), labels / tokens
 
 

@@ -4,8 +4,6 @@ Each has an exit code and a message that says what is wrong and what to do. An e
 Huarizo and keeps its traceback.
 """
 
-from collections.abc import Sequence
-
 
 class HuarizoError(Exception):
     """Base of all errors that are shown as one message without a traceback."""
@@ -45,11 +43,3 @@ class Interrupted(HuarizoError):
     """The user or the system asked to stop; a checkpoint was written first."""
 
     exit_code = 130
-
-
-def listed(problems: Sequence[str], limit: int = 20) -> str:
-    """The first `limit` problems as an indented list, and how many more there are."""
-    lines = [f"  - {problem}" for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  ... and {len(problems) - limit} more")
-    return "\n".join(lines)

@@ -52,8 +52,8 @@ class FileFacts(TypedDict):
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Tell in words what the disk refuses.
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors while writing `path` into ones that name the path, the cause and a remedy.
 
     Raises:
         MachineError: instead of OSError.
@@ -64,16 +64,16 @@ def told(path: Path) -> Iterator[None]:
         raise _unwritable(path, error.errno or 0, error.strerror or str(error)) from error
     except HuarizoError:
         raise
-    except Exception as error:  # libraries in Rust have exceptions of their own for what the disk says
-        said = RUST.search(str(error))
-        if said is None:
+    except Exception as error:  # libraries in Rust wrap the system's errors in their own
+        match = RUST.search(str(error))
+        if match is None:
             raise
-        raise _unwritable(path, int(said[1]), os.strerror(int(said[1]))) from error
+        raise _unwritable(path, int(match[1]), os.strerror(int(match[1]))) from error
 
 
-def _unwritable(path: Path, number: int, said: str) -> MachineError:
+def _unwritable(path: Path, number: int, cause: str) -> MachineError:
     remedy = REMEDIES.get(number, "Choose another folder or disk")
-    return MachineError(f"{path}: could not be written: {said}. {remedy}")
+    return MachineError(f"{path}: could not be written: {cause}. {remedy}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -136,7 +136,7 @@ def write_whole(path: Path, content: Content) -> None:
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    with told(path):
+    with writing(path):
         temporary = _beside(path, "tmp")
         try:
             _write_file(temporary, content)
@@ -156,7 +156,7 @@ def make_folder(path: Path) -> None:
     Raises:
         MachineError: it can't be made.
     """
-    with told(path):
+    with writing(path):
         path = path.absolute()
         above = [path, *path.parents]
         for folder in reversed(above):
@@ -229,7 +229,7 @@ def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
     Raises:
         MachineError: the disk is full or can't be written; nothing is left at `path`.
     """
-    with told(path):
+    with writing(path):
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         temporary = _beside(path, "tmp")
@@ -267,7 +267,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    with told(path):
+    with writing(path):
         temporary, old = _beside(path, "tmp"), _beside(path, "deleted")
         try:
             os.mkdir(temporary)
@@ -294,7 +294,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
     """
-    with told(path):
+    with writing(path):
         temporary = _beside(path, "tmp")
         try:
             yield temporary
@@ -332,11 +332,11 @@ def remove_leftovers(folder: Path, older_than: float = 0) -> None:
                     _delete(entry)
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
+def require_space(folder: Path, needed: int, what: str, remedy: str = "choose a folder on another disk") -> None:
     """Before work begins: are `needed` bytes free where `folder` is, or will be?
 
     Raises:
-        MachineError: they are not.
+        MachineError: they are not; `remedy` is what helps beside freeing some.
     """
     place = folder.absolute()
     while not place.exists():
@@ -344,8 +344,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise MachineError(
-            f"{folder}: {what} take{'s' if not what.endswith('s') else ''} {needed / 1e6:,.0f} MB, but this disk has "
-            f"only {free / 1e6:,.0f} MB free. Free some space, or choose a folder on another disk"
+            f"{folder}: {needed / 1e6:,.0f} MB are needed for {what}, but this disk has only {free / 1e6:,.0f} MB "
+            f"free. Free some space, or {remedy}"
         )
 
 

@@ -5,101 +5,21 @@ are reported at once, before anything loads. Nothing else in the package defines
 """
 
 import datetime
-import difflib
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from huarizo.errors import RecipeError, listed
+from huarizo.errors import RecipeError
 from huarizo.recipe_file import apply_override, read_yaml
+from huarizo.recipe_help import fields, mistake_in_words
+from huarizo.trainer_fields import check_trainer_fields
+from huarizo.wording import TOKEN, did_you_mean, listed
 
 Precision = Literal["auto", "int8", "bf16", "fp16", "fp32"]
 PROMPT_NAMES = ("auto", "chat", "alpaca", "stanford")
-# TrainingArguments fields that the recipe, or Huarizo's own loop, already decides: field -> what to use instead.
-DECIDED_ELSEWHERE = {
-    "output_dir": "`output`",
-    "num_train_epochs": "`training.epochs`",
-    "max_steps": "`training.max_steps`",
-    "per_device_train_batch_size": "`training.batch_size`, which counts the examples of an optimizer step",
-    "gradient_accumulation_steps": "`training.batch_size`; micro-batches are cut by `training.micro_batch_tokens`",
-    "auto_find_batch_size": "`training.micro_batch_tokens`",
-    "per_device_eval_batch_size": "`training.micro_batch_tokens`",
-    "learning_rate": "`training.learning_rate`",
-    "seed": "`training.seed`",
-    "data_seed": "`training.seed`",
-    "eval_strategy": "`training.eval_every`",
-    "eval_steps": "`training.eval_every`",
-    "eval_on_start": "nothing: the held-out loss is always measured first",
-    "do_train": "nothing: `huarizo train` trains",
-    "do_eval": "`data.eval`",
-    "save_strategy": "`training.save_every` and `training.save_minutes`",
-    "save_total_limit": "`training.keep`",
-    "save_only_model": "nothing: a checkpoint holds all that the next step depends on",
-    "logging_nan_inf_filter": "nothing: what is not a number is shown",
-    "save_steps": "`training.save_every`",
-    "resume_from_checkpoint": "`huarizo resume RUN`",
-    "load_best_model_at_end": "nothing: checkpoints stay in the run folder",
-    "bf16": "`precision`",
-    "fp16": "`precision`",
-    "train_sampling_strategy": "nothing: the order of the rows comes from `training.seed`",
-    "dataloader_drop_last": "nothing: every row is trained on",
-    "remove_unused_columns": "nothing: batches are packed",
-    "label_smoothing_factor": "nothing: the loss is the cross-entropy at labelled positions",
-    "push_to_hub": "nothing: a run stays on this machine",
-    "hub_token": "HF_TOKEN or `hf auth login`; a recipe never holds a token",
-    "disable_tqdm": "nothing: Huarizo shows its own progress",
-    "torch_compile": "`training.compile`",
-    "torch_compile_backend": "`training.compile`",
-    "torch_compile_mode": "`training.compile`",
-    "use_cpu": "nothing: a card is used where there is one, unless CUDA_VISIBLE_DEVICES is empty",
-    "bf16_full_eval": "`precision`",
-    "fp16_full_eval": "`precision`",
-    "average_tokens_across_devices": "nothing: the loss is the mean over all labelled tokens of a step",
-    "include_num_input_tokens_seen": "nothing: tokens are always counted",
-    "ignore_data_skip": "nothing: a run goes on with the row after its last one",
-    "metric_for_best_model": "nothing: the held-out loss tells which checkpoint is the best",
-    "greater_is_better": "nothing: the held-out loss tells which checkpoint is the best",
-    "local_rank": "nothing: torchrun sets it",
-    **dict.fromkeys(
-        ("use_liger_kernel", "liger_kernel_config"),
-        "nothing: logits are made at labelled positions only, in chunks, which is what Liger's loss is for",
-    ),
-    **dict.fromkeys(
-        ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config"),
-        "torchrun, where each card holds the frozen model; `precision: int8` halves it",
-    ),
-    **dict.fromkeys(
-        (
-            *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
-            *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
-            *("label_names", "length_column_name"),
-        ),
-        "nothing: tokenised rows are read from a file in memory, and packed, without workers",
-    ),
-    **dict.fromkeys(
-        (
-            *("do_predict", "prediction_loss_only", "eval_delay", "eval_do_concat_batches", "eval_use_gather_object"),
-            *("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
-        ),
-        "nothing: the held-out loss is all that is measured; `huarizo eval RUN` does the rest",
-    ),
-    **dict.fromkeys(
-        ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), "`huarizo push RUN`"
-    ),
-    **dict.fromkeys(
-        ("save_on_each_node", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
-        "nothing: Huarizo writes its own checkpoints",
-    ),
-    "use_cache": "nothing: training has no use for it",
-}
-
-
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # as the hub makes them; no word that a path is made of is so long
 
 
 class Section(BaseModel):
@@ -175,7 +95,7 @@ class DataRecipe(Section):
     @classmethod
     def _prompt_is_known(cls, value: str) -> str:
         if value not in PROMPT_NAMES and "{{" not in value:
-            hint = suggestion(value, PROMPT_NAMES)
+            hint = did_you_mean(value, PROMPT_NAMES)
             raise ValueError(
                 f"not one of {', '.join(PROMPT_NAMES)}, nor a Jinja template with {{{{ instruction }}}}{hint}"
             )
@@ -307,26 +227,7 @@ class Recipe(Section):
     @field_validator("trainer")
     @classmethod
     def _trainer_fields_exist(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if not value:
-            return value
-        from transformers import TrainingArguments
-
-        known = TrainingArguments.__dataclass_fields__
-        kinds = get_type_hints(TrainingArguments)
-        checked, problems = {}, []
-        for name, given in value.items():
-            if name in DECIDED_ELSEWHERE:
-                problems.append(f"{name!r} is decided by the recipe; use {DECIDED_ELSEWHERE[name]}")
-            elif name not in known:
-                problems.append(f"{name!r} is not a field of TrainingArguments{suggestion(name, known)}")
-            else:
-                try:
-                    checked[name] = _of_kind(kinds[name], given)
-                except ValidationError as error:
-                    problems.append(f"{name!r}: {error.errors()[-1]['msg']}, not {_shown(given)}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return checked
+        return check_trainer_fields(value) if value else value
 
     @field_validator("lora")
     @classmethod
@@ -344,26 +245,9 @@ class Recipe(Section):
             if name in taken:
                 raise ValueError(f"options: {name!r} is set by `{taken[name]}`")
             if name not in LoraConfig.__dataclass_fields__:
-                raise ValueError(
-                    f"options: {name!r} is not a field of LoraConfig{suggestion(name, LoraConfig.__dataclass_fields__)}"
-                )
+                near = did_you_mean(name, LoraConfig.__dataclass_fields__)
+                raise ValueError(f"options: {name!r} is not a field of LoraConfig{near}")
         return value
-
-
-def _of_kind(kind: Any, value: Any) -> Any:
-    """A value as a field of this type takes it: text becomes a number where one is wanted, and nothing else changes.
-
-    Raises:
-        ValidationError: it is of another type.
-    """
-    taken = TypeAdapter(kind).validate_python(value)
-    return taken if isinstance(value, str) and isinstance(taken, int | float) else value
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -402,69 +286,14 @@ def _validated(values: dict[str, Any], name: str, problems: list[str]) -> Recipe
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = problems + [_told(mistake) for mistake in error.errors()]
+        known = [name for name, _ in fields(Recipe)]
+        problems = problems + [mistake_in_words(mistake, known) for mistake in error.errors()]
     else:
         if not problems:
             return recipe
     raise RecipeError(
         f"{name}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}\n{listed(list(dict.fromkeys(problems)))}"
     )
-
-
-def _told(mistake: Any) -> str:
-    """One validation error as `key: what is wrong`, with a suggestion for an unknown key."""
-    location = [str(part) for part in mistake["loc"]]
-    known = [name for name, _ in fields()]
-    key = ".".join(location)
-    if mistake["type"] == "extra_forbidden":
-        siblings = {name.split(".")[-1]: name for name in known}
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        near = near or [siblings[n] for n in difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6)]
-        return f"{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else "; `huarizo recipe` lists them all")
-    while key not in known and "." in key:  # a branch of a union, or an item of a list
-        key = key.rpartition(".")[0]
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":
-        return message if message.startswith("data.") or not key else f"{key}: {message}"
-    return f"{key}: {message[0].lower()}{message[1:]}, not {_shown(mistake['input'])}"
-
-
-def _shown(value: Any) -> str:
-    text = TOKEN.sub("hf_***", repr(value))
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting as (dotted key, field), in the order of the recipe."""
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from fields(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-def type_of(field: FieldInfo) -> str:
-    """A field's type and range in words: `integer, 1 to 4096`."""
-    return _type_in_words(field.annotation) + "".join(_range_in_words(m) for m in field.metadata)
-
-
-def _type_in_words(kind: Any) -> str:
-    words = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
-    if kind in words:
-        return words[kind]
-    arguments = get_args(kind)
-    origin = getattr(kind, "__origin__", None)
-    if origin is Literal:
-        return " | ".join(map(str, arguments))
-    if origin in (list, dict):
-        return "list of text" if origin is list else "mapping"
-    return " or ".join(_type_in_words(argument) for argument in arguments if not isinstance(argument, FieldInfo))
-
-
-def _range_in_words(limit: Any) -> str:
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    return "".join(f", {sign} {getattr(limit, name)}" for name, sign in signs.items() if hasattr(limit, name))
 
 
 def to_yaml(recipe: Recipe) -> str:

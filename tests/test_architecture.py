@@ -1,9 +1,14 @@
-"""The house rules that a machine can hold: imports run one way, nothing unpickles, nothing runs a model's code."""
+"""The house rules that a machine can hold: imports run one way and are declared, nothing runs a model's code."""
 
 import ast
+import importlib.metadata
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "huarizo").rglob("*.py"))
@@ -12,7 +17,8 @@ TIERS = {
     "what is done": {"training", "inference", "results", "doctor"},
     "what it is done with": {"data", "model", "hub"},
     "what everything stands on": {
-        "kernels", "plan", "events", "machine", "host", "recipe", "recipe_file", "runs", "files", "console", "errors", "sandbox",
+        "kernels", "plan", "events", "machine", "host", "recipe", "recipe_file", "recipe_help",
+        "trainer_fields", "runs", "files", "console", "errors", "wording", "sandbox",
     },
 }  # fmt: skip
 """From what stands above all to what everything stands on: a module imports from its own tier or from one below."""
@@ -84,3 +90,37 @@ def test_only_the_hub_and_the_machine_read_the_environment(file: Path) -> None:
         return
     text = file.read_text()
     assert "os.environ" not in text and "getenv" not in text
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    """By name, of lines as pyproject.toml and requirements files have them."""
+    found = [Requirement(text) for line in lines if (text := line.partition("#")[0].strip()) and text[0] != "-"]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def packages_imported() -> set[str]:
+    """The packages on PyPI whose modules `huarizo` imports, by statement or by `import_module`."""
+    modules = set()
+    for file in FILES:
+        modules |= imports_of(file)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                modules |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    tops = {module.split(".")[0] for module in modules} - {"huarizo"} - sys.stdlib_module_names
+    owners = importlib.metadata.packages_distributions()
+    return {canonicalize_name(name) for top in tops for name in owners.get(top, [top])}
+
+
+def test_what_is_imported_is_declared_and_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = requirements(project["dependencies"])
+    extras = requirements(
+        [line for name, extra in project["optional-dependencies"].items() if name != "dev" for line in extra]
+    )
+    client = {"httpx", "httpx2"}  # of huggingface_hub, which brings the one or the other
+    assert packages_imported() - client <= declared.keys() | extras.keys()
+    assert client & requirements(importlib.metadata.requires("huggingface_hub") or []).keys()
+    pins = requirements((ROOT / "requirements.txt").read_text().splitlines())
+    for name, requirement in declared.items():
+        (pin,) = pins[name].specifier
+        assert pin.operator == "==" and requirement.specifier.contains(pin.version), name

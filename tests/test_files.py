@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from huarizo.errors import MachineError
-from huarizo.files import append_line, make_folder, read_own, sha256_of, told, whole_folder, write_whole
+from huarizo.files import append_line, make_folder, read_own, sha256_of, whole_folder, write_whole, writing
 from huarizo.training.lock import RunLock
 
 
@@ -68,9 +68,9 @@ def test_a_folder_keeps_its_name_where_the_last_step_fails(
 def test_what_libraries_in_rust_say_of_the_disk_is_told(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    with pytest.raises(MachineError, match=r"could not be written: .*\. "), told(tmp_path / "x"):
+    with pytest.raises(MachineError, match=r"could not be written: .*\. "), writing(tmp_path / "x"):
         save_file({"a": torch.zeros(2)}, tmp_path / "gone" / "x")
-    with pytest.raises(ValueError, match="else"), told(tmp_path / "x"):
+    with pytest.raises(ValueError, match="else"), writing(tmp_path / "x"):
         raise ValueError("something else")
 
 
@@ -143,7 +143,7 @@ def test_nothing_is_written_through_what_stands_in_a_files_place(tmp_path: Path,
         in_place_of(run / name, kind, treasure)
     with pytest.raises(MachineError, match=r"lock: could not be written.*(remove it|Remove what|Choose)"), RunLock(run):
         pass
-    with pytest.raises(MachineError), told(run / "metrics.jsonl"):
+    with pytest.raises(MachineError), writing(run / "metrics.jsonl"):
         append_line(run / "metrics.jsonl", "{}")
     if kind == "folder":
         with pytest.raises(MachineError, match="Is a directory"):

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or its name under runs/")]
-Name = Annotated[str, typer.Argument(metavar="RUN", help="a run, or a PEFT adapter's folder or hub id")]
+ResultName = Annotated[str, typer.Argument(metavar="RUN", help="a run, or a PEFT adapter's folder or hub id")]
 Prompt = Annotated[
     str | None, typer.Option("--prompt", metavar="FORMAT", help="prompt format, if not the run's own, such as alpaca")
 ]
@@ -19,5 +19,5 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="maximum length of an ans
 Temperature = Annotated[float, typer.Option(min=0, help="sampling temperature; 0 = always the likeliest token")]
 TopP = Annotated[float, typer.Option(help="sample from the likeliest tokens whose probabilities add up to this")]
 TopK = Annotated[int, typer.Option(min=0, help="sample from this many of the likeliest tokens; 0 = all")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="values above 1 discourage repetition")]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="values above 1 discourage repetition")]
 Seed = Annotated[int | None, typer.Option(help="random seed of the sampling")]

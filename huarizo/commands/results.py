@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from huarizo.commands.options import BaseModel, Force, MaxNewTokens, Name, Prompt, RunName
+from huarizo.commands.options import BaseModel, Force, MaxNewTokens, Prompt, ResultName, RunName
 from huarizo.console import confirm, console, quiet_libraries
 from huarizo.errors import Interrupted, ModelError, UserError
 from huarizo.runs import open_run
@@ -27,7 +27,7 @@ def _name_and_overrides(words: list[str] | None) -> tuple[str | None, list[str]]
 
 @app.command()
 def compare(
-    run: Name,
+    run: ResultName,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -63,7 +63,7 @@ def compare(
 
 @app.command("eval")
 def evaluate(
-    run: Name,
+    run: ResultName,
     data: Annotated[
         list[str] | None,
         typer.Argument(
@@ -114,7 +114,7 @@ def evaluate(
 
 @app.command()
 def merge(
-    run: Name,
+    run: ResultName,
     out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="output folder; default: RUN/merged")] = None,
     prompt: Prompt = None,
     base_model: BaseModel = None,
@@ -131,7 +131,7 @@ def merge(
 
 @app.command()
 def export(
-    run: Name,
+    run: ResultName,
     to: Annotated[str, typer.Option(help="output format: gguf")] = "gguf",
     kind: Annotated[
         str | None, typer.Option("--type", help="type of the weights: f32, f16, bf16 or q8_0; default: f16")
@@ -184,8 +184,8 @@ def export(
                 f"a model folder: huarizo merge {run}"
             )
     if ollama:
-        told = commands(file, write_modelfile(tuned, file, force))
-        print("\n".join(["to run it in Ollama:", *(f"  {command}" for command in told)]))
+        lines = commands(file, write_modelfile(tuned, file, force))
+        print("\n".join(["to run it in Ollama:", *(f"  {command}" for command in lines)]))
     print(f"exported: {file}")
 
 

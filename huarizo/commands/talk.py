@@ -12,9 +12,9 @@ import typer
 from huarizo.commands.options import (
     BaseModel,
     MaxNewTokens,
-    Name,
-    Penalty,
     Prompt,
+    RepetitionPenalty,
+    ResultName,
     Seed,
     System,
     Temperature,
@@ -30,7 +30,7 @@ LONGEST_INPUT = 1_000_000  # characters
 
 @app.command()
 def ask(
-    run: Name,
+    run: ResultName,
     question: Annotated[str, typer.Argument(metavar="[PROMPT]", help="default, or -: read standard input")] = "-",
     system: System = "",
     as_json: Annotated[
@@ -41,7 +41,7 @@ def ask(
     temperature: Temperature = 0,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
-    repetition_penalty: Penalty = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     prompt: Prompt = None,
     base_model: BaseModel = None,
@@ -109,13 +109,13 @@ def _bounded(text: str) -> str:
 
 @app.command()
 def chat(
-    run: Name,
+    run: ResultName,
     system: System = "",
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
-    repetition_penalty: Penalty = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     prompt: Prompt = None,
     base_model: BaseModel = None,

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from huarizo.data.discovery import check_columns_differ, excerpt, refusal
+from huarizo.data.discovery import check_columns_differ, refusal
 from huarizo.sandbox.child import OPAQUE
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
+from huarizo.wording import excerpt
 
 MEMORY = 16 * 2**30  # bytes at most, for the child and for the rows that it sends
 TIME = 60.0  # seconds at most, for one batch of rows

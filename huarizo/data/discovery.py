@@ -4,42 +4,21 @@ Input is a file or a folder; output is its data files, in a fixed order. Pipes, 
 before anything is read from them. The other steps refuse files with the helpers defined here.
 """
 
-import difflib
 import shlex
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from huarizo.errors import DataError
 from huarizo.hub.data_card import card_in
 from huarizo.hub.data_files import PACKINGS, TEXT_SUFFIXES, Part, choose, visible_files
+from huarizo.wording import did_you_mean, enumerated, shown
 
 PACKED_SUFFIXES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z", ".rar")
 KNOWN = f"{', '.join(TEXT_SUFFIXES)} (also with {' or '.join(PACKINGS)} after it), .parquet, .arrow"
 SHEET_SUFFIXES = (".xlsx", ".xls", ".ods", ".numbers")
-
-
-def printable(text: str) -> str:
-    """The text with everything escaped that a terminal can't show."""
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
-def shown(path: Path) -> str:
-    """A path as it can be printed anywhere."""
-    return printable(str(path))
-
-
-def excerpt(text: str, limit: int = 40) -> str:
-    """A quoted text of the user's, cut to `limit` characters and printable."""
-    return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
-
-
-def enumerated(names: Collection[str], limit: int = 20) -> str:
-    """Names of fields, quoted and parted by commas."""
-    quoted = [excerpt(name) for name in list(names)[:limit]]
-    return (", ".join(quoted) or "none") + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def refusal(path: Path, what: str, remedy: str) -> DataError:
@@ -47,8 +26,8 @@ def refusal(path: Path, what: str, remedy: str) -> DataError:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Tell what the system says about a path in words."""
+def errors_named(path: Path) -> Iterator[None]:
+    """Around what reads `path`: an error of the system becomes a DataError that names path, cause and remedy."""
     try:
         yield
     except FileNotFoundError:
@@ -64,16 +43,16 @@ def _absent(path: Path) -> DataError:
     if path.is_symlink():
         return refusal(path, "is a link to a file that does not exist", "Mend the link, or name the file itself")
     try:
-        close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+        beside = [entry.name for entry in path.parent.iterdir()]
     except OSError:
-        close = []
-    hint = f"Did you mean {shown(path.with_name(close[0]))}?" if close else "Check the name and the folder."
-    return DataError(f"{shown(path)}: does not exist. {hint}")
+        beside = []
+    hint = did_you_mean(path.name, beside, lambda name: shown(path.parent / name)) or ". Check the name and the folder."
+    return DataError(f"{shown(path)}: does not exist{hint}")
 
 
 def _is_folder(path: Path) -> bool:
     """Whether a path is a folder. Refuses, unread, what is neither a folder nor a regular file."""
-    with told(path):
+    with errors_named(path):
         mode = path.stat().st_mode
     if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
         return stat.S_ISDIR(mode)
@@ -92,7 +71,7 @@ def data_files(path: Path) -> list[Path]:
     """
     if not _is_folder(path):
         return [path]
-    with told(path):
+    with errors_named(path):
         found = sorted(visible_files(path))
         card = card_in(path)
     files = [path / file for file in choose(shown(path), found, Part(), card=card).files]

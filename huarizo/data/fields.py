@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping
 
 from huarizo.data.columnar import Opaque
-from huarizo.data.discovery import enumerated, excerpt, printable
 from huarizo.data.records import Flaw, RepeatedNames, parse_json
+from huarizo.wording import enumerated, excerpt, printable
 
 MISSING = object()
 

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from huarizo.data.discovery import excerpt, printable
+from huarizo.wording import excerpt, printable
 
 NO_INPUT = "<noinput>"  # how Stanford's self-instruct data writes an empty input
 NO_TEXTS = frozenset({"nan", "NaN", "None", "null", "NULL", "<NA>"})  # how tables write a missing value

@@ -9,15 +9,17 @@ alone. How a step is cut into micro-batches and dealt out to processes depends o
 `num_labels` counts the labelled tokens of the whole step, over all micro-batches and processes.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from huarizo.data.tokens import IGNORED
+from huarizo.data.tokens import IGNORED, Example, TokenisedRow
+
+# Shapes: T tokens of a packed row, n examples in it, L labels.
 
 
 def order(num_rows: int, seed: int, epoch: int) -> list[int]:
@@ -55,36 +57,86 @@ def starts(lengths: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(lengths)][: len(lengths)]
 
 
-def pack(examples: Sequence[dict[str, Any]], places: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
-    """Lay examples (`input_ids`, `labels`) end to end. T tokens, n examples, L labels:
+@dataclass(frozen=True)
+class PackedBatch:
+    """Examples laid end to end, as one row without padding."""
+
+    input_ids: torch.Tensor
+    """int64 [1, T]"""
+    position_ids: torch.Tensor
+    """int64 [1, T], from 0 in each example"""
+    cu_seqlens: torch.Tensor
+    """int32 [n + 1], where each example begins, and the end; read by the CPU and never moved"""
+    places: torch.Tensor
+    """int64 [T], of each token in the optimizer step"""
+    label_positions: torch.Tensor
+    """int64 [L], the tokens whose next token is learnt"""
+    targets: torch.Tensor
+    """int64 [L], those next tokens"""
+    longest: int
+    """tokens of the longest example"""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.targets)
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """What the model's forward pass takes, by its own names."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "cu_seqlens": self.cu_seqlens}
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same on a device, but for `cu_seqlens`."""
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            places=self.places.to(device),
+            label_positions=self.label_positions.to(device),
+            targets=self.targets.to(device),
+        )
+
+
+def pack(examples: Sequence[Example], places: Sequence[int] | None = None) -> PackedBatch:
+    """Lay examples end to end.
 
     places: where each example begins in the optimizer step; by default these are the whole of it.
-
-    input_ids, position_ids: [1, T] int64; cu_seqlens: [n + 1] int32, where each example begins, and the end;
-    places: [T] int64, of each token in the optimizer step;
-    label_positions: [L] int64, the tokens whose next token is learnt; targets: [L] int64, those next tokens.
     """
-    lengths = [len(example["input_ids"]) for example in examples]
-    input_ids = torch.cat([torch.as_tensor(example["input_ids"]) for example in examples]).long()
-    labels = torch.cat([torch.as_tensor(example["labels"]) for example in examples]).long()
-    ends = torch.tensor(lengths).cumsum(0)
-    labels[ends - torch.tensor(lengths)] = IGNORED  # nothing predicts the first token of an example
-    label_positions = (labels[1:] != IGNORED).nonzero()[:, 0]
-    position_ids = torch.cat([torch.arange(length) for length in lengths])
-    begins = torch.tensor(starts(lengths) if places is None else places)
-    return {
-        "input_ids": input_ids[None],
-        "position_ids": position_ids[None],
-        "places": begins.repeat_interleave(torch.tensor(lengths)) + position_ids,
-        "cu_seqlens": torch.nn.functional.pad(ends, (1, 0)).int(),
-        "label_positions": label_positions,
-        "targets": labels[label_positions + 1],
-    }
+    lengths = lengths_of(examples)
+    lengths_n = torch.tensor(lengths)
+    input_ids_T = torch.cat([torch.as_tensor(example.input_ids) for example in examples]).long()
+    labels_T = torch.cat([torch.as_tensor(example.labels) for example in examples]).long()
+    ends_n = lengths_n.cumsum(0)
+    labels_T[ends_n - lengths_n] = IGNORED  # nothing predicts the first token of an example
+    label_positions_L = (labels_T[1:] != IGNORED).nonzero()[:, 0]
+    position_ids_T = torch.cat([torch.arange(length) for length in lengths])
+    begins_n = torch.tensor(starts(lengths) if places is None else places)
+    return PackedBatch(
+        input_ids=input_ids_T[None],
+        position_ids=position_ids_T[None],
+        cu_seqlens=torch.nn.functional.pad(ends_n, (1, 0)).int(),
+        places=begins_n.repeat_interleave(lengths_n) + position_ids_T,
+        label_positions=label_positions_L,
+        targets=labels_T[label_positions_L + 1],
+        longest=max(lengths),
+    )
 
 
-def num_labels(examples: Sequence[dict[str, Any]]) -> int:
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example."""
+    return [len(example.input_ids) for example in examples]
+
+
+def num_labels(examples: Sequence[Example]) -> int:
     """Tokens that are learnt from: labels other than -100, without each example's first, which nothing predicts."""
-    return sum(int((torch.as_tensor(example["labels"])[1:] != IGNORED).sum()) for example in examples)
+    return sum(int((torch.as_tensor(example.labels)[1:] != IGNORED).sum()) for example in examples)
 
 
 def cut(lengths: Sequence[int], budget: int) -> list[range]:
@@ -98,28 +150,43 @@ def cut(lengths: Sequence[int], budget: int) -> list[range]:
     return [*ranges, range(start, len(lengths))] if lengths else []
 
 
+def pack_within(budget: int, examples: Sequence[Example], places: Sequence[int] | None = None) -> Iterator[PackedBatch]:
+    """Packed batches of at most `budget` tokens each, in the order of the examples; a longer example stands alone.
+
+    places: as `pack` takes them; by default the examples are the whole of an optimizer step.
+    """
+    lengths = lengths_of(examples)
+    begins = starts(lengths) if places is None else places
+    for part in cut(lengths, budget):
+        yield pack([examples[index] for index in part], [begins[index] for index in part])
+
+
 @dataclass(frozen=True)
 class Step:
-    """What one process computes of an optimizer step.
+    """What one process computes of an optimizer step."""
 
-    examples: this process's share of the step; places: where each of them begins in the whole step;
-    num_labels: labelled tokens of the whole step, over all processes; num_tokens: tokens of the whole step.
-    """
-
-    examples: list[dict[str, Any]]
+    examples: list[Example]
+    """this process's share of the step"""
     places: list[int]
+    """where each of them begins in the whole step"""
     num_labels: int
+    """labelled tokens of the whole step, over all processes"""
     num_tokens: int
+    """tokens of the whole step"""
 
-    def micro_batches(self, budget: int) -> list[dict[str, torch.Tensor]]:
+    @property
+    def longest(self) -> int:
+        """Tokens of this process's longest example."""
+        return max(lengths_of(self.examples))
+
+    def micro_batches(self, budget: int) -> list[PackedBatch]:
         """Packed batches of at most `budget` tokens each."""
-        ranges = cut([len(example["input_ids"]) for example in self.examples], budget)
-        return [pack([self.examples[i] for i in part], [self.places[i] for i in part]) for part in ranges]
+        return list(pack_within(budget, self.examples, self.places))
 
 
 @dataclass(frozen=True)
 class StepCollator:
-    """Makes the `Step` of process `rank` of `world_size`. Examples are dealt out in turn.
+    """Makes the `Step` of process `rank` of `world_size` from its rows. They are dealt out in turn.
 
     A process without an example of its own computes the step's first one without labels, so that every process takes
     part in the exchange of gradients.
@@ -128,11 +195,11 @@ class StepCollator:
     rank: int = 0
     world_size: int = 1
 
-    def __call__(self, examples: list[dict[str, Any]]) -> Step:
-        lengths = [len(example["input_ids"]) for example in examples]
+    def __call__(self, rows: Sequence[TokenisedRow]) -> Step:
+        examples = [Example.from_row(row) for row in rows]
+        lengths = lengths_of(examples)
         share = slice(self.rank, None, self.world_size)
         mine, places = examples[share], starts(lengths)[share]
         if not mine:
-            labels = [IGNORED] * len(examples[0]["labels"])
-            mine, places = [{"input_ids": examples[0]["input_ids"], "labels": labels}], [0]
+            mine, places = [Example(examples[0].input_ids, [IGNORED] * lengths[0])], [0]
         return Step(mine, places, num_labels(examples), sum(lengths))

@@ -9,19 +9,22 @@ import codecs
 import csv
 import json
 import shlex
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from huarizo.data.columnar import read_columnar
-from huarizo.data.discovery import check_columns_differ, enumerated, excerpt, refusal, shown, told, unknown_kind
+from huarizo.data.discovery import check_columns_differ, errors_named, refusal, unknown_kind
 from huarizo.data.notes import USUAL_NAMES, columns_by_usual_name
 from huarizo.data.unpack import is_packed, opened
 from huarizo.errors import DataError
 from huarizo.hub.data_files import SUFFIXES, suffix_of
+from huarizo.wording import enumerated, excerpt, shown
 
 LINE_LIMIT = 16 * 2**20  # bytes of a line, characters of a CSV cell
+_CSV_LOCK = threading.Lock()
 JSON_LIMIT = 2**30  # bytes of a file that is one JSON value
 VALUE_BYTES, OBJECT_BYTES = 80, 250  # upper bounds in memory: a value in a list or object, an object itself
 
@@ -98,7 +101,7 @@ def read_records(path: Path, wanted: Collection[str], is_row: Callable[[Collecti
     if suffix_of(path.name) not in SUFFIXES:
         raise unknown_kind(path)
     suffix = suffix_of(path.name.removesuffix(path.suffix) if is_packed(path) else path.name)
-    with told(path), opened(path) as file:
+    with errors_named(path), opened(path) as file:
         head = file.read(LINE_LIMIT)
     _check_beginning(path, head)
     if suffix in (".parquet", ".arrow"):
@@ -170,7 +173,7 @@ def _read_json(path: Path, is_row: Callable[[Collection[str]], bool]) -> Iterato
 
     from huarizo.machine import available_memory
 
-    with told(path), opened(path) as file:
+    with errors_named(path), opened(path) as file:
         if not is_packed(path) and (size := path.stat().st_size) > JSON_LIMIT:
             raise _too_large(path, f"{size / 2**30:.1f} GiB")
         data = file.read(JSON_LIMIT + 1)
@@ -302,7 +305,7 @@ def _kind_of_scalar(value: object) -> str:
 
 def _lines(path: Path) -> Iterator[str]:
     """The lines, with their line ends. Only a line feed ends a line; other separators stay inside texts."""
-    with told(path), opened(path) as file:
+    with errors_named(path), opened(path) as file:
         number, offset = 1, 0
         while line := file.readline(LINE_LIMIT + 1):
             if len(line) > LINE_LIMIT:
@@ -337,29 +340,39 @@ def _broken_line(line: str, error: json.JSONDecodeError) -> Flaw:
 
 def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
     """The rows of a CSV or TSV file as dicts of strings."""
-    previous = csv.field_size_limit(LINE_LIMIT)
-    try:
-        reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        while True:
-            number = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                break
-            except csv.Error as error:
-                if header is None:
-                    raise refusal(path, f"line {number}, the header: {_csv_reason(error)}", CSV_REMEDY) from None
-                yield number, Flaw("", _csv_reason(error), CSV_REMEDY)
-                continue
-            if not cells:
-                continue
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = _next_cells(reader)
+        except csv.Error as error:
             if header is None:
-                header = _header(path, cells, delimiter)
-            else:
-                yield number, _row_of_cells(header, cells, delimiter)
-    finally:
-        csv.field_size_limit(previous)
+                raise refusal(path, f"line {number}, the header: {_csv_reason(error)}", CSV_REMEDY) from None
+            yield number, Flaw("", _csv_reason(error), CSV_REMEDY)
+            continue
+        if cells is None:
+            break
+        if not cells:
+            continue
+        if header is None:
+            header = _header(path, cells, delimiter)
+        else:
+            yield number, _row_of_cells(header, cells, delimiter)
+
+
+def _next_cells(reader: Iterator[list[str]]) -> list[str] | None:
+    """The cells of the next row; None at the end.
+
+    The limit on a cell's length is a setting of the whole process, so it is changed only while a row is read, and by
+    one thread at a time. Raises csv.Error.
+    """
+    with _CSV_LOCK:
+        before = csv.field_size_limit(LINE_LIMIT)
+        try:
+            return next(reader, None)
+        finally:
+            csv.field_size_limit(before)
 
 
 def _csv_reason(error: csv.Error) -> str:

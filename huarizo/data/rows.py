@@ -6,7 +6,6 @@ prompt/completion or text format, recognised by the fields. Output is `Row`s, wi
 mistakes at once.
 """
 
-import difflib
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,19 +13,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from huarizo.data.discovery import data_files, enumerated, excerpt, refusal, shown
+from huarizo.data.discovery import data_files, refusal
 from huarizo.data.fields import Fields, kind_of, report_repeated_names
 from huarizo.data.formats import FORMATS, OUR_FIELDS, Format, read_row
 from huarizo.data.notes import NO_INPUT, Notes, column_overrides, columns_by_usual_name
 from huarizo.data.records import Flaw, Record, read_records
 from huarizo.data.turns import Exchange
-from huarizo.errors import DataError, listed
+from huarizo.errors import DataError
 from huarizo.files import write_whole
 from huarizo.hub.data_files import suffix_of
+from huarizo.wording import did_you_mean, enumerated, excerpt, listed, shown
 
 MAX_PROBLEMS = 10_000  # kept; further ones are only counted
 MAX_LISTED = 20  # problems listed in an error
 PEEK = 1000  # rows whose fields determine the format
+MOST_COMPARED = 200  # columns compared with a name that none of them has
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +100,16 @@ def _check_columns(columns: Mapping[str, str]) -> None:
     for name in columns:
         if name not in OUR_FIELDS:
             raise DataError(
-                f"data.columns.{name}: Huarizo has no field of this name.{_near(name, OUR_FIELDS)} "
+                f"data.columns.{name}: Huarizo has no field of this name{did_you_mean(name, OUR_FIELDS) or '.'} "
                 f"The fields are: {', '.join(OUR_FIELDS)}."
             )
-
-
-def _near(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, list(known)[:200], n=1)
-    return f" Did you mean {excerpt(close[0])}?" if close else ""
 
 
 def _no_format(path: Path, fields: Collection[str], columns: Mapping[str, str]) -> DataError:
     for ours, name in columns.items():
         if name not in fields:
-            what = f"has no column {excerpt(name)} (data.columns.{ours}).{_near(name, fields)}"
+            near = did_you_mean(name, list(fields)[:MOST_COMPARED]) or "."
+            what = f"has no column {excerpt(name)} (data.columns.{ours}){near}"
             return DataError(f"{shown(path)}: {what} The columns are: {enumerated(fields)}.")
     overrides = _suggested_overrides(fields)
     header = "Name them in the first line" if suffix_of(path.name).startswith((".csv", ".tsv")) else "Rename the fields"
@@ -156,7 +153,7 @@ class _Reading:
         file = shown(path)
         if fields is None:
             problems = [str(Problem(file, number, *_flaw_of_non_object(value))) for number, value in first[:MAX_LISTED]]
-            raise DataError(f"{file}: has no row that can be read.\n{_problem_list(problems, len(first))}")
+            raise DataError(f"{file}: has no row that can be read.\n{listed(problems, MAX_LISTED, len(first))}")
         format = self.format_of(fields)
         if format is None or not fields.keys() >= set(self.columns.values()):
             raise _no_format(path, fields, self.columns)
@@ -269,16 +266,10 @@ def require_good(rows: Rows, on_bad_row: Literal["fail", "skip"]) -> list[Row]:
         raise DataError("no row is left to train on: " + "; ".join(rows.notes))
     total = len(rows.rows) + rows.bad_row_count
     problems = [str(problem) for problem in rows.problems[:MAX_LISTED]]
-    head = f"{rows.bad_row_count} of {total} rows can't be used:\n{_problem_list(problems, rows.problem_count)}\n"
+    head = f"{rows.bad_row_count} of {total} rows can't be used:\n{listed(problems, MAX_LISTED, rows.problem_count)}\n"
     if not rows.rows:
         raise DataError(f"{head}No good row is left. Fix them in the file.")
     raise DataError(f"{head}Fix them in the file, or leave them out: data.on_bad_row=skip")
-
-
-def _problem_list(problems: Sequence[str], count: int) -> str:
-    """The first problems of `count`, one per line, and how many more there are."""
-    more = f"\n  ... and {count - len(problems)} more" if count > len(problems) else ""
-    return listed(problems, MAX_LISTED) + more
 
 
 def write_skipped(problems: Iterable[Problem], target: Path) -> None:

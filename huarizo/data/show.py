@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from huarizo.data.dataset import Data
-from huarizo.data.tokens import IGNORED
+from huarizo.data.tokens import IGNORED, Example
 
 
 def show_examples(console: Console, data: Data, count: int) -> None:
@@ -20,10 +20,10 @@ def show_examples(console: Console, data: Data, count: int) -> None:
     console.print(
         Text.assemble("read by the model, ", ("learnt by the model", "green"), " (between « and » without colours)")
     )
-    columns = data.train.dataset[:count]
-    for index, input_ids, labels in zip(columns["row"], columns["input_ids"], columns["labels"], strict=True):
-        row = data.rows[index]
-        tokens = list(zip(input_ids, labels, strict=True))
+    for tokenised in data.train.first(count):
+        row = data.rows[tokenised["row"]]
+        example = Example.from_row(tokenised)
+        tokens = list(zip(example.input_ids, example.labels, strict=True))
         learnt = sum(label != IGNORED for _, label in tokens)
         console.print(
             Text(f"\n--- {row.file}, row {row.number}: {len(tokens)} tokens, {learnt} of them learnt", "bold")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from huarizo.data.discovery import excerpt
 from huarizo.data.records import Flaw
 from huarizo.errors import DataError, ModelError
+from huarizo.wording import excerpt
 
 QUESTION, ANSWER = "Qquestionq7", "Aanswera7"  # texts that occur in no template
 USE_ALPACA = "Use data.prompt=alpaca for this data, or delete the row"

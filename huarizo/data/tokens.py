@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypedDict
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from huarizo.data.rows import Problem, Row
 from huarizo.data.spans import Piece, RefusedRow
 from huarizo.data.turns import Exchange
 from huarizo.errors import DataError, ModelError
-from huarizo.files import remove_leftovers, told, write_whole
+from huarizo.files import remove_leftovers, write_whole, writing
 from huarizo.sandbox.reading import interruptible, open_file
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ LAYOUT = 3  # version of the cached file's layout; part of its key
 DAY = 86400  # seconds
 
 
+class TokenisedRow(TypedDict):
+    """An example as a row of the tokenised data set."""
+
+    input_ids: list[int]
+    labels: list[int]
+    row: int
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One conversation as the model sees it.
@@ -46,7 +54,12 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-    was_cut: bool
+    was_cut: bool = False
+
+    @classmethod
+    def from_row(cls, row: TokenisedRow) -> "Example":
+        """The example in a row of the tokenised data set."""
+        return cls(row["input_ids"], row["labels"])
 
 
 class Encoder:
@@ -266,6 +279,11 @@ class TokenisedRows:
         column = self.dataset.data.column("input_ids")
         return sum(len(chunk.flatten()) for chunk in column.chunks)
 
+    def first(self, count: int) -> list[TokenisedRow]:
+        """The first examples, `count` at most."""
+        rows: Any = self.dataset.select(range(min(count, len(self.dataset))))
+        return list(rows)
+
 
 def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRows:
     """Tokenise all rows, or take their ids from the cache folder.
@@ -285,7 +303,7 @@ def tokenise(rows: Sequence[Row], encoder: Encoder, cache: Path) -> TokenisedRow
         digest.update(repr(content).encode("utf-8", "surrogatepass"))
     path = cache / f"{digest.hexdigest()[:40]}.arrow"
     if not _is_intact(path):
-        with told(cache):
+        with writing(cache):
             cache.mkdir(parents=True, exist_ok=True)
         remove_leftovers(cache, older_than=DAY)
         write_whole(path, lambda file: _write_with_digest(file, rows, encoder))

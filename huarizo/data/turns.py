@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, NotRequired, TypedDict
 
-from huarizo.data.discovery import excerpt
 from huarizo.data.fields import MISSING, Fields, kind_of, list_of, report_repeated_names
 from huarizo.data.records import parse_json
+from huarizo.wording import excerpt
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),

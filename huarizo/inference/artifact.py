@@ -103,7 +103,7 @@ def open_tuned(run: Run, prompt: str | None = None, base: str | None = None) -> 
         raise UserError(f"{run.path}: this run has no adapter yet. Go on with it: huarizo resume {run.path}")
     recipe = run.recipe()
     recipe.model = base or recipe.model
-    with _told(run.recipe_file, "model", base):
+    with _naming_its_place(run.recipe_file, "model", base):
         return dataclasses.replace(_with_base(recipe, run.adapter, prompt), run=run)
 
 
@@ -122,13 +122,16 @@ def open_adapter(folder: Path, prompt: str | None = None, base: str | None = Non
         )
     revision = f"@{config.revision}" if config.revision and not base and not Path(named).exists() else ""
     recipe = make_recipe(model=named + revision, data={"train": "quickstart"})
-    with _told(folder / CONFIG, "base_model_name_or_path", base):
+    with _naming_its_place(folder / CONFIG, "base_model_name_or_path", base):
         return _with_base(recipe, folder, prompt, _own_template(folder), foreign=True)
 
 
 @contextmanager
-def _told(file: Path, field: str, base: str | None) -> Iterator[None]:
-    """A base that can't be found is told with the file that names it, unless the user did."""
+def _naming_its_place(file: Path, field: str, base: str | None) -> Iterator[None]:
+    """Around the search for a base: where it fails, the error names the file and field that name the base.
+
+    base: as the user named it; its error stays as it is.
+    """
     try:
         yield
     except HubError as error:

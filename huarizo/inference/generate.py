@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from huarizo.console import tracked
-from huarizo.data.discovery import excerpt
 from huarizo.data.prompts import OpenExchange, Question, Turn
 from huarizo.data.spans import RefusedRow, appears_in
 from huarizo.data.tokens import Encoder
@@ -26,6 +25,7 @@ from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapt
 from huarizo.model.compile import uncompiled
 from huarizo.model.load import load_base, positions
 from huarizo.plan import choose_precision, nearest_precision
+from huarizo.wording import excerpt
 
 SHARE = 0.25  # of the free memory, that a batch of answers may take
 UNHEARD = "the model's chat template leaves out the system text, so the model does not see it"

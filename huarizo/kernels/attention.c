@@ -53,6 +53,8 @@ typedef struct {
     float *lse; /* [heads, tokens], in base 2 */
 } Call;
 
+int64_t huarizo_call_size(void) { return sizeof(Call); }
+
 typedef struct { const word *words; int64_t row, step; } Left;   /* strides in words, of a row and along the depth */
 typedef struct { const word *words; int64_t step, panel; } Right; /* strides in words, along the depth and of a panel */
 
@@ -534,7 +536,7 @@ static int run(const Call *call, int64_t (*words)(const Call *, int64_t),
 }
 
 /* Writes out and lse from q, k and v. */
-int attention_forward(const Call *call) { return run(call, forward_words, forward_item); }
+int huarizo_attention_forward(const Call *call) { return run(call, forward_words, forward_item); }
 
 /* Writes grad_q, grad_k and grad_v from q, k, v, out, lse and grad. */
-int attention_backward(const Call *call) { return run(call, backward_words, backward_item); }
+int huarizo_attention_backward(const Call *call) { return run(call, backward_words, backward_item); }

@@ -4,20 +4,53 @@ Only pointers and strides go to C; its results are the same bytes for any number
 Shapes: H query heads on K key/value heads, T tokens of the packed row, D a head's size.
 """
 
+import ctypes
 import functools
-import struct
-from collections.abc import Sequence
 
 import torch
 
 from huarizo.host import cpu_flags
 from huarizo.kernels import build
+from huarizo.kernels.call import address, run
 
-# `Call` in attention.c: cu_seqlens and sizes; scale, bf16, threads; q, k, v, out, grad and its three results; lse
-CALL = struct.Struct("@6qf2i24qq")
-NOWHERE = (0, 0, 0)
-LARGEST = 256
-FAILURES = {1: "cu_seqlens must rise from 0 to the row's length", 2: "no memory for packed attention"}
+LARGEST = 256  # of a head
+OF_KEYS = {"k", "v", "grad_k", "grad_v"}  # tensors with K heads; the others have H
+
+
+class Tensor(ctypes.Structure):
+    """`Tensor` in attention.c: [heads, T, D], its strides in bytes."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("head", ctypes.c_int64), ("token", ctypes.c_int64))
+
+
+class Call(ctypes.Structure):
+    """`Call` in attention.c."""
+
+    _fields_ = (
+        ("cu_seqlens", ctypes.c_void_p),
+        ("examples", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("bf16", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("q", Tensor),
+        ("k", Tensor),
+        ("v", Tensor),
+        ("out", Tensor),
+        ("grad", Tensor),
+        ("grad_q", Tensor),
+        ("grad_k", Tensor),
+        ("grad_v", Tensor),
+        ("lse", ctypes.c_void_p),
+    )
+
+
+def library() -> ctypes.CDLL | str:
+    """What attention.c becomes on this CPU, or the reason why nothing does."""
+    return build.load("attention", Call)
 
 
 @functools.cache
@@ -29,8 +62,8 @@ def reason_against(dtype: torch.dtype, size: int) -> str | None:
         return f"a head's size must be a multiple of 16 up to {LARGEST}, not {size}"
     if dtype == torch.bfloat16 and "avx512_bf16" not in cpu_flags():
         return "this CPU has no avx512_bf16"
-    library = build.load("attention")
-    return library if isinstance(library, str) else None
+    found = library()
+    return found if isinstance(found, str) else None
 
 
 def forward(
@@ -45,7 +78,7 @@ def forward(
     """
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    _call("attention_forward", (q, k, v, out.transpose(0, 1)), lse, cu_seqlens, scale)
+    _run("attention_forward", cu_seqlens, scale, lse, q=q, k=k, v=v, out=out.transpose(0, 1))
     return out, lse
 
 
@@ -61,28 +94,34 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, contiguous. grad: [T, H, D], the gradient of `out`; out, lse: from `forward`."""
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    tensors = (q, k, v, out.transpose(0, 1), grad.transpose(0, 1), grad_q, grad_k, grad_v)
-    _call("attention_backward", tensors, lse, cu_seqlens, scale)
+    _run(
+        "attention_backward", cu_seqlens, scale, lse, q=q, k=k, v=v, out=out.transpose(0, 1),
+        grad=grad.transpose(0, 1), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
+    )  # fmt: skip
     return grad_q, grad_k, grad_v
 
 
-def _call(
-    name: str, tensors: Sequence[torch.Tensor], lse: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
-) -> None:
-    """tensors: [heads, T, D] each, in the order of `Call`; those at the end may be left out."""
-    q, k, v = tensors[:3]
-    if q.shape[0] % k.shape[0] or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(f"q, k and v don't fit each other: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]  # held until C is done
+def _run(function: str, cu_seqlens: torch.Tensor, scale: float, lse: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """tensors: those of `Call` that the function reads or writes, [H, T, D] or [K, T, D] each."""
+    of_queries, of_keys, dtype = tensors["q"].shape, tensors["k"].shape, tensors["q"].dtype
+    heads, tokens, size = of_queries
+    if heads % of_keys[0] or of_keys[1:] != of_queries[1:]:
+        raise ValueError(f"q and k don't fit each other: {tuple(of_queries)}, {tuple(of_keys)}")
     cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-    bytes_each = q.element_size()
-    places = [(x.data_ptr(), x.stride(0) * bytes_each, x.stride(1) * bytes_each) for x in tensors]
-    places += [NOWHERE] * (8 - len(places))
-    call = CALL.pack(
-        cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, q.shape[1], q.shape[0], k.shape[0], q.shape[2],
-        scale, q.dtype == torch.bfloat16, torch.get_num_threads(),
-        *(number for place in places for number in place), lse.data_ptr(),
+    call = Call(
+        cu_seqlens=address(function, cu_seqlens, torch.int32, len(cu_seqlens)), examples=len(cu_seqlens) - 1,
+        tokens=tokens, heads=heads, kv_heads=of_keys[0], size=size, scale=scale, bf16=dtype == torch.bfloat16,
+        threads=torch.get_num_threads(), lse=address(function, lse, torch.float32, heads, tokens),
     )  # fmt: skip
-    failure = getattr(build.load("attention"), name)(call)
-    if failure:
-        raise (ValueError if failure == 1 else MemoryError)(FAILURES[failure])
+    held = [cu_seqlens]  # until C is done
+    for name, x in tensors.items():
+        shape = of_keys if name in OF_KEYS else of_queries
+        if x.dtype != dtype or x.shape != shape:
+            raise ValueError(f"{function} wants {name} of {dtype} {tuple(shape)}, not {x.dtype} {tuple(x.shape)}")
+        head, token, channel = x.stride()
+        if channel != 1:
+            x = x.contiguous()
+            head, token, _ = x.stride()
+            held.append(x)
+        setattr(call, name, (x.data_ptr(), head * dtype.itemsize, token * dtype.itemsize))
+    run(library(), function, call)

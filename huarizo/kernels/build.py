@@ -31,15 +31,18 @@ REQUIRED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})  # of ever
 
 
 @functools.cache
-def load(name: str) -> ctypes.CDLL | str:
-    """The library made from `{name}.c`, compiled if it isn't in the cache, or the reason why there is none."""
+def load(name: str, call: type[ctypes.Structure]) -> ctypes.CDLL | str:
+    """The library made from `{name}.c`, compiled if it isn't in the cache, or the reason why there is none.
+
+    call: the binding's twin of the struct that the library's functions take, which must have its size.
+    """
     if missing := REQUIRED - cpu_flags():
         return f"this CPU has no {', '.join(sorted(missing))}"
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return f"no C compiler: none of {', '.join(COMPILERS)} is on the PATH"
     try:
-        return _loaded(_compiled(Path(__file__).with_name(f"{name}.c"), compiler))
+        return _loaded(_compiled(Path(__file__).with_name(f"{name}.c"), compiler), call)
     except subprocess.TimeoutExpired:
         return f"{compiler} took longer than {TIME_LIMIT} seconds"
     except subprocess.CalledProcessError as error:
@@ -116,12 +119,19 @@ def _run(command: list[str], scratch: Path) -> str:
     ).stdout
 
 
-def _loaded(library: Path) -> ctypes.CDLL | str:
-    """The library, unless it brings an OpenMP runtime of its own: two of them fight over the cores."""
+def _loaded(library: Path, call: type[ctypes.Structure]) -> ctypes.CDLL | str:
+    """The library, unless its calls have another size than the binding's, or it brings an OpenMP runtime of its own.
+
+    Two OpenMP runtimes fight over the cores.
+    """
     before = _openmp_runtimes()
     loaded = ctypes.CDLL(str(library))
     if more := sorted(set(_openmp_runtimes()) - set(before)):
         return f"the compiler uses another OpenMP runtime than torch: {', '.join(more)}"
+    size = loaded.huarizo_call_size
+    size.restype = ctypes.c_int64
+    if size() != ctypes.sizeof(call):
+        return f"a call has {size()} bytes for the library and {ctypes.sizeof(call)} for its binding"
     return loaded
 
 

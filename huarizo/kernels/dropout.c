@@ -38,6 +38,8 @@ typedef struct {
     int32_t bf16, threads;
 } Call;
 
+int64_t huarizo_call_size(void) { return sizeof(Call); }
+
 /* Which of 16 elements of a row from column `column` on are kept. */
 INLINE __mmask16 kept(const Call *call, int64_t row, int64_t column)
 {

@@ -1,15 +1,43 @@
-"""Dropout with a hashed mask, alone and in front of a thin linear layer, in C (dropout.c), for bf16 and fp32."""
+"""Dropout with a hashed mask, alone and in front of a thin linear layer, in C (dropout.c), for bf16 and fp32.
 
+Only pointers and strides go to C; its results are the same bytes for any number of threads, which is torch's.
+Shapes: T tokens, K channels, r the rank.
+"""
+
+import ctypes
 import functools
-import struct
 
 import torch
 
 from huarizo.kernels import build
+from huarizo.kernels.call import address, run
 
-# `Call` in dropout.c: rows, inputs, rank, stride; x, places, weight, h, out and grad; seed, threshold; scale; bf16,
-# threads
-CALL = struct.Struct("@4q6q2If2i")
+
+class Call(ctypes.Structure):
+    """`Call` in dropout.c; the stride is in bytes."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("h", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("seed", ctypes.c_uint32),
+        ("threshold", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+        ("bf16", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+def library() -> ctypes.CDLL | str:
+    """What dropout.c becomes on this CPU, or the reason why nothing does."""
+    return build.load("dropout", Call)
 
 
 @functools.cache
@@ -17,14 +45,14 @@ def reason_against(dtype: torch.dtype) -> str | None:
     """Why values of this dtype can't be dropped in C; None where they can."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there is no kernel for {dtype}"
-    library = build.load("dropout")
-    return library if isinstance(library, str) else None
+    found = library()
+    return found if isinstance(found, str) else None
 
 
 def dropped(x: torch.Tensor, places: torch.Tensor, seed: int, threshold: int, scale: float) -> torch.Tensor:
     """x [T, K] * scale where the hash of place, channel and seed is at least `threshold`, 0 elsewhere; contiguous."""
     out = x.new_empty(x.shape)
-    _call("dropout", x, places, None, (None, out, None), (seed, threshold, scale))
+    _run("dropout", x, places, (seed, threshold, scale), out=out)
     return out
 
 
@@ -33,7 +61,7 @@ def down(
 ) -> torch.Tensor:
     """The dropped x times weight'. x: [T, K]; weight: float32 [r, K], rounded to x's dtype; returns [T, r] in that."""
     h = x.new_empty(x.shape[0], weight.shape[0])
-    _call("dropout_down", x, places, weight, (h, None, None), (seed, threshold, scale))
+    _run("dropout_down", x, places, (seed, threshold, scale), weight=weight.contiguous(), h=h)
     return h
 
 
@@ -47,31 +75,33 @@ def down_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x, in its dtype, and of weight, float32, from that of the result of `down`."""
+    weight, grad = weight.contiguous(), grad.contiguous()
     grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
-    tensors = grad.contiguous(), grad_x, grad_weight
-    _call("dropout_down_backward", x, places, weight, tensors, (seed, threshold, scale))
+    mask = seed, threshold, scale
+    _run("dropout_down_backward", x, places, mask, weight=weight, h=grad, out=grad_x, grad=grad_weight)
     return grad_x, grad_weight
 
 
-def _call(
-    name: str,
+def _run(
+    function: str,
     x: torch.Tensor,
     places: torch.Tensor,
-    weight: torch.Tensor | None,
-    tensors: tuple[torch.Tensor | None, ...],
     mask: tuple[int, int, float],
+    weight: torch.Tensor | None = None,
+    h: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
 ) -> None:
-    """tensors: h, out and grad; mask: seed, threshold and scale."""
-    if weight is not None and (weight.dtype != torch.float32 or weight.shape[1] != x.shape[1]):
-        raise ValueError(f"{weight.dtype} {tuple(weight.shape)} doesn't fit {x.dtype} {tuple(x.shape)}")
-    if places.dtype != torch.int32 or places.shape != x.shape[:1]:
-        raise ValueError(f"{places.dtype} {tuple(places.shape)} are no places of {x.shape[0]} tokens")
-    x, weight = x if x.stride(1) == 1 else x.contiguous(), weight if weight is None else weight.contiguous()
-    places = places.contiguous()
-    call = CALL.pack(
-        *x.shape, 0 if weight is None else weight.shape[0], x.stride(0) * x.element_size(), x.data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (places, weight, *tensors)),
-        *mask, x.dtype == torch.bfloat16, torch.get_num_threads(),
+    """mask: seed, threshold and scale; the tensors that the function reads or writes, as `Call` names them."""
+    x, places = x if x.stride(1) == 1 else x.contiguous(), places.contiguous()  # held until C is done
+    (rows, inputs), rank = x.shape, 0 if weight is None else weight.shape[0]
+    seed, threshold, scale = mask
+    call = Call(
+        rows=rows, inputs=inputs, rank=rank, x_stride=x.stride(0) * x.element_size(), x=x.data_ptr(),
+        places=address(function, places, torch.int32, rows),
+        weight=address(function, weight, torch.float32, rank, inputs),
+        h=address(function, h, x.dtype, rows, rank), out=address(function, out, x.dtype, rows, inputs),
+        grad=address(function, grad, torch.float32, rank, inputs), seed=seed, threshold=threshold, scale=scale,
+        bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(),
     )  # fmt: skip
-    if getattr(build.load("dropout"), f"huarizo_{name}")(call):
-        raise MemoryError("no memory for a product behind dropout")
+    run(library(), function, call)

@@ -62,6 +62,8 @@ typedef struct {
     int32_t bf16, threads;
 } Call;
 
+int64_t huarizo_call_size(void) { return sizeof(Call); }
+
 /* The first `count` of 32 elements; none for a negative count. */
 INLINE __mmask32 first32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 
@@ -470,7 +472,7 @@ static void run_thread(const Product *p, int64_t thread, int64_t threads)
 /* ------------------------------------------------------------------------------------------------------- the calls */
 
 /* Writes quantised, row_scale and row_start from x and factor. quantised_stride: a multiple of 64. */
-int int8_quantise(const Call *call)
+int huarizo_int8_quantise(const Call *call)
 {
     Quantisation q = {
         .factor = call->factor, .count = call->inputs, .to = call->quantised, .stride = call->quantised_stride,
@@ -500,7 +502,7 @@ static void gather(const Call *call, char *into, int64_t bytes, int64_t from, in
 }
 
 /* Writes out [T, N] from x, quantised, row_scale and row_start. */
-int int8_forward(const Call *call)
+int huarizo_int8_forward(const Call *call)
 {
     Product p = {
         .call = call, .rows = call->rows, .columns = call->outputs, .words = padded(call->inputs, COLUMNS) / WORD,
@@ -527,7 +529,7 @@ int int8_forward(const Call *call)
 }
 
 /* Writes out [T, K] from x, the gradient [T, N]. */
-int int8_backward(const Call *call)
+int huarizo_int8_backward(const Call *call)
 {
     int64_t rows = padded(call->rows, UNIT);
     Quantisation q = {

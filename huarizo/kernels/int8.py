@@ -4,22 +4,50 @@ Only pointers and strides go to C; its results are the same bytes for any number
 Shapes: T tokens, K input and N output channels, k float channels. huarizo/model/frozen/int8.py defines what is correct.
 """
 
+import ctypes
 import functools
-import struct
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from huarizo.host import cpu_flags
 from huarizo.kernels import build
+from huarizo.kernels.call import address, run
 
-# `Call` in int8.c: sizes and strides; x, quantised, row_scale, row_start, weight, scale, factor, float_channels,
-# float_weight, bias and out; bf16, threads
-CALL = struct.Struct("@6q11q2i")
 LINE = 64  # bytes of a cache line
 COLUMNS = 32  # of a panel
 WORD = 4  # bytes that are multiplied at once
+
+
+class Call(ctypes.Structure):
+    """`Call` in int8.c. Strides are in bytes."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("floats", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("quantised_stride", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("quantised", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
+        ("row_start", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
+        ("float_channels", ctypes.c_void_p),
+        ("float_weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("bf16", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+def library() -> ctypes.CDLL | str:
+    """What int8.c becomes on this CPU, or the reason why nothing does."""
+    return build.load("int8", Call)
 
 
 @functools.cache
@@ -32,8 +60,8 @@ def reason_against(dtype: torch.dtype) -> str | None:
     needed = {"avx512_vnni", "avx512_bf16"} if dtype == torch.bfloat16 else {"avx512_vnni"}
     if missing := needed - cpu_flags():
         return f"this CPU has no {', '.join(sorted(missing))}"
-    library = build.load("int8")
-    return library if isinstance(library, str) else None
+    found = library()
+    return found if isinstance(found, str) else None
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
@@ -67,9 +95,10 @@ def quantise(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, 
 
     Returns int8 [T, stride_of(K)] with zeros at the end, the scales, float32 [T], and what sums start from, int32 [T].
     """
-    rows = _empty_rows(x, input_scale)
-    _call("int8_quantise", x, (x.shape[1], 0), (*rows, None, None, input_scale, None, None, None, None))
-    return rows
+    quantised, row_scale, row_start = _empty_rows(x, input_scale)
+    rows = {"quantised": quantised, "row_scale": row_scale, "row_start": row_start}
+    _run("int8_quantise", x, x.shape[1], 0, **rows, factor=input_scale)
+    return quantised, row_scale, row_start
 
 
 @quantise.register_fake
@@ -96,8 +125,9 @@ def forward(
     x [T, K] serves the float channels alone; float_channels: int64 [k]; float_weight: `packed`; bias: [N].
     """
     out = x.new_empty(x.shape[0], outputs)
-    tensors = quantised, row_scale, row_start, weight, scale, None, float_channels, float_weight, bias, out
-    _call("int8_forward", x, (x.shape[1], outputs), tensors)
+    rows = {"quantised": quantised, "row_scale": row_scale, "row_start": row_start}
+    floats = {"float_channels": float_channels, "float_weight": float_weight}
+    _run("int8_forward", x, x.shape[1], outputs, **rows, **floats, weight=weight, scale=scale, bias=bias, out=out)
     return out
 
 
@@ -123,8 +153,8 @@ def backward(
 ) -> torch.Tensor:
     """The gradient of x, [T, K], in the dtype of grad [T, N]. weight, scale: as forward; inverse_smoothing: [K]."""
     out = grad.new_empty(grad.shape[0], inverse_smoothing.shape[0])
-    tensors = None, None, None, weight, scale, inverse_smoothing, None, None, None, out
-    _call("int8_backward", grad, (inverse_smoothing.shape[0], grad.shape[1]), tensors)
+    sizes = inverse_smoothing.shape[0], grad.shape[1]
+    _run("int8_backward", grad, *sizes, weight=weight, scale=scale, factor=inverse_smoothing, out=out)
     return out
 
 
@@ -133,30 +163,27 @@ def _(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smo
     return grad.new_empty(grad.shape[0], inverse_smoothing.shape[0])
 
 
-def _call(name: str, x: torch.Tensor, size: tuple[int, int], tensors: Sequence[torch.Tensor | None]) -> None:
-    """size: K and N; tensors: in the order of `Call`, behind x."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    quantised, row_scale, row_start, weight, scale, factor, float_channels, float_weight, bias, out = tensors
-    tokens, (inputs, outputs) = x.shape[0], size
+def _run(function: str, x: torch.Tensor, inputs: int, outputs: int, **tensors: torch.Tensor | None) -> None:
+    """inputs, outputs: K and N; tensors: those of `Call` that the function reads or writes."""
+    x = x if x.stride(1) == 1 else x.contiguous()  # held until C is done
+    rows, float_channels = x.shape[0], tensors.get("float_channels")
     floats = 0 if float_channels is None else float_channels.shape[0]
-    panels, each = -(-outputs // COLUMNS), WORD // x.element_size()
-    expected = (
-        (quantised, torch.int8, (tokens, stride_of(inputs))), (row_scale, torch.float32, (tokens,)),
-        (row_start, torch.int32, (tokens,)), (weight, torch.uint8, (panels, -(-inputs // COLUMNS) * 8, COLUMNS, WORD)),
-        (scale, torch.float32, (panels * COLUMNS,)), (factor, torch.float32, (inputs,)),
-        (float_channels, torch.int64, (floats,)), (float_weight, x.dtype, (panels, -(-floats // each), COLUMNS, each)),
-        (bias, x.dtype, (outputs,)), (out, x.dtype, None),
+    panels, each, stride = -(-outputs // COLUMNS), WORD // x.element_size(), stride_of(inputs)
+    wanted = {
+        "quantised": (torch.int8, rows, stride),
+        "row_scale": (torch.float32, rows),
+        "row_start": (torch.int32, rows),
+        "weight": (torch.uint8, panels, -(-inputs // COLUMNS) * COLUMNS // WORD, COLUMNS, WORD),
+        "scale": (torch.float32, panels * COLUMNS),
+        "factor": (torch.float32, inputs),
+        "float_channels": (torch.int64, floats),
+        "float_weight": (x.dtype, panels, -(-floats // each), COLUMNS, each),
+        "bias": (x.dtype, outputs),
+        "out": (x.dtype, rows, inputs if function == "int8_backward" else outputs),
+    }
+    call = Call(
+        rows=rows, inputs=inputs, outputs=outputs, floats=floats, x_stride=x.stride(0) * x.element_size(),
+        quantised_stride=stride, x=x.data_ptr(), bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(),
+        **{name: address(function, tensor, *wanted[name]) for name, tensor in tensors.items()},
     )  # fmt: skip
-    for tensor, dtype, shape in expected:
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype or (shape is not None and tensor.shape != shape) or not tensor.is_contiguous():
-            raise ValueError(f"{name} wants {dtype} {shape}, contiguous, not {tensor.dtype} {tuple(tensor.shape)}")
-    call = CALL.pack(
-        tokens, inputs, outputs, floats, x.stride(0) * x.element_size(),
-        0 if quantised is None else quantised.shape[1], x.data_ptr(),
-        *(0 if tensor is None else tensor.data_ptr() for tensor, _, _ in expected),
-        x.dtype == torch.bfloat16, torch.get_num_threads(),
-    )  # fmt: skip
-    if getattr(build.load("int8"), name)(call):
-        raise MemoryError("no memory for an int8 product")
+    run(library(), function, call)

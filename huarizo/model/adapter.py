@@ -18,8 +18,8 @@ from huarizo.hub.model_files import tensors_in
 from huarizo.model.added_tokens import lengthen, lengthened, size_of
 from huarizo.model.architectures.registry import vocabulary_layers
 from huarizo.model.load import load_tokenizer
-from huarizo.model.weights import first_line
 from huarizo.sandbox.reading import odd_entry, read_json, without_panics
+from huarizo.wording import first_line
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LARGEST_CONFIG = 1_000_000  # bytes

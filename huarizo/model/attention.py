@@ -24,7 +24,7 @@ NAME = "huarizo_packed"
 BLOCK = 64  # queries at a time: scores of one block fit the cache, and what lies above the diagonal is skipped
 
 # Shapes: H heads on K key/value heads, G = H / K of them sharing one; T tokens of the packed row, D a head's size;
-# an example has tokens s to e, a block of its queries B of them, which see the N keys up to the block's end.
+# an example has tokens s to e, a block of its queries B of them, which see the N keys up to the block's end; x = G * B.
 
 
 def reference(
@@ -36,11 +36,11 @@ def reference(
     """
     groups, length = q.shape[0] // k.shape[0], q.shape[1]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
-    at = torch.arange(length, device=q.device)
-    example = torch.searchsorted(cu_seqlens[1:].to(at.dtype), at, right=True)
-    allowed = (example[:, None] == example[None]) & (at[:, None] >= at[None])
-    scores = (q.float() @ k.float().transpose(1, 2) * scale).masked_fill(~allowed, float("-inf"))
-    return (scores.softmax(-1) @ v.float()).to(q.dtype).transpose(0, 1)
+    at_T = torch.arange(length, device=q.device)
+    example_T = torch.searchsorted(cu_seqlens[1:].to(at_T.dtype), at_T, right=True)
+    allowed_TT = (example_T[:, None] == example_T[None]) & (at_T[:, None] >= at_T[None])
+    scores_HTT = (q.float() @ k.float().transpose(1, 2) * scale).masked_fill(~allowed_TT, float("-inf"))
+    return (scores_HTT.softmax(-1) @ v.float()).to(q.dtype).transpose(0, 1)
 
 
 def _blocks(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
@@ -51,16 +51,16 @@ def _blocks(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def _folded(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """[H, B, D] -> [K, G * B, D]: the queries that share a key/value head, one below the other."""
+    """[H, B, D] -> [K, x, D]: the queries that share a key/value head, one below the other."""
     return states.reshape(heads, -1, states.shape[-1])
 
 
 def _probabilities(q_KxD: torch.Tensor, k_KND: torch.Tensor, queries: int, mask: torch.Tensor) -> torch.Tensor:
-    """Softmax of the causal scores of one block: [K, G * B, N]."""
-    scores = torch.bmm(q_KxD, k_KND.transpose(1, 2))
-    diagonal = scores.view(k_KND.shape[0], -1, queries, k_KND.shape[1])[..., -queries:]
-    diagonal += mask[:queries, :queries]
-    return torch.softmax(scores, -1)
+    """Softmax of the causal scores of one block: [K, x, N]."""
+    scores_KxN = torch.bmm(q_KxD, k_KND.transpose(1, 2))
+    diagonal_KGBB = scores_KxN.view(k_KND.shape[0], -1, queries, k_KND.shape[1])[..., -queries:]
+    diagonal_KGBB += mask[:queries, :queries]
+    return torch.softmax(scores_KxN, -1)
 
 
 def _causal(like: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,8 @@ def _attend_in_torch(
     q, k, v = (x.contiguous() for x in (q, k, v))  # torch rounds some products otherwise where strides are others
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     for s, a, b in _blocks(cu_seqlens):
-        p = _probabilities(_folded(q[:, a:b] * scale, heads), k[:, s:b], b - a, mask)
-        out[a:b] = torch.bmm(p, v[:, s:b]).view(q.shape[0], b - a, -1).transpose(0, 1)
+        p_KxN = _probabilities(_folded(q[:, a:b] * scale, heads), k[:, s:b], b - a, mask)
+        out[a:b] = torch.bmm(p_KxN, v[:, s:b]).view(q.shape[0], b - a, -1).transpose(0, 1)
     return out
 
 
@@ -91,13 +91,13 @@ def _gradients_in_torch(
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
     for s, a, b in _blocks(cu_seqlens):
-        q_block, g_block = _folded(q[:, a:b] * scale, heads), _folded(grad[:, a:b], heads)
-        p = _probabilities(q_block, k[:, s:b], b - a, mask)
-        grad_v[:, s:b] += torch.bmm(p.transpose(1, 2), g_block)
-        grad_p = torch.bmm(g_block, v[:, s:b].transpose(1, 2))
-        grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, q.dtype)
-        grad_q[:, a:b] = torch.bmm(grad_s, k[:, s:b]).mul_(scale).view(q.shape[0], b - a, -1)
-        grad_k[:, s:b] += torch.bmm(grad_s.transpose(1, 2), q_block)
+        q_KxD, grad_KxD = _folded(q[:, a:b] * scale, heads), _folded(grad[:, a:b], heads)
+        p_KxN = _probabilities(q_KxD, k[:, s:b], b - a, mask)
+        grad_v[:, s:b] += torch.bmm(p_KxN.transpose(1, 2), grad_KxD)
+        grad_p_KxN = torch.bmm(grad_KxD, v[:, s:b].transpose(1, 2))
+        grad_s_KxN = torch.ops.aten._softmax_backward_data(grad_p_KxN, p_KxN, -1, q.dtype)
+        grad_q[:, a:b] = torch.bmm(grad_s_KxN, k[:, s:b]).mul_(scale).view(q.shape[0], b - a, -1)
+        grad_k[:, s:b] += torch.bmm(grad_s_KxN.transpose(1, 2), q_KxD)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
@@ -157,7 +157,7 @@ def _(
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # pyright: ignore
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[torch.Tensor | float, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, cu_seqlens, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output, cu_seqlens)
@@ -234,7 +234,7 @@ def _attend_by_example(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
+def no_mask(*args: object, **kwargs: object) -> None:
     """The mask function of `huarizo_packed`: there is none."""
 
 

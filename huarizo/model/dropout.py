@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from huarizo.kernels import dropout as kernel
 
@@ -95,7 +96,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+def _save(ctx: FunctionCtx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
@@ -157,7 +158,7 @@ def _(
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 
-def _save_linear(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+def _save_linear(ctx: FunctionCtx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -187,9 +188,9 @@ class HashedDropout(nn.Module):
         """[..., K] -> [..., K]; all dimensions but the last together are the tokens."""
         if not self.training:
             return x
-        rows = x.flatten(0, -2)
+        x_TK = x.flatten(0, -2)
         drop = _dropped if _in_c(x) else _dropped_in_torch
-        return drop(rows, *self._mask(rows)).view(x.shape)
+        return drop(x_TK, *self._mask(x_TK)).view(x.shape)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A linear layer behind the dropout, in the dtype of x.
@@ -199,13 +200,14 @@ class HashedDropout(nn.Module):
         """
         if not self.training or len(weight) > THIN or not _in_c(x):
             return F.linear(self(x), weight.to(x.dtype))
-        rows = x.flatten(0, -2)
-        return _dropped_linear(rows, weight, *self._mask(rows)).view(*x.shape[:-1], -1)
+        x_TK = x.flatten(0, -2)
+        h_Tr = _dropped_linear(x_TK, weight, *self._mask(x_TK))
+        return h_Tr.view(*x.shape[:-1], -1)
 
-    def _mask(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Places, seed, threshold and scale, where the rows are: a model may be spread over several cards."""
-        mask = self.places[: rows.shape[0]], self.seed, self.threshold, self.scale
-        return [tensor.to(rows.device) for tensor in mask]
+    def _mask(self, x_TK: torch.Tensor) -> list[torch.Tensor]:
+        """Places, seed, threshold and scale, where x is: a model may be spread over several cards."""
+        mask = self.places[: x_TK.shape[0]], self.seed, self.threshold, self.scale
+        return [tensor.to(x_TK.device) for tensor in mask]
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

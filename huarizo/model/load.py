@@ -20,13 +20,13 @@ from huarizo.model.weights import (
     check_weights,
     class_of,
     config_of,
-    first_line,
     reading,
     tensors_of,
     within_memory,
 )
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
+from huarizo.wording import first_line
 
 TOKENIZER_TIME, TOKENIZER_MEMORY = 60.0, 4 * 2**30  # seconds and bytes, for tokenizer.json
 _TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)

@@ -4,7 +4,6 @@ The adapter is an ordinary PEFT adapter: stock `peft` loads it on the stock mode
 """
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from huarizo.errors import RecipeError, listed
+from huarizo.errors import RecipeError
 from huarizo.model.adapter import CHECKS
 from huarizo.model.added_tokens import SETTING, lengthen
 from huarizo.model.architectures.registry import architecture_of
@@ -21,6 +20,7 @@ from huarizo.model.frozen.lora import register
 from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.weights import skeleton
 from huarizo.recipe import LoraRecipe
+from huarizo.wording import did_you_mean, first_line, listed
 
 BY_HUARIZO = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version")
 NO_BIAS = "chat, merge and export load changes of weights alone, and most models have no biases"
@@ -135,10 +135,9 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = 
         targets = [name for name in known if name != architecture_of(model.config).vocabulary_layers[1]]
     for name in targets:
         if name.rpartition(".")[2] not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = did_you_mean(name, known) or "."
             raise RecipeError(
-                f"lora.target_modules: the model has no linear layer {name!r}{hint} It has {', '.join(known)}"
+                f"lora.target_modules: the model has no linear layer {name!r}{near} It has {', '.join(known)}"
             )
     _check_options(recipe.options)
     rows = _rows_config(model, recipe, targets, tokens)
@@ -154,7 +153,7 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = 
         )
         return get_peft_model(model, register(config))
     except (ValueError, TypeError, ImportError, AttributeError, LookupError) as error:
-        raise RecipeError(f"lora: peft refuses these settings: {str(error).strip().splitlines()[0]}") from None
+        raise RecipeError(f"lora: peft refuses these settings: {first_line(error)}") from None
 
 
 def _rows_config(model: Any, recipe: LoraRecipe, targets: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:

@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
+from huarizo.data.packing import PackedBatch
 from huarizo.model.dropout import at_places
 from huarizo.model.frozen.linear import input_gradient_of
+
+# Shapes: T tokens of a packed row, L of them labelled, C labelled ones of a chunk; H the hidden size, V the vocabulary.
 
 CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
 
@@ -31,12 +35,16 @@ def loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torc
 
     Written so that a compiler makes one pass for the sums and one for the gradient.
     """
-    x = logits.float()
-    largest = x.amax(-1, keepdim=True)
-    log_sum = (x - largest).exp().sum(-1, keepdim=True).log() + largest
-    target = targets[:, None]
-    onehot = torch.arange(x.shape[1], device=x.device) == target
-    return (log_sum - x.gather(1, target)).sum(), ((x - log_sum).exp() - onehot.float()).to(logits.dtype)
+    x_CV = logits.float()
+    largest_C1 = x_CV.amax(-1, keepdim=True)
+    log_sum_C1 = (x_CV - largest_C1).exp().sum(-1, keepdim=True).log() + largest_C1
+    target_C1 = targets[:, None]
+    onehot_CV = torch.arange(x_CV.shape[1], device=x_CV.device) == target_C1
+    grad_CV = (x_CV - log_sum_C1).exp() - onehot_CV.float()
+    return (log_sum_C1 - x_CV.gather(1, target_C1)).sum(), grad_CV.to(logits.dtype)
+
+
+Gradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # as `loss_and_gradient`
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -48,7 +56,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         head: Any,
         targets: torch.Tensor,
-        gradient: Callable[..., Any],
+        gradient: Gradient,
         places: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
@@ -89,14 +97,14 @@ def summed_loss(
     hidden: torch.Tensor,
     head: torch.nn.Module,
     targets: torch.Tensor,
-    gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss_and_gradient,
+    gradient: Gradient = loss_and_gradient,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropies of `targets` given `hidden`.
 
     Args:
         hidden: [L, H], hidden states behind the last norm at the labelled positions, any float dtype.
-        head: the output head, [*, H] -> [*, vocabulary]; may hold trainable parameters (a LoRA).
+        head: the output head, [*, H] -> [*, V]; may hold trainable parameters (a LoRA).
         targets: [L] int64.
         gradient: `loss_and_gradient`, or that compiled.
         places: [L] integers, of the labelled tokens in the optimizer step, for a dropout before the head.
@@ -122,50 +130,49 @@ def token_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Ten
 
 
 class PackedLoss:
-    """The summed loss of packed batches (see `huarizo.data.packing.pack`), through a model around `base`.
+    """The summed loss of packed batches (see `huarizo.data.packing`), through a model around `base`.
 
     compiled: whether the gradient of the logits is compiled.
     """
 
-    def __init__(self, base: Any, compiled: bool = False) -> None:
+    def __init__(self, base: PreTrainedModel, compiled: bool = False) -> None:
         self.base = base
-        self.gradient = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
+        self.gradient: Gradient = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
 
-    def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    @property
+    def head(self) -> torch.nn.Module:
+        """The output head; an adapter may have taken its place."""
+        head = self.base.get_output_embeddings()
+        assert head is not None
+        return head
+
+    def __call__(self, model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
         """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
-        hidden, places = self._labelled(model, batch), batch["places"][batch["label_positions"]]
-        on = hidden.device
-        return summed_loss(
-            hidden, self.base.get_output_embeddings(), batch["targets"].to(on), self.gradient, places.to(on)
-        )
+        hidden_LH, places_L = self._labelled(model, batch), batch.places[batch.label_positions]
+        on = hidden_LH.device
+        return summed_loss(hidden_LH, self.head, batch.targets.to(on), self.gradient, places_L.to(on))
 
-    def by_token(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def by_token(self, model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
         """The loss of each labelled token of a batch: [L] float32, without gradient."""
         with torch.no_grad():
-            hidden = self._labelled(model, batch)
-            return token_losses(hidden, self.base.get_output_embeddings(), batch["targets"].to(hidden.device))
+            hidden_LH = self._labelled(model, batch)
+            return token_losses(hidden_LH, self.head, batch.targets.to(hidden_LH.device))
 
-    def _labelled(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _labelled(self, model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
         """Hidden states at the labelled positions, [L, H], on the head's device, which may be another than the inputs'.
 
         The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head.
         """
-        nothing = torch.empty(0, dtype=torch.long, device=batch["input_ids"].device)
+        nothing = torch.empty(0, dtype=torch.long, device=batch.input_ids.device)
         with _last_hidden(self.base) as states:
-            model(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                cu_seqlens=batch["cu_seqlens"],
-                logits_to_keep=nothing,
-                use_cache=False,
-            )
-        head = self.base.get_output_embeddings()
-        labelled = states[0][0, batch["label_positions"].to(states[0].device)]
-        return labelled.to(next(itertools.chain(head.parameters(), head.buffers())).device)
+            model(**batch.model_inputs(), logits_to_keep=nothing, use_cache=False)
+        head, hidden_TH = self.head, states[0][0]
+        hidden_LH = hidden_TH[batch.label_positions.to(hidden_TH.device)]
+        return hidden_LH.to(next(itertools.chain(head.parameters(), head.buffers())).device)
 
 
 @contextmanager
-def _last_hidden(base: Any) -> Iterator[list[torch.Tensor]]:
+def _last_hidden(base: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """Collects the hidden states behind the last norm, [1, T, H], of each forward pass inside the block."""
     states: list[torch.Tensor] = []
     handle = base.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))

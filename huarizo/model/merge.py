@@ -28,7 +28,8 @@ from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from huarizo.model.added_tokens import lengthened
 from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.load import read_config
-from huarizo.model.weights import FLOATS, check_weights, first_line, read_tensor, tensors_of
+from huarizo.model.weights import FLOATS, check_weights, read_tensor, tensors_of
+from huarizo.wording import first_line
 
 LINEAR_PARTS = {"lora_A.weight", "lora_B.weight"}
 EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B"}

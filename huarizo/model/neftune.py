@@ -4,11 +4,12 @@ The noise is a hash of seed, step, token and channel, as the masks of dropout ar
 is cut into micro-batches nor on where a run was stopped.
 """
 
-from typing import Any
-
 import torch
+from transformers import PreTrainedModel
 
 from huarizo.model.dropout import hashed, indices
+
+# Shapes: T tokens of a packed row, n examples in it, K channels.
 
 OTHER_THAN_DROPOUT = 0x5EED  # added to the run's seed
 
@@ -19,11 +20,11 @@ class EmbeddingNoise:
     model: its input embeddings get the noise in training; alpha: `trainer.neftune_noise_alpha`; seed: of the run.
     """
 
-    def __init__(self, model: Any, alpha: float, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, alpha: float, seed: int) -> None:
         embeddings = model.get_input_embeddings()
-        on = embeddings.weight.device
+        on = next(embeddings.parameters()).device
         self._alpha, self._seed = alpha, torch.tensor([(seed + OTHER_THAN_DROPOUT) % 2**32], device=on).int()
-        self._step_seed = self._places = self._lengths = torch.zeros(0, dtype=torch.int32, device=on)
+        self._step_seed = self._places_T = self._lengths_T = torch.zeros(0, dtype=torch.int32, device=on)
         embeddings.register_forward_hook(self._add)
 
     def draw(self, step: int, places: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -31,15 +32,17 @@ class EmbeddingNoise:
 
         places: of its tokens in the step, integers [T]; cu_seqlens: integers [n + 1], where its examples begin and end.
         """
-        on, lengths = self._seed.device, cu_seqlens.diff().long()
+        on, lengths_n = self._seed.device, cu_seqlens.diff().long()
         self._step_seed = hashed(torch.tensor([step], dtype=torch.int32, device=on), self._seed)
-        self._places, self._lengths = places.int().to(on), lengths.repeat_interleave(lengths).to(on)
+        self._places_T, self._lengths_T = places.int().to(on), lengths_n.repeat_interleave(lengths_n).to(on)
 
-    def _add(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def _add(
+        self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
         """The embeddings [1, T, K] with their noise."""
         if not module.training:
             return None
         channels = output.shape[-1]
-        noise = hashed(indices(self._places, channels), self._step_seed).float() * 2.0**-31
-        size = self._alpha / (self._lengths.float() * channels).sqrt()
-        return output + (noise * size[:, None]).to(output.dtype)
+        noise_TK = hashed(indices(self._places_T, channels), self._step_seed).float() * 2.0**-31
+        size_T = self._alpha / (self._lengths_T.float() * channels).sqrt()
+        return output + (noise_TK * size_T[:, None]).to(output.dtype)

@@ -4,7 +4,6 @@ Transformers gives random numbers to a weight that no file has, and ignores one 
 would train another model than the one that was given, so both are refused by name before a weight is read.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from huarizo.errors import MachineError, ModelError, listed
+from huarizo.errors import MachineError, ModelError
 from huarizo.hub import model_files
-from huarizo.hub.model_files import INDEX, WEIGHTS, Tensor, lacking
+from huarizo.hub.model_files import INDEX, Tensor
 from huarizo.machine import is_out_of_memory
 from huarizo.model.architectures.architecture import Architecture
 from huarizo.model.architectures.registry import architecture_of
 from huarizo.sandbox.reading import PanicError, without_panics
+from huarizo.wording import first_line, listed
 
 COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,8 +34,6 @@ def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
     Raises:
         ModelError: a file is not there, is a pickle, or is not whole.
     """
-    if not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
-        raise ModelError(f"{folder}: {lacking(file.name for file in folder.iterdir())}")
     try:
         found = model_files.tensors_of(folder)
     except ValueError as error:
@@ -86,12 +84,6 @@ def within_memory(path: Path, advice: str = "") -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MachineError(f"{path}: {NO_ROOM}{advice}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, without the lines of advice behind it."""
-    logging.getLogger(__name__).debug("details", exc_info=error)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_weights(folder: Path) -> None:

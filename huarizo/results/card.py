@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from huarizo.errors import UserError
 from huarizo.hub.model_files import CARD, LICENCES
-from huarizo.hub.names import QUICKSTART
+from huarizo.hub.quickstart import QUICKSTART
 from huarizo.inference.samples import Sample, samples_from_text
 from huarizo.recipe import Recipe, names_of
 from huarizo.recipe_file import parse_yaml

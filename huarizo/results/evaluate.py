@@ -140,7 +140,7 @@ def evaluate(
             f"none of the {len(rows)} rows has any of its response within data.max_length="
             f"{assistant.encoder.max_length} tokens"
         )
-    examples = [{"input_ids": e.input_ids, "labels": e.labels} for _, each in found for e in each]
+    examples = [example for _, each in found for example in each]
     losses = measure(assistant, examples, console).together([len(each) for _, each in found])
     measured = [row for row, _ in found]
     fitting = (sample for sample in samples_of(measured) if assistant.fits(sample.question))
@@ -166,14 +166,14 @@ def _examples(
     return [(row, found) for row, found in good if found]
 
 
-def general_examples(assistant: Assistant) -> list[dict[str, Any]]:
+def general_examples(assistant: Assistant) -> list[Example]:
     """The general text, tokenised as plain text: every token but the first is predicted.
 
     It is cut at what the model was made for alone, so that runs of one base can be compared whatever their lengths.
     """
     texts = [entry["text"] for entry in json.loads(GENERAL.read_text(encoding="utf-8"))]
     every = [assistant.encoder.encode_text(text)[: assistant.positions] for text in texts]
-    return [{"input_ids": ids, "labels": ids} for ids in every]
+    return [Example(ids, ids) for ids in every]
 
 
 def _answered(
@@ -296,13 +296,13 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
         "rows": len(evaluation.rows),
         "rows_left_out": evaluation.left_out,
         "tokens": sum(evaluation.losses.tokens),
-        "loss": _told(evaluation.losses),
-        "general_loss": _told(evaluation.general),
+        "loss": _losses_as_json(evaluation.losses),
+        "general_loss": _losses_as_json(evaluation.general),
         "answers": {name: asdict(scores) for name, scores in evaluation.scores.items()},
     }
 
 
-def _told(losses: Losses) -> dict[str, Any]:
+def _losses_as_json(losses: Losses) -> dict[str, Any]:
     def of(mean: Mean) -> dict[str, float | None]:
         return {name: _finite(value) for name, value in asdict(mean).items()}
 

@@ -10,16 +10,15 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from huarizo.console import tracked
-from huarizo.data.discovery import excerpt
 from huarizo.errors import ModelError
 from huarizo.files import make_parent, require_space, whole_folder
 from huarizo.hub.model_files import INDEX, LICENCES, WEIGHTS
 from huarizo.inference.artifact import Tuned
 from huarizo.model.merge import MergedWeights, merged_shards
-from huarizo.model.weights import first_line
 from huarizo.results.chat_template import chat_template
 from huarizo.results.overwrite import check_folder
 from huarizo.sandbox.reading import read_json
+from huarizo.wording import excerpt, first_line
 
 GENERATION = "generation_config.json"
 COUNTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "top_k")

@@ -13,12 +13,12 @@ from typing import Any
 
 from huarizo.errors import ModelError, UserError
 from huarizo.hub.model_files import INDEX, LICENCES, broken, weight_files
-from huarizo.hub.names import QUICKSTART
+from huarizo.hub.quickstart import QUICKSTART
 from huarizo.hub.upload import check_id, full_name, upload
 from huarizo.model.adapter import CONFIG, WEIGHTS, check_adapter
-from huarizo.recipe import TOKEN
 from huarizo.results.card import CARD, What, hub_card, hub_id_of, public_name
 from huarizo.runs import Run
+from huarizo.wording import TOKEN
 
 TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),

@@ -4,24 +4,28 @@ The mean over tokens is a ratio of two sums over rows, and rows differ; so its c
 of the rows, not of the tokens, and a change is judged row by row, before against after.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mpmath
 import torch
 from rich.console import Console
 
 from huarizo.console import tracked
-from huarizo.data.packing import cut, pack
+from huarizo.data.packing import PackedBatch, pack_within
+from huarizo.data.tokens import Example
 from huarizo.errors import MachineError
 from huarizo.inference.generate import Assistant
 from huarizo.machine import is_out_of_memory
 from huarizo.model.compile import uncompiled
 from huarizo.model.loss import PackedLoss
 
-Z975 = 1.959964  # the normal distribution's 97.5 % quantile
+# Shapes: n examples of a batch, L labelled tokens in it.
+
 LARGEST = 700  # nats, whose power of e a float still holds
 BATCH_TOKENS = 2048
 
@@ -44,23 +48,19 @@ class Mean:
         return f"{self.value:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
 
 
+@functools.cache
 def student_t975(freedom: int) -> float:
     """Student's t: 97.5 % quantile by degrees of freedom.
 
-    Exact for 1 and 2; beyond, the expansion in 1 / freedom of Abramowitz and Stegun, Handbook of Mathematical Functions
-    (1964), 26.7.5, which is 0.3 % too small at 3 and nearer from there on.
+    The t at which both tails together, I_x(freedom / 2, 1 / 2) with x = freedom / (freedom + t^2), hold 5 %: Abramowitz
+    and Stegun, Handbook of Mathematical Functions (1964), 26.7.1 with 26.5.27. It lies between the normal
+    distribution's quantile, 1.96, and that of one degree of freedom, 12.71.
     """
-    if freedom <= 2:
-        return (math.tan(0.475 * math.pi), 0.95 / math.sqrt(2 * 0.975 * 0.025))[freedom - 1]
-    z = Z975
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+
+    def excess(t: float) -> Any:
+        return mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05
+
+    return float(mpmath.findroot(excess, (1.95, 12.75), solver="illinois"))
 
 
 def mean_loss(sums: Sequence[float], tokens: Sequence[int]) -> Mean:
@@ -110,8 +110,8 @@ class Losses:
         return Losses(before, after, [sum(self.tokens[span]) for span in spans])
 
 
-def measure(assistant: Assistant, examples: Sequence[dict[str, Any]], console: Console | None = None) -> Losses:
-    """Losses of tokenised examples (`input_ids`, `labels`), without and with the adapter.
+def measure(assistant: Assistant, examples: Sequence[Example], console: Console | None = None) -> Losses:
+    """Losses of tokenised examples, without and with the adapter.
 
     console: a terminal to show on how many are measured.
 
@@ -128,20 +128,19 @@ def measure(assistant: Assistant, examples: Sequence[dict[str, Any]], console: C
     return Losses([loss for loss, _ in before], [loss for loss, _ in after], [count for _, count in after])
 
 
-def _row_losses(model: Any, examples: Sequence[dict[str, Any]]) -> Iterator[tuple[float, int]]:
+def _row_losses(model: Any, examples: Sequence[Example]) -> Iterator[tuple[float, int]]:
     """(summed loss, labelled tokens) of each example, packed into batches that get smaller where memory is short."""
     losses = PackedLoss(model.get_base_model())
     model.eval()
     done, budget = 0, BATCH_TOKENS
     while done < len(examples):
-        rest = examples[done : done + 256]
-        first = cut([len(example["input_ids"]) for example in rest], budget)[0]
+        batch = next(pack_within(budget, examples[done : done + 256]))
         try:
-            found = _batch_losses(losses, model, [rest[index] for index in first])
+            found = _batch_losses(losses, model, batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(first) == 1:
+            if batch.num_examples == 1:
                 raise MachineError(
                     "there is not enough memory for the longest row. Use a smaller data.max_length"
                 ) from None
@@ -149,13 +148,12 @@ def _row_losses(model: Any, examples: Sequence[dict[str, Any]]) -> Iterator[tupl
             torch.cuda.empty_cache()
             continue
         yield from found
-        done += len(first)
+        done += batch.num_examples
 
 
-def _batch_losses(losses: PackedLoss, model: Any, examples: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
-    batch = pack(examples)
-    rows = torch.bucketize(batch["label_positions"], batch["cu_seqlens"][1:].long(), right=True)
+def _batch_losses(losses: PackedLoss, model: Any, batch: PackedBatch) -> list[tuple[float, int]]:
+    rows_L = torch.bucketize(batch.label_positions, batch.cu_seqlens[1:].long(), right=True)
     with uncompiled():
-        each = losses.by_token(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
-    sums = torch.zeros(len(examples), dtype=torch.float64).index_add(0, rows, each.double().cpu())
-    return list(zip(sums.tolist(), rows.bincount(minlength=len(examples)).tolist(), strict=True))
+        losses_L = losses.by_token(model, batch.to(model.device))
+    sums_n = torch.zeros(batch.num_examples, dtype=torch.float64).index_add(0, rows_L, losses_L.double().cpu())
+    return list(zip(sums_n.tolist(), rows_L.bincount(minlength=batch.num_examples).tolist(), strict=True))

@@ -30,7 +30,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensor_bytes
 
 from huarizo.errors import MachineError, UserError
-from huarizo.files import discard, read_own, remove_leftovers, told, write_folder
+from huarizo.files import discard, read_own, remove_leftovers, write_folder, writing
 from huarizo.training.divergence import WatchState
 
 MANIFEST = "manifest.json"
@@ -268,7 +268,7 @@ def newest_valid(checkpoints: Path, set_aside: bool = True) -> tuple[Checkpoint 
             return Checkpoint(folder, manifest, dict(_verified(folder, manifest))), damaged
         except _DamagedError as fault:
             damaged.append(f"{folder.name}: {fault}")
-        with told(folder):
+        with writing(folder):
             if set_aside:
                 folder.rename(folder.with_name(DAMAGED + folder.name))
     return None, damaged

@@ -17,7 +17,7 @@ import torch
 
 from huarizo.errors import UserError
 from huarizo.host import cpu_flags, world_size
-from huarizo.kernels.build import load as load_kernel
+from huarizo.kernels import attention, dropout, int8
 from huarizo.plan import Plan
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.recipe_file import parse_yaml
@@ -124,8 +124,8 @@ def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.de
 
 def _kernels(precision: str) -> list[str]:
     """The C kernels that training on this CPU can use."""
-    wanted = ("attention", "dropout", *(("int8",) if precision == "int8" else ()))
-    return [name for name in wanted if not isinstance(load_kernel(name), str)]
+    wanted = {"attention": attention, "dropout": dropout} | ({"int8": int8} if precision == "int8" else {})
+    return [name for name, kernel in wanted.items() if not isinstance(kernel.library(), str)]
 
 
 def _digest(value: object) -> str:

@@ -6,7 +6,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from huarizo.data.packing import cut, pack
+from huarizo.data.packing import pack_within
+from huarizo.data.tokens import Example
 from huarizo.machine import device
 from huarizo.model.added_tokens import lengthen, rows_to_train
 from huarizo.model.frozen.load import load_quantised_base
@@ -26,8 +27,11 @@ def load_frozen(folder: Path, choice: Choice, rows: Dataset) -> PreTrainedModel:
     """
     if choice.precision not in STORAGES:
         return load_base(folder, choice.dtype, device())
-    first = cut([len(ids) for ids in rows[:CALIBRATION_ROWS]["input_ids"]], CALIBRATION_TOKENS)[0]
-    return load_quantised_base(folder, choice.precision, choice.dtype, device(), pack([rows[index] for index in first]))
+    first = rows.select(range(min(CALIBRATION_ROWS, len(rows)))).to_list()
+    examples = [Example.from_row(row) for row in first]
+    return load_quantised_base(
+        folder, choice.precision, choice.dtype, device(), next(pack_within(CALIBRATION_TOKENS, examples))
+    )
 
 
 def load_model(prepared: Prepared) -> PeftModel:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huarizo.errors import MachineError, UserError
-from huarizo.files import open_own, read_own, told
+from huarizo.files import open_own, read_own, writing
 
 try:
     import fcntl
@@ -64,7 +64,7 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
 
     def __enter__(self) -> "RunLock":
-        with told(self.path):
+        with writing(self.path):
             while self._descriptor < 0:
                 self._descriptor = open_own(self.path, os.O_RDWR | os.O_CREAT)
                 try:
@@ -171,7 +171,7 @@ class RunLock:
             LockLostError: another process has taken over.
             MachineError: the folder is a different one, or gone.
         """
-        with told(self.path.parent):
+        with writing(self.path.parent):
             self._lost = self._lost or self._other_holder()
             self.require_held()
             if not self._is_ours():

@@ -15,7 +15,8 @@ from huarizo.data.dataset import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
 from huarizo.host import cache_folder, rank, world_size
-from huarizo.hub.names import Source, check_pinned, files_of, pins, resolve_data, resolve_model
+from huarizo.hub.names import check_pinned, files_of, pins, resolve_data, resolve_model
+from huarizo.hub.sources import Source
 from huarizo.machine import as_first, device, float_precision, name_of
 from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
 from huarizo.model.compile import why_not

@@ -7,7 +7,6 @@ train.
 
 import contextlib
 import dataclasses
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ from peft import PeftModel
 
 from huarizo.errors import RecipeError
 from huarizo.model.lora import add_lora
-from huarizo.model.weights import first_line
 from huarizo.plan import Choice
-from huarizo.recipe import LoraRecipe, Recipe, suggestion
+from huarizo.recipe import LoraRecipe, Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, contents, generators
 from huarizo.training.divergence import LossWatch
 from huarizo.training.trainer import LoraTrainer, training_arguments
+from huarizo.wording import did_you_mean, first_line
 
 STEPS_WITH_BACKWARD = ("lomo", "adalomo")
 PACKAGES = {
@@ -70,7 +69,7 @@ def _check_trackers(names: str | Sequence[str] | None) -> None:
     problems = []
     for name in [names] if isinstance(names, str) else names or []:
         if name not in ("none", "all", *known):
-            problems.append(f"{name!r} is none of {', '.join(sorted(known))}{suggestion(str(name), known)}")
+            problems.append(f"{name!r} is none of {', '.join(sorted(known))}{did_you_mean(str(name), known)}")
         elif name in PACKAGES and name not in there:
             problems.append(f"{name} is not installed: pip install {PACKAGES[name]}, or leave it out")
     if problems:
@@ -103,5 +102,4 @@ def _told(what: str) -> Iterator[None]:
     except RecipeError:
         raise
     except Exception as error:  # libraries raise exceptions of any type for a wrong setting
-        logging.getLogger(__name__).debug("details", exc_info=error)
         raise RecipeError(f"{what}: {first_line(error)}") from None

@@ -8,15 +8,16 @@ callbacks, trackers and mixed precision are the Trainer's own. `huarizo.training
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from huarizo.data.packing import StepCollator, StepLoader, StepSampler, cut, pack
+from huarizo.data.packing import PackedBatch, Step, StepCollator, StepLoader, StepSampler, pack_within
+from huarizo.data.tokens import Example
 from huarizo.errors import MachineError
 from huarizo.events import Events, OutOfMemory
 from huarizo.host import rank, world_size
@@ -113,13 +114,15 @@ class LoraTrainer(Trainer):
         self.loop = Loop(self, elapsed_before)
         self.add_callback(self.loop)
         self.num_weights = count_weights(model)
+        base = model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
         self.masks = DropoutMasks(model, recipe.training.seed, budget)
         alpha, self.neftune_noise_alpha = (
             self.neftune_noise_alpha,
             None,
         )  # the Trainer's takes a pack for a row
-        self.noise = EmbeddingNoise(model.get_base_model(), alpha, recipe.training.seed) if alpha else None
-        self.packed_loss = PackedLoss(model.get_base_model(), compiled)
+        self.noise = EmbeddingNoise(base, alpha, recipe.training.seed) if alpha else None
+        self.packed_loss = PackedLoss(base, compiled)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; for LoRA+, with a learning rate of its own for B."""
@@ -164,7 +167,7 @@ class LoraTrainer(Trainer):
             return contextlib.nullcontext()
         return self.stopping.signals.patience(seconds)
 
-    def _accumulate_in_memory(self, model: Any, inputs: Any) -> torch.Tensor:
+    def _accumulate_in_memory(self, model: torch.nn.Module, inputs: Step) -> torch.Tensor:
         """As `_accumulate`, with smaller micro-batches if memory runs out."""
         while True:
             try:
@@ -177,8 +180,7 @@ class LoraTrainer(Trainer):
                         "not enough memory, even for the smallest micro-batch. Use a smaller data.max_length, or "
                         "trainer.gradient_checkpointing=true"
                     ) from None
-                longest = max(len(example["input_ids"]) for example in inputs.examples)
-                self.budget = max(LEAST_TOKENS, min(self.budget, 2 * longest) // 2)
+                self.budget = max(LEAST_TOKENS, min(self.budget, 2 * inputs.longest) // 2)
             model.zero_grad()
             torch.cuda.empty_cache()
             self.events.add(OutOfMemory(step=self.state.global_step + 1, micro_batch_tokens=self.budget))
@@ -202,40 +204,36 @@ class LoraTrainer(Trainer):
         for parameter in parameters:
             parameter.grad = None if self.scaler is None else torch.full_like(parameter, math.nan)
 
-    def _accumulate(self, model: Any, step: Any) -> torch.Tensor:
+    def _accumulate(self, model: torch.nn.Module, step: Step) -> torch.Tensor:
+        """Compute and add up the gradients of all micro-batches; returns the step's loss, float32 []."""
         total = torch.zeros((), device=self.args.device)
         batches = step.micro_batches(self.budget)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            self.masks.draw(self.state.global_step, batch["places"])
+            self.masks.draw(self.state.global_step, batch.places)
             if self.noise is not None:
-                self.noise.draw(self.state.global_step, batch["places"], batch["cu_seqlens"])
+                self.noise.draw(self.state.global_step, batch.places, batch.cu_seqlens)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, batch, num_items_in_batch=step.num_labels)
                 self.accelerator.backward(loss)
             total += loss.detach().to(total.device)
         return total
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        """To the device, but for the boundaries of the examples, which the CPU reads."""
-        return super()._prepare_inputs(inputs) | {"cu_seqlens": inputs["cu_seqlens"]}
-
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Summed loss of a packed batch over the labelled tokens of the whole step.
+    ) -> torch.Tensor:
+        """Summed loss of a PackedBatch, divided by the labelled tokens of the whole step.
 
-        Times the number of processes, because their gradients, and their logged losses, are averaged.
+        It is multiplied by the number of processes, because gradients and logged losses are averaged over them.
         """
         with self.compute_loss_context_manager():
-            loss = self.packed_loss(model, self._prepare_inputs(inputs))
+            loss = self.packed_loss(model, inputs.to(self.args.device))
         return loss * world_size() / num_items_in_batch
 
-    def heldout_batches(self, rows: Any) -> Iterable[dict[str, torch.Tensor]]:
+    def heldout_batches(self, rows: Dataset | list) -> Iterator[PackedBatch]:
         """This process's share of rows, packed."""
-        mine = [rows[index] for index in range(rank(), len(rows), world_size())]
-        for part in cut([len(row["input_ids"]) for row in mine], self.budget):
-            yield pack([mine[index] for index in part])
+        mine = [Example.from_row(rows[index]) for index in range(rank(), len(rows), world_size())]
+        return pack_within(self.budget, mine)
 
     @torch.no_grad()
     def evaluate(
@@ -252,15 +250,15 @@ class LoraTrainer(Trainer):
         return metrics
 
     def _heldout_sums(self, rows: Any) -> torch.Tensor:
-        """Sum of the losses of this process's share of rows, and the number of their labels. float64 [2]"""
+        """Summed loss over this process's share of the rows, and their number of labels: float64 [2]."""
         model: Any = self.model
         was_training = model.training
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.heldout_batches(rows):
             with uncompiled(), self.compute_loss_context_manager():
-                loss = self.packed_loss(model, self._prepare_inputs(batch))
-            total += torch.tensor([float(loss), len(batch["targets"])], dtype=torch.float64)
+                loss = self.packed_loss(model, batch.to(self.args.device))
+            total += torch.tensor([float(loss), batch.num_labels], dtype=torch.float64)
         model.train(was_training)
         return total
 

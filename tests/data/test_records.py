@@ -466,3 +466,19 @@ def test_numbers_of_lines(tmp_path: Path) -> None:
         (2, "Q\u2028"),
         (4, "Q\u2028\x85"),
     ]
+
+
+LONG = "x" * 200_000  # characters, more than the csv module takes by itself
+
+
+def test_tables_are_read_side_by_side(tmp_path: Path) -> None:
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for file in files:
+        file.write_text(f"output\n{LONG}\n{LONG}\n")
+    limit = csv.field_size_limit()
+    first, second = (records.read_records(file, {"output"}, lambda fields: True) for file in files)
+    rows = [next(first), next(second)]
+    assert csv.field_size_limit() == limit
+    rows += [*first, *second]
+    assert [row for _, row in rows] == [{"output": LONG}] * 4
+    assert csv.field_size_limit() == limit

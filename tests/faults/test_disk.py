@@ -161,7 +161,7 @@ def test_where_folders_can_not_be_renamed_the_manifest_is_the_commit(tmp_path: P
 
 def test_space_is_looked_for_before_the_start(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "yet", 1, "checkpoints")
-    with pytest.raises(MachineError, match=r"checkpoints take 1,000,000,000,000 MB.*free"):
+    with pytest.raises(MachineError, match=r"1,000,000,000,000 MB are needed for checkpoints, .*free"):
         require_space(tmp_path / "not" / "yet", 10**18, "checkpoints")
 
 

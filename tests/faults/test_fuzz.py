@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from huarizo.data.rows import read_rows
 from huarizo.errors import HuarizoError, RecipeError
-from huarizo.recipe import fields, load_recipe, to_yaml
+from huarizo.recipe import Recipe, load_recipe, to_yaml
+from huarizo.recipe_help import fields
 
 QUICK, LONG = 150, 5_000  # inputs of each kind
 COUNTS = [QUICK, pytest.param(LONG, marks=pytest.mark.slow)]
-KEYS = [key for key, _ in fields()]
+KEYS = [key for key, _ in fields(Recipe)]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30) | st.sampled_from(["auto", "int8", "chat"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),

@@ -23,7 +23,8 @@ from huarizo.errors import HubError, ModelError
 from huarizo.hub import access
 from huarizo.hub.data_files import are_rows
 from huarizo.hub.model_files import quantised
-from huarizo.hub.names import DATA_SET, Source, resolve_data, resolve_model
+from huarizo.hub.names import resolve_data, resolve_model
+from huarizo.hub.sources import DATA_SET, Source
 from tests.hub.server import HubServer, Repo, User, commit_of
 from tests.tiny import make_model, make_tokenizer
 
@@ -554,7 +555,7 @@ def test_no_token_is_ever_shown_or_sent_elsewhere(
 
 
 def test_a_full_disk(online: Outcome, hub_server: HubServer, home: Path) -> None:
-    said = online.failure("huge", "MachineError", "alpaca/huge", "10,000,000.0 GB", "HF_HOME", exit_code=3)
+    said = online.failure("huge", "MachineError", "alpaca/huge", "10,000,000,000 MB", "HF_HOME", exit_code=3)
     assert str(home / "hf" / "hub") in said
     assert not hub_server.files_sent("huge")
     online.failure("enospc", "MachineError", "alpaca/enospc", "is full", "HF_HOME", "are kept", exit_code=3)

@@ -164,7 +164,7 @@ def test_a_full_disk(wheel: Wheel, conversions: list[Path], tmp_path: Path, monk
     assert _no_leftovers(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(quickstart, "SPACE", 10**18)
-        with pytest.raises(MachineError, match=r"takes 1000000000000 MB, but .* XDG_CACHE_HOME"):
+        with pytest.raises(MachineError, match=r"1,000,000,000,000 MB are needed for the quickstart .* XDG_CACHE_HOME"):
             quickstart_model(wheel)
     assert conversions == []
 

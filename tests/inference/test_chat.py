@@ -16,7 +16,7 @@ from huarizo.commands import talk as commands
 from huarizo.console import write as write_to_terminal
 from huarizo.data.packing import pack
 from huarizo.data.prompts import ChatFormat, OpenExchange, Question
-from huarizo.data.tokens import Encoder
+from huarizo.data.tokens import Encoder, Example
 from huarizo.errors import MachineError, UserError
 from huarizo.inference import generate
 from huarizo.inference.chat import Conversation, checked, converse
@@ -270,7 +270,7 @@ def test_odd_settings_of_generation_are_not_even_read(tmp_path: Path, settings: 
     tuned = make_tuned(tmp_path)
     (tuned.base / "generation_config.json").write_text(settings)
     assert answers(open_assistant(tuned, "fp32"), [Question(OpenExchange("Say it"))], 3)
-    rows = pack([{"input_ids": [1], "labels": [1]}])
+    rows = pack([Example([1], [1])])
     model = load_quantised_base(tuned.base, "int8", torch.float32, torch.device("cpu"), rows)
     assert model.generation_config.to_diff_dict().keys() <= {"transformers_version"}
 

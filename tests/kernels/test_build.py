@@ -1,21 +1,26 @@
 """Kernels are compiled once, by whichever process comes first; where they can't be, a reason says so."""
 
+import ctypes
 import hashlib
 import multiprocessing
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from huarizo.kernels import attention as kernel
-from huarizo.kernels import build
+from huarizo.kernels import attention as attention_kernel
+from huarizo.kernels import build, dropout, int8
 from huarizo.model import attention
 from tests.model.test_attention import boundaries, in_c, random_states, value_and_gradients
 
-load = build.load.__wrapped__  # as a new process would
+
+def load(name: str) -> ctypes.CDLL | str:
+    """As a new process would."""
+    return build.load.__wrapped__(name, attention_kernel.Call)
 
 
 @pytest.fixture
@@ -23,10 +28,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and nothing remembered of earlier loads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     build.load.cache_clear()
-    kernel.reason_against.cache_clear()
+    attention_kernel.reason_against.cache_clear()
     yield tmp_path / "cache" / "huarizo" / "kernels"
     build.load.cache_clear()
-    kernel.reason_against.cache_clear()
+    attention_kernel.reason_against.cache_clear()
 
 
 @pytest.fixture
@@ -44,6 +49,11 @@ def compiler(folder: Path, script: str) -> None:
     (folder / "cc").chmod(0o755)
 
 
+def c_compiler() -> str:
+    found = next(filter(None, map(shutil.which, build.COMPILERS)), None)
+    return found or pytest.skip("no C compiler")
+
+
 def attend(cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
     torch.manual_seed(0)
     states = random_states((4, 2), int(cu_seqlens[-1]), 32, torch.float32)
@@ -52,7 +62,7 @@ def attend(cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
 
 def test_without_a_compiler_torch_does_it(cache: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no C compiler" in load("attention")
-    assert "no C compiler" in str(kernel.reason_against(torch.float32, 32))
+    assert "no C compiler" in str(attention_kernel.reason_against(torch.float32, 32))
     fallen_back = attend(boundaries([3, 70]))
     monkeypatch.setattr(attention, "_in_c", lambda *_: False)
     assert all(torch.equal(a, b) for a, b in zip(fallen_back, attend(boundaries([3, 70])), strict=True))
@@ -109,7 +119,7 @@ def made(programs: Path) -> Path:
 
 @pytest.mark.parametrize("damage", ["the library", "the digest", "no digest", "cut"])
 def test_a_damaged_library_is_made_anew(cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
-    monkeypatch.setattr(build, "_loaded", lambda library: library)
+    monkeypatch.setattr(build, "_loaded", lambda library, call: library)
     library = load("attention")
     assert load("attention") == library and made.read_text() == "x\n"
     digest = library.with_suffix(".sha256")
@@ -130,7 +140,7 @@ def test_a_damaged_library_is_made_anew(cache: Path, made: Path, monkeypatch: py
 def test_what_others_could_write_is_not_loaded(
     cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch, above: bool
 ) -> None:
-    monkeypatch.setattr(build, "_loaded", lambda library: library)
+    monkeypatch.setattr(build, "_loaded", lambda library, call: library)
     library = load("attention")
     (cache.parent if above else cache).chmod(0o775)
     library.write_bytes(b"planted")
@@ -149,19 +159,19 @@ def test_another_source_is_another_library(cache: Path, tmp_path: Path) -> None:
     in_c(torch.float32, 32)
     other = tmp_path / "attention.c"
     other.write_text("int one(void) { return 1; }")
-    library = build._compiled(other, str(shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")))
+    library = build._compiled(other, c_compiler())
     assert len(list(cache.glob("*.so"))) == 2 and library.parent == cache
 
 
 def test_no_second_openmp_runtime_is_loaded() -> None:
     in_c(torch.float32, 32)
-    code = "from huarizo.kernels import build; build.load('attention'); print(len(build._openmp_runtimes()))"
+    code = "from huarizo.kernels import attention, build; build.load('attention', attention.Call); print(len(build._openmp_runtimes()))"
     root = Path(__file__).parents[2]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "1"
 
 
 def _build_and_attend() -> bytes:
-    assert kernel.reason_against(torch.float32, 32) is None
+    assert attention_kernel.reason_against(torch.float32, 32) is None
     return b"".join(t.numpy().tobytes() for t in attend(boundaries([3, 70])))
 
 
@@ -174,3 +184,37 @@ def test_two_processes_build_at_once(cache: Path) -> None:
         first, second = (pool.apply_async(_build_and_attend) for _ in range(2))
         assert first.get(300) == second.get(300) == _build_and_attend()
     assert sorted(file.suffix for file in cache.iterdir()) == [".sha256", ".so"]
+
+
+class Twin(ctypes.Structure):
+    _fields_ = (("rows", ctypes.c_int64), ("threads", ctypes.c_int32))
+
+
+@pytest.mark.parametrize("size", [16, 12, 24])
+def test_a_library_whose_calls_have_another_size_is_refused(cache: Path, tmp_path: Path, size: int) -> None:
+    source = tmp_path / "other.c"
+    source.write_text(f"#include <stdint.h>\nint64_t huarizo_call_size(void) {{ return {size}; }}")
+    library = build._loaded(build._compiled(source, c_compiler()), Twin)
+    if size == ctypes.sizeof(Twin):
+        assert isinstance(library, ctypes.CDLL)
+    else:
+        assert library == f"a call has {size} bytes for the library and 16 for its binding"
+
+
+@pytest.mark.parametrize("binding", [attention_kernel, dropout, int8], ids=lambda binding: binding.__name__)
+def test_the_fields_of_a_binding_lie_where_c_has_them(binding: ModuleType, tmp_path: Path) -> None:
+    source = Path(binding.__file__).with_suffix(".c")
+    lines = [f'#include "{source}"', "#include <stddef.h>"]
+    for struct in {kind for _, kind in binding.Call._fields_ if issubclass(kind, ctypes.Structure)} | {binding.Call}:
+        lines.append(f'_Static_assert(sizeof({struct.__name__}) == {ctypes.sizeof(struct)}, "size");')
+        for name, kind in struct._fields_:
+            at = f"offsetof({struct.__name__}, {name}) == {getattr(struct, name).offset}"
+            size = f"sizeof((({struct.__name__} *)0)->{name}) == {ctypes.sizeof(kind)}"
+            lines.append(f'_Static_assert({at} && {size}, "{name}");')
+    checked = tmp_path / "checked.c"
+    checked.write_text("\n".join(lines))
+    command = [c_compiler(), "-march=cooperlake", "-fopenmp", "-fsyntax-only", str(checked)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "cooperlake" in done.stderr or "omp.h" in done.stderr:
+        pytest.skip("this compiler does not know the instructions, or has no OpenMP")
+    assert done.returncode == 0, done.stderr

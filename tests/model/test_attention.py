@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from huarizo.data.packing import pack
+from huarizo.data.tokens import Example
 from huarizo.errors import ModelError
 from huarizo.kernels import attention as kernel
 from huarizo.model import attention
@@ -168,18 +169,17 @@ def test_changing_one_example_leaves_the_others_bit_identical(dtype: torch.dtype
     model = make_model().to(dtype).eval()
     model.set_attn_implementation(attention.NAME)
     torch.manual_seed(1)
-    examples = [{"input_ids": torch.randint(4, 260, (n,)), "labels": torch.full((n,), -100)} for n in LENGTHS]
+    examples = [Example(torch.randint(4, 260, (n,)).tolist(), [-100] * n) for n in LENGTHS]
 
-    def logits(rows: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        batch = pack(rows)
+    def logits(rows: list[Example]) -> list[torch.Tensor]:
         with torch.no_grad():
-            out = model(batch["input_ids"], position_ids=batch["position_ids"], cu_seqlens=batch["cu_seqlens"])
+            out = model(**pack(rows).model_inputs())
         return list(out.logits[0].split(LENGTHS))
 
     before = logits(examples)
     for changed in range(len(examples)):
-        other = [dict(example) for example in examples]
-        other[changed]["input_ids"] = (examples[changed]["input_ids"] - 4 + 100) % 256 + 4
+        other, example = list(examples), examples[changed]
+        other[changed] = Example([(token - 4 + 100) % 256 + 4 for token in example.input_ids], example.labels)
         after = logits(other)
         for index, (a, b) in enumerate(zip(before, after, strict=True)):
             assert torch.equal(a, b) == (index != changed), f"example {index} when {changed} changed"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from huarizo.data.packing import pack
+from huarizo.data.packing import PackedBatch, pack
+from huarizo.data.tokens import Example
 from huarizo.model import compile as compiling
 from huarizo.model.compile import compile_layers, uncompiled, why_not
 from huarizo.model.dropout import DropoutMasks
@@ -23,10 +24,10 @@ REASON = why_not(CPU)
 compiles = pytest.mark.skipif(REASON is not None, reason=f"nothing compiles here: {REASON}")
 
 
-def batch_of(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+def batch_of(lengths: list[int], seed: int = 0) -> PackedBatch:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(4, 260, (length,), generator=generator).tolist() for length in lengths]
-    return pack([{"input_ids": row, "labels": [-100] * (len(row) // 3) + row[len(row) // 3 :]} for row in rows])
+    return pack([Example(row, [-100] * (len(row) // 3) + row[len(row) // 3 :]) for row in rows])
 
 
 BATCHES = [batch_of([5, 70, 33]), batch_of([129]), batch_of([2, 3, 64], seed=1)]

@@ -124,10 +124,10 @@ def test_what_does_not_fit_is_refused_by_the_kernel() -> None:
         pytest.skip(reason)
     x = torch.randn(4, 20)
     for weight in (torch.randn(3, 21), torch.randn(3, 20).bfloat16()):
-        with pytest.raises(ValueError, match="doesn't fit"):
+        with pytest.raises(ValueError, match=r"dropout_down wants torch.float32 \(3, 20\)"):
             HashedDropout(0.1, SEED, places_of(4)).linear(x, weight)
     for places in (places_of(3), places_of(4).long()):
-        with pytest.raises(ValueError, match="no places of 4 tokens"):
+        with pytest.raises(ValueError, match=r"dropout wants torch.int32 \(4,\)"):
             HashedDropout(0.1, SEED, places)(x)
 
 
@@ -190,8 +190,8 @@ def test_a_token_has_one_mask_however_the_step_is_cut_and_dealt_out(processes: i
         step = StepCollator(rank, processes)(examples)
         for batch in step.micro_batches(budget):
             model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-            DropoutMasks(model, seed=1).draw(7, batch["places"])
-            for token, row in zip(batch["input_ids"][0].tolist(), model[1](torch.ones(14, 32)), strict=False):
+            DropoutMasks(model, seed=1).draw(7, batch.places)
+            for token, row in zip(batch.input_ids[0].tolist(), model[1](torch.ones(14, 32)), strict=False):
                 found.setdefault(token, []).append(row)
     whole = reference(torch.ones(14, 32), torch.arange(14).int(), _seed_of_step_7(), 0.5)
     rows = [row for token in range(4) for row in found[token][: len(examples[token]["input_ids"])]]
@@ -228,7 +228,7 @@ def test_a_lora_on_the_head_is_dropped_alike_in_chunks_of_any_size(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    DropoutMasks(model, seed=1).draw(0, BATCHES[0]["places"])
+    DropoutMasks(model, seed=1).draw(0, BATCHES[0].places)
     whole = float(loss.PackedLoss(model.get_base_model())(model, BATCHES[0]).detach())
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 1)
     assert float(loss.PackedLoss(model.get_base_model())(model, BATCHES[0]).detach()) == pytest.approx(whole, rel=1e-6)

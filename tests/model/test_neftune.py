@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from huarizo.data.packing import pack
+from huarizo.data.packing import PackedBatch, pack
+from huarizo.data.tokens import Example
 from huarizo.model.neftune import EmbeddingNoise
 from huarizo.recipe import make_recipe
 from tests.tiny import make_model
@@ -15,16 +16,16 @@ from tests.training.make import lora_model, make_trainer, packed_loss_and_gradie
 ALPHA, WIDTH = 5.0, 64
 
 
-def noise_of(batch: dict[str, torch.Tensor], step: int = 3, seed: int = 1) -> torch.Tensor:
+def noise_of(batch: PackedBatch, step: int = 3, seed: int = 1) -> torch.Tensor:
     """What the embeddings of a batch get: [T, K]."""
     model = make_model().train()
-    plain = model.get_input_embeddings()(batch["input_ids"])
-    EmbeddingNoise(model, ALPHA, seed).draw(step, batch["places"], batch["cu_seqlens"])
-    return (model.get_input_embeddings()(batch["input_ids"]) - plain)[0].detach()
+    plain = model.get_input_embeddings()(batch.input_ids)
+    EmbeddingNoise(model, ALPHA, seed).draw(step, batch.places, batch.cu_seqlens)
+    return (model.get_input_embeddings()(batch.input_ids) - plain)[0].detach()
 
 
 def test_it_is_scaled_by_the_length_of_each_example() -> None:
-    examples = [{"input_ids": [4] * length, "labels": [4] * length} for length in (4, 400)]
+    examples = [Example([4] * length, [4] * length) for length in (4, 400)]
     noise = noise_of(pack(examples))
     for rows, length in ((noise[:4], 4), (noise[4:], 400)):
         most = ALPHA / math.sqrt(length * WIDTH)
@@ -34,7 +35,7 @@ def test_it_is_scaled_by_the_length_of_each_example() -> None:
 
 
 def test_it_is_the_same_in_any_micro_batch_and_another_in_another_step() -> None:
-    examples = [{"input_ids": [4] * length, "labels": [4] * length} for length in (5, 7, 3)]
+    examples = [Example([4] * length, [4] * length) for length in (5, 7, 3)]
     whole = noise_of(pack(examples))
     assert torch.equal(noise_of(pack(examples[1:], [5, 12])), whole[5:])
     assert torch.equal(noise_of(pack(examples)), whole)
@@ -43,10 +44,10 @@ def test_it_is_the_same_in_any_micro_batch_and_another_in_another_step() -> None
 
 
 def test_evaluation_has_none() -> None:
-    model, batch = make_model().eval(), pack([{"input_ids": [4, 5], "labels": [4, 5]}])
-    plain = model.get_input_embeddings()(batch["input_ids"])
-    EmbeddingNoise(model, ALPHA, 1).draw(0, batch["places"], batch["cu_seqlens"])
-    assert torch.equal(model.get_input_embeddings()(batch["input_ids"]), plain)
+    model, batch = make_model().eval(), pack([Example([4, 5], [4, 5])])
+    plain = model.get_input_embeddings()(batch.input_ids)
+    EmbeddingNoise(model, ALPHA, 1).draw(0, batch.places, batch.cu_seqlens)
+    assert torch.equal(model.get_input_embeddings()(batch.input_ids), plain)
 
 
 def test_a_step_is_the_same_however_it_is_cut(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from huarizo.data.packing import pack
+from huarizo.data.tokens import Example
 from huarizo.errors import MachineError, ModelError
 from huarizo.model import weights
 from huarizo.model.frozen.load import load_quantised_base
@@ -22,9 +23,7 @@ CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"
 USES: dict[str, Callable[[Path], Any]] = {
     "float": lambda folder: load_base(folder, torch.float32, CPU),
-    "int8": lambda folder: load_quantised_base(
-        folder, "int8", torch.float32, CPU, pack([{"input_ids": [1], "labels": [1]}])
-    ),
+    "int8": lambda folder: load_quantised_base(folder, "int8", torch.float32, CPU, pack([Example([1], [1])])),
     "merging": lambda folder: MergedWeights(folder, None),
     "before data is read": check_weights,
 }

@@ -153,7 +153,7 @@ def test_chrf_is_sacrebleus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_general_text_is_read_as_plain_text(tmp_path: Path) -> None:
     assistant = open_assistant(make_tuned(tmp_path), "fp32")
     examples = general_examples(assistant)
-    assert all(example["labels"] == example["input_ids"] for example in examples)
+    assert all(example.labels == example.input_ids for example in examples)
     entries = json.loads(evaluating.GENERAL.read_text(encoding="utf-8"))
     assert {"encyclopedia", "code", "korean", "dialogue"} <= {entry["kind"] for entry in entries}
     assert len({entry["text"] for entry in entries}) == len(entries) == len(examples)
@@ -163,7 +163,7 @@ def test_the_general_text_is_the_same_for_every_length_of_rows(tmp_path: Path) -
     tuned = make_tuned(tmp_path, max_position_embeddings=300)
     assistant = open_assistant(tuned, "fp32")
     examples = general_examples(assistant)
-    assert max(len(example["input_ids"]) for example in examples) == 300
+    assert max(len(example.input_ids) for example in examples) == 300
     shorter = read_otherwise(tuned, ["data.max_length=32"]).encoder
     assert shorter.max_length == 32 and general_examples(Assistant(assistant.model, shorter)) == examples
 

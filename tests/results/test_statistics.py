@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from huarizo.data.rows import Exchange, Row
+from huarizo.data.tokens import Example
 from huarizo.errors import MachineError
 from huarizo.inference.generate import open_assistant
 from huarizo.results import statistics as losses
@@ -18,16 +19,20 @@ from tests.results.make import make_tuned
 ROWS = [Row("rows.json", n, "", (Exchange(f"Count to {n}", "", "one two three " * n),)) for n in range(1, 9)]
 
 
+def as_transformers_takes(example: Example) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([example.input_ids]), "labels": torch.tensor([example.labels])}
+
+
 def test_each_row_has_the_loss_that_transformers_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = make_tuned(tmp_path)
     assistant = open_assistant(tuned, "fp32")
-    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in tuned.encoder.encode(ROWS) if e]
+    examples = [example for example in tuned.encoder.encode(ROWS) if example]
     monkeypatch.setattr(losses, "BATCH_TOKENS", 200)  # several batches, several rows in each
     found = measure(assistant, examples)
     model = assistant.model
     model.get_base_model().set_attn_implementation("sdpa")
     for index, example in enumerate(examples):
-        batch = {name: torch.tensor([values]) for name, values in example.items()}
+        batch = as_transformers_takes(example)
         count = int((batch["labels"][0, 1:] != -100).sum())
         with torch.no_grad():
             after = float(model(**batch).loss) * count
@@ -46,12 +51,12 @@ def test_each_row_has_the_loss_that_transformers_gives_it(tmp_path: Path, monkey
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_base_has_its_own_losses_beside_an_adapter_that_rewrites_it(tmp_path: Path, init: str) -> None:
     tuned = make_tuned(tmp_path, options={"init_lora_weights": init})
-    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in tuned.encoder.encode(ROWS) if e]
+    examples = [example for example in tuned.encoder.encode(ROWS) if example]
     found = measure(open_assistant(tuned, "fp32"), examples)
     base = LlamaForCausalLM.from_pretrained(tuned.base)
     for example, before, after, count in zip(examples, found.before, found.after, found.tokens, strict=True):
         with torch.no_grad():
-            loss = float(base(**{name: torch.tensor([values]) for name, values in example.items()}).loss)
+            loss = float(base(**as_transformers_takes(example)).loss)
         assert before / count == pytest.approx(loss, rel=1e-4) and abs(after - before) > 1e-3
 
 
@@ -64,11 +69,11 @@ def test_memory_that_does_not_do_makes_smaller_batches(
 ) -> None:
     tuned = make_tuned(tmp_path)
     assistant = open_assistant(tuned, "fp32")
-    examples = [{"input_ids": e.input_ids, "labels": e.labels} for e in tuned.encoder.encode(ROWS) if e]
+    examples = [example for example in tuned.encoder.encode(ROWS) if example]
     expected, batch_losses, fitting = measure(assistant, examples), losses._batch_losses, 3
 
     def short_of_memory(*arguments):
-        if len(arguments[2]) > fitting:
+        if arguments[2].num_examples > fitting:
             raise error
         return batch_losses(*arguments)
 
@@ -114,7 +119,7 @@ def test_so_does_the_interval_of_a_few_rows_of_like_length(rows: int) -> None:
     [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)],
 )
 def test_students_t_is_that_of_the_tables(freedom: int, quantile: float) -> None:
-    assert student_t975(freedom) == pytest.approx(quantile, rel=0.005)
+    assert student_t975(freedom) == pytest.approx(quantile, abs=5e-5)
 
 
 def test_one_row_has_a_mean_and_no_interval() -> None:

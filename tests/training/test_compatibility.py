@@ -12,7 +12,8 @@ from rich.console import Console
 
 from huarizo.errors import UserError
 from huarizo.plan import Choice, Memory, Plan
-from huarizo.recipe import Recipe, fields, make_recipe, to_yaml
+from huarizo.recipe import Recipe, make_recipe, to_yaml
+from huarizo.recipe_help import fields
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint
 from huarizo.training.compatibility import EFFECTS, changes_since, effect_of, facts_of
@@ -70,7 +71,7 @@ USED = {
 
 def test_every_setting_is_used_or_refused() -> None:
     """Whoever adds a setting says here what becomes of it when a run goes on."""
-    known = {key for key, _ in fields() if key.startswith(("training.", "lora."))}
+    known = {key for key, _ in fields(Recipe) if key.startswith(("training.", "lora."))}
     assert known <= REFUSED.keys() | USED.keys(), known - REFUSED.keys() - USED.keys()
 
 
@@ -136,8 +137,8 @@ def test_other_kernels_instructions_and_compilation_are_told(monkeypatch: pytest
     for flags, there in ((frozenset({"avx2", "avx512f", "sse"}), ("attention", "dropout")), (frozenset({"avx2"}), ())):
         monkeypatch.setattr("huarizo.training.compatibility.cpu_flags", lambda flags=flags: flags)
         monkeypatch.setattr(
-            "huarizo.training.compatibility.load_kernel",
-            lambda name, there=there: object() if name in there else "no compiler",
+            "huarizo.kernels.build.load",
+            lambda name, call, there=there: object() if name in there else "no compiler",
         )
         plan = replace(PLAN, compiled=not states)
         states.append(facts_of(recipe, "data", plan, torch.device("cpu")))
@@ -153,7 +154,7 @@ def test_other_kernels_instructions_and_compilation_are_told(monkeypatch: pytest
 
 
 def test_every_setting_has_an_effect_on_a_run_that_is_resumed() -> None:
-    known = {key for key, _ in fields()}
+    known = {key for key, _ in fields(Recipe)}
     assert all(effect_of(key) for key in known)
     sections = {key.partition(".")[0] for key in known}
     assert {key for key in EFFECTS if not key.startswith("trainer.")} <= known | sections

@@ -21,14 +21,6 @@ from tests.training.make import edit_recipe, printed
 from tests.training.test_lock import OTHER
 
 
-@pytest.fixture
-def recipe(tiny_model_folder: Path, alpaca_file: Path, tmp_path: Path) -> Recipe:
-    return make_recipe(
-        model=str(tiny_model_folder), data={"train": str(alpaca_file), "eval": 2}, precision="fp32", samples=1,
-        training={"epochs": 1, "compile": False}, output=str(tmp_path / "run"),
-    )  # fmt: skip
-
-
 def test_everything_that_is_shown_is_kept_as_an_event(recipe: Recipe, tmp_path: Path) -> None:
     terminal, heard = io.StringIO(), list[Event]()
     fine_tune(recipe, console=Console(file=terminal, width=500), listeners=[heard.append])
@@ -99,7 +91,7 @@ def test_data_that_changes_during_the_run_is_told(
 
 def test_no_space_is_said_before_the_start(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huarizo.training.session, "space_needed", lambda trainable, keep: 10**18)
-    with pytest.raises(MachineError, match="checkpoints and adapter take"):
+    with pytest.raises(MachineError, match="are needed for checkpoints and adapter"):
         fine_tune(recipe)
 
 

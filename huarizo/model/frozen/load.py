@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from huarizo.data.packing import PackedBatch
 from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 from huarizo.model.frozen.storages import STORAGES, Storage
@@ -63,12 +64,12 @@ def _quantise(
 
 @torch.no_grad()
 def load_quantised_base(
-    folder: Path, storage: str, dtype: torch.dtype, device: torch.device, calibration: dict[str, torch.Tensor]
+    folder: Path, storage: str, dtype: torch.dtype, device: torch.device, calibration: PackedBatch
 ) -> Any:
     """The frozen base on `device` with its linears kept as a storage does, with packed attention.
 
     storage: one of `STORAGES`; dtype: of the activations and of what is not quantised; calibration: a packed batch
-    (`huarizo.data.packing.pack`) of training rows. The same rows give the same weights.
+    of training rows. The same rows give the same weights.
 
     Raises:
         MachineError: there is not enough memory for it.
@@ -90,7 +91,7 @@ def load_quantised_base(
     return model.requires_grad_(False).eval()
 
 
-def _fill(model: Any, weights: _Weights, kept: Storage, calibration: dict[str, torch.Tensor]) -> None:
+def _fill(model: Any, weights: _Weights, kept: Storage, calibration: PackedBatch) -> None:
     """Read a model on torch's meta device and quantise it, from the embedding to the head."""
     parts, device = architecture_of(model.config), weights.device
     rotary = type(model.get_submodule(parts.rotary_embedding))(model.config).to(device)
@@ -98,13 +99,13 @@ def _fill(model: Any, weights: _Weights, kept: Storage, calibration: dict[str, t
     embedding, norm, head = (model.get_submodule(path) for path in (parts.embedding, parts.norm, parts.head))
     weights.fill(embedding, parts.embedding)
     weights.fill(norm, parts.norm)
-    hidden = embedding(calibration["input_ids"].to(device))
-    positions = rotary(hidden, calibration["position_ids"].to(device))
-    cu_seqlens = calibration["cu_seqlens"]
+    calibration = calibration.to(device)
+    hidden = embedding(calibration.input_ids)
+    positions = rotary(hidden, calibration.position_ids)
     for number, layer in enumerate(model.get_submodule(parts.layers)):
         weights.fill(layer, f"{parts.layers}.{number}")
         with _peaks(layer) as peaks:
-            hidden = layer(hidden, position_embeddings=positions, cu_seqlens=cu_seqlens)
+            hidden = layer(hidden, position_embeddings=positions, cu_seqlens=calibration.cu_seqlens)
         _quantise(layer, parts.shared_inputs, peaks, kept)
     if f"{parts.head}.weight" in weights.files:
         weights.fill(head, parts.head)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from huarizo.data.packing import pack
+from huarizo.data.packing import PackedBatch, pack
+from huarizo.data.tokens import Example
 from huarizo.errors import ModelError
 from huarizo.model.frozen import int8
 from huarizo.model.frozen import load as int8_load
@@ -149,10 +150,10 @@ def test_rotation_spreads_a_spike_and_undoes_itself() -> None:
     assert torch.equal(rotated(spike).abs(), torch.tensor([0.0, 1.0]).repeat_interleave(BLOCK))
 
 
-def calibration(lengths: tuple[int, ...] = (20, 31)) -> dict[str, torch.Tensor]:
+def calibration(lengths: tuple[int, ...] = (20, 31)) -> PackedBatch:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(4, 260, (length,), generator=generator).tolist() for length in lengths]
-    return pack([{"input_ids": row, "labels": row} for row in ids])
+    return pack([Example(row, row) for row in ids])
 
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])

@@ -1,0 +1,162 @@
+"""What a name stands for: a `Source`, whose files are on this machine, and the three kinds of them.
+
+A kind says which files of a model, an adapter or a data set are used, and what is wrong with a set of files. Only
+listed files are ever used, never code or pickles.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub.utils import filter_repo_objects
+
+from huarizo.errors import DataError, ModelError, UserError
+from huarizo.files import sha256_of
+from huarizo.hub import data_files, model_files
+from huarizo.hub.data_card import CardError, card_in
+from huarizo.hub.data_files import Part, split_name
+from huarizo.hub.quickstart import QUICKSTART
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or data set whose files are on this machine."""
+
+    name: str
+    """As the recipe says it."""
+    path: Path
+    """Folder, or the one file that was named."""
+    revision: str | None
+    """Commit hash of what came from the hub."""
+    sha256: dict[str, str]
+    """Files to use -> hex digest; names are relative to `path`, or are `path`'s own name where it is a file."""
+    files: tuple[Path, ...] = ()
+    """A data set's files of rows, in the order in which they are read."""
+    part: Part = WHOLE
+    """The config and split of a data set that has several."""
+    note: str = ""
+    """What was chosen of several configs or splits."""
+
+    @property
+    def pinned(self) -> str:
+        """The name by which exactly this is found again: `id@commit`, an absolute path, or `quickstart`.
+
+        A data set's config and split follow: `id@commit:config[split]`.
+        """
+        if self.revision:
+            return f"{split_name(self.name)[0].partition('@')[0]}@{self.revision}{self.part}"
+        return QUICKSTART if self.name == QUICKSTART else f"{self.path}{self.part}"
+
+    @property
+    def reference(self) -> str:
+        """What other tools load it by: the hub id, or the absolute path."""
+        return split_name(self.name)[0].partition("@")[0] if self.revision else str(self.path)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What differs between models and data sets: the files that are used, and what is wrong with a set of them."""
+
+    repo_type: Literal["model", "dataset"]
+    noun: str
+    files: tuple[str, ...]
+    except_files: tuple[str, ...]
+    error: type[UserError]
+    lacking: Callable[[Iterable[str]], str | None]
+    broken: Callable[[Path], str | None]
+    beside: tuple[str, ...] = ()
+    """Patterns of files that are fetched too, and not used."""
+    unfit: Callable[[Path, str], str | None] = lambda folder, name: None
+    """What rules a folder out, with the remedy, by the files in `first` alone; `name` is the user's."""
+    first: tuple[str, ...] = ()
+
+    def used(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` (relative, with /) that are used."""
+        kept = filter_repo_objects(names, allow_patterns=list(self.files), ignore_patterns=list(self.except_files))
+        return sorted(kept)
+
+    def used_in(self, folder: Path) -> list[str]:
+        return self.used(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def _no_data(names: Iterable[str]) -> str | None:
+    return None if DATA_SET.used(names) else f"there is no data file in it ({', '.join(DATA_SET.files)})"
+
+
+def _no_adapter(names: Iterable[str]) -> str | None:
+    missing = sorted(set(ADAPTER.files) - set(names))
+    return f"this is no LoRA adapter of PEFT: {' and '.join(missing)} not there" if missing else None
+
+
+MODEL = Kind(
+    repo_type="model",
+    noun="model",
+    files=model_files.FILES,
+    except_files=model_files.EXCEPT_FILES,
+    error=ModelError,
+    lacking=model_files.lacking,
+    broken=model_files.broken,
+    beside=model_files.BESIDE,
+    unfit=model_files.quantised,
+    first=("config.json", model_files.CARD),
+)
+ADAPTER = Kind(
+    repo_type="model",
+    noun="adapter",
+    files=("adapter_config.json", "adapter_model.safetensors"),
+    except_files=("*/*",),
+    error=ModelError,
+    lacking=_no_adapter,
+    broken=lambda folder: _no_adapter(file.name for file in folder.iterdir()),
+    beside=model_files.TEMPLATES,
+)
+DATA_SET = Kind(
+    repo_type="dataset",
+    noun="data set",
+    files=tuple(f"*{suffix}" for suffix in data_files.SUFFIXES),
+    except_files=(*data_files.NO_ROWS, *(f"*/{file}" for file in data_files.NO_ROWS), ".*", "*/.*"),
+    error=DataError,
+    lacking=_no_data,
+    broken=lambda folder: _no_data(DATA_SET.used_in(folder)),
+)
+
+
+def hashed(name: str, folder: Path, revision: str | None, kind: Kind) -> Source:
+    """A folder with the digests of the files of its kind. revision: the commit, of what came from the hub.
+
+    Raises:
+        UserError: of the kind's type; a file can't be read.
+    """
+    with naming(name, kind.error):
+        return Source(name, folder, revision, {file: sha256_of(folder / file) for file in kind.used_in(folder)})
+
+
+def require_fit(name: str, folder: Path, kind: Kind) -> None:
+    """Raises the kind's error: its `first` files rule this folder out."""
+    if problem := kind.unfit(folder, name):
+        raise kind.error(f"{name}: {problem}")
+
+
+def card_of(name: str, folder: Path) -> str:
+    """The text of a data set's card, "" where there is none.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    try:
+        return card_in(folder)
+    except CardError as error:
+        raise DataError(f"{name}: {error}. Mend or remove it") from None
+
+
+@contextmanager
+def naming(name: str, error_type: type[UserError]) -> Iterator[None]:
+    """Around what reads the files of a source: an OSError becomes an `error_type` with the source's name."""
+    try:
+        yield
+    except OSError as error:
+        raise error_type(f"{name}: {error.filename or name} can't be read: {error.strerror or error}") from error
