@@ -1,4 +1,4 @@
-"""What the commands write to a terminal, and keeping the libraries' own messages off it."""
+"""Terminal output: keeps control characters in foreign text from the terminal, and quiets the libraries."""
 
 import logging
 import os
@@ -17,17 +17,17 @@ from rich.segment import Segment
 
 T = TypeVar("T")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""Control characters but tab and line feed, and those that turn the direction of a line."""
+"""Control characters except tab and line feed, and characters that change the direction of text."""
 OF_BARS = re.compile(r"\r|(?:\x1b\[A)+\Z")
-"""How tqdm begins to write over a bar's line, and all that it writes to go to lines above."""
-WRITER_OF_BARS = "tqdm.utils"  # the module through which tqdm writes its bars, and nothing else
+"""What tqdm writes to overwrite a bar's line, or to move to the lines above."""
+WRITER_OF_BARS = "tqdm.utils"  # the module in which tqdm writes its bars, and only those
 
 
 class PlainConsole(Console):
-    """Shows texts as they are, without markup; what they hold that would command a terminal is left out.
+    """Shows text as it is, without markup, and with control characters removed.
 
-    Only rich's own commands, its colours and its bars, pass. When who read it has left, the command ends; with
-    `outlives_reader` it goes on in silence, and `closed` says so.
+    Only rich's own control codes pass: colours and progress bars. When the reader of standard output closes it, the
+    command ends. With `outlives_reader` it continues silently instead, and `closed` is True.
     """
 
     def __init__(self, outlives_reader: bool = False, **settings: Any) -> None:
@@ -43,19 +43,19 @@ class PlainConsole(Console):
         if not self.outlives_reader:
             super().on_broken_pipe()
         self.closed = self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for buffered output
 
 
 def console(**settings: Any) -> PlainConsole:
-    """The one console for what foreign texts may be part of; a line is as long as it is."""
+    """A console for output that may contain foreign text. It does not wrap lines."""
     return PlainConsole(soft_wrap=True, **settings)
 
 
 class PlainStream:
-    """A text stream that leaves out what would command a terminal; rich writes to the stream beneath it.
+    """A text stream that removes control characters. Rich bypasses it and writes to the stream beneath.
 
-    Progress bars of the hub and other libraries are tqdm's, which moves them by a few commands of its own. These pass
-    where tqdm itself writes them, in front of a bar's text and not inside it.
+    The progress bars of the hub and other libraries are tqdm's, which moves the cursor with a few control codes. These
+    pass if tqdm itself writes them, and only in front of a bar's text.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -77,7 +77,7 @@ class PlainStream:
 
 
 def keep_terminal_plain() -> None:
-    """From now on no text, whoever prints it, commands the terminal."""
+    """From now on remove control characters from all output, whoever prints it."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, PlainStream):
@@ -85,23 +85,23 @@ def keep_terminal_plain() -> None:
 
 
 def program() -> str:
-    """What to type to start Huarizo: its name where the shell finds it, or else its path."""
+    """The command that starts Huarizo: its name if the shell finds it, else its path."""
     started = Path(sys.argv[0])
     return "huarizo" if shutil.which("huarizo") or started.name != "huarizo" else os.path.relpath(started)
 
 
 def without_controls(text: str) -> str:
-    """A foreign text as it may reach a terminal: without the characters that would command it."""
+    """The text with control characters replaced by spaces, safe to print on a terminal."""
     return CONTROLS.sub(" ", text)
 
 
 def write(text: str) -> None:
-    """Text as it comes, without a line's end and without what would command a terminal."""
+    """Print text at once, without a newline and without control characters."""
     print(without_controls(text), end="", flush=True)
 
 
 def confirm(question: str, default: bool) -> bool:
-    """Ask a person. Raises KeyboardInterrupt on Ctrl-C and at the end of input."""
+    """Ask the user yes or no. Raises KeyboardInterrupt on Ctrl-C and at the end of input."""
     try:
         return typer.confirm(without_controls(question), default=default)
     except typer.Abort:
@@ -110,14 +110,14 @@ def confirm(question: str, default: bool) -> bool:
 
 
 def tracked(items: Iterable[T], what: str, console: Console | None, total: int | None = None) -> Iterable[T]:
-    """The items, with a bar on the terminal that fills as they are taken; without one where there is no terminal."""
+    """Iterate over the items, with a progress bar if the console is a terminal."""
     if console is None or not console.is_terminal:
         return items
     return track(items, what, total=total, console=console, transient=True)
 
 
 def quiet_libraries() -> None:
-    """Our own messages only; the libraries' warnings are not the user's business."""
+    """Show our own messages only, none of the libraries' warnings."""
     import transformers
 
     warnings.filterwarnings("ignore")

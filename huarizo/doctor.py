@@ -1,4 +1,4 @@
-"""What `huarizo doctor` tells: the machine, what runs fast on it, and what that means for TinyLlama."""
+"""Measures this machine for `huarizo doctor`, and estimates how fast it can train TinyLlama."""
 
 import os
 import platform
@@ -13,12 +13,12 @@ from huarizo.plan import choose_precision
 
 # Frozen linear weights of TinyLlama-1.1B: 22 layers of q, k, v, o, gate, up, down, and the output head.
 TINYLLAMA_WEIGHTS = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32000 * 2048
-FLOP_PER_TOKEN = 4 * TINYLLAMA_WEIGHTS  # forward and input gradient, two operations a multiply-add; no weight gradient
+FLOP_PER_TOKEN = 4 * TINYLLAMA_WEIGHTS  # forward and input gradient, 2 per multiply-add; no weight gradient
 VERSIONS = ("huarizo", "torch", "transformers", "peft")
 
 
 def diagnosis() -> dict[str, str]:
-    """Lines to show, by their title. Takes a second or two: the products are measured, and a compilation is tried."""
+    """Lines to show, by title. Takes a few seconds to measure matrix products and to try the compiler."""
     on = device()
     rates = gemm_rates(on)
     choice = choose_precision("auto", on, int8_gain)

@@ -1,18 +1,18 @@
-"""The few exceptions a user sees.
+"""The exceptions that a user sees.
 
-Each carries the exit code of the command line and a message that says what is wrong and what to do. Nothing else
-should reach a terminal: an exception of another type is a bug in Huarizo and keeps its traceback.
+Each has an exit code and a message that says what is wrong and what to do. An exception of any other type is a bug in
+Huarizo and keeps its traceback.
 """
 
 
 class HuarizoError(Exception):
-    """Base of all errors that are told in one clear message and without a traceback."""
+    """Base of all errors that are shown as one message without a traceback."""
 
     exit_code = 1
 
 
 class UserError(HuarizoError):
-    """Something the user can mend: the recipe, the data, a name, a token. Nothing was lost."""
+    """Something the user can fix: the recipe, the data, a name, a token. Nothing was lost."""
 
     exit_code = 2
 
@@ -26,15 +26,15 @@ class DataError(UserError):
 
 
 class HubError(UserError):
-    """A model or data set could not be found or fetched. The message says why and how to go on."""
+    """A model or data set could not be found or fetched. The message says why and what to do."""
 
 
 class ModelError(UserError):
-    """The model is not one that Huarizo trains: another architecture, a broken or a pickled checkpoint."""
+    """Huarizo can't train this model: another architecture, or damaged or pickled weights."""
 
 
 class MachineError(HuarizoError):
-    """The machine gave out: no disk space, no memory after every fall-back. The message says what was saved."""
+    """The machine failed: no disk space, or no memory despite all fallbacks. The message says what was saved."""
 
     exit_code = 3
 

@@ -1,8 +1,8 @@
-"""What happens in a run, one event after another: kept in events.jsonl, and handed to whoever listens.
+"""The events of a run. Each one is handed to all listeners; one of them appends it to events.jsonl.
 
-The terminal is one listener, metrics.jsonl another. All that a run has to say goes through here, so that nothing is
-lost to someone who looks at the run later. A line of events.jsonl is one JSON object: `event` is the kind, `time` the
-moment in UTC, and the other keys are the fields of the kind's class below.
+The terminal is a listener, and so is metrics.jsonl. A run reports everything as events, so nothing that was printed is
+lost to someone who looks later. A line of events.jsonl is one JSON object: `event` is the kind, `time` the time in UTC,
+and the other keys are the fields of the class below.
 """
 
 import json
@@ -24,7 +24,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Noted(Event):
-    """A fact about the run, such as its device or its data, under a short title; or a line without one."""
+    """A fact about the run, such as its device or data, with a short title or none."""
 
     kind: ClassVar[str] = "noted"
     text: str
@@ -33,7 +33,7 @@ class Noted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """Something is not as it should be; the run goes on."""
+    """Something is wrong, but the run continues."""
 
     kind: ClassVar[str] = "warned"
     text: str
@@ -41,7 +41,7 @@ class Warned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Started(Event):
-    """Training begins behind `step` of `max_steps` optimizer steps; 0 for a new run."""
+    """Training starts after `step` of `max_steps` optimizer steps: 0 in a new run."""
 
     kind: ClassVar[str] = "started"
     step: int
@@ -50,7 +50,7 @@ class Started(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled(Event):
-    """The decoder layers were compiled within the first step."""
+    """The decoder layers were compiled during the first step."""
 
     kind: ClassVar[str] = "compiled"
     seconds: float
@@ -58,10 +58,10 @@ class Compiled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Event):
-    """A logged optimizer step. What is not a finite number is None.
+    """A logged optimizer step. Values that are not finite are None.
 
-    loss: mean of the labelled tokens, in nats; tokens: of the rows so far; memory_gb: the most used so far, in 10^9
-    bytes; eta_s: seconds to the last step, None while that is not known.
+    loss: mean over the labelled tokens, in nats; tokens: trained on so far; elapsed_s: seconds of training so far;
+    eta_s: estimated seconds to the last step, None until known; memory_gb: peak so far, in 10^9 bytes.
     """
 
     kind: ClassVar[str] = "step"
@@ -81,7 +81,7 @@ class Step(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(Event):
-    """The held-out loss behind a step, in nats a token; None where it is not finite."""
+    """The held-out loss after a step, in nats per token; None if it is not finite."""
 
     kind: ClassVar[str] = "evaluated"
     step: int
@@ -100,7 +100,7 @@ class Saved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped(Event):
-    """A step changed no weight, because its loss or gradients were not finite."""
+    """A step was skipped, because its loss or gradients were not finite; no weight changed."""
 
     kind: ClassVar[str] = "skipped"
     step: int
@@ -109,7 +109,7 @@ class Skipped(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfMemory(Event):
-    """Memory gave out in a step, which is computed again with smaller micro-batches."""
+    """Memory ran out in a step, which is repeated with smaller micro-batches."""
 
     kind: ClassVar[str] = "out of memory"
     step: int
@@ -118,7 +118,7 @@ class OutOfMemory(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped(Event):
-    """The run ends before its last step; `reason` says why and what was kept."""
+    """The run ends early; `reason` says why and what was saved."""
 
     kind: ClassVar[str] = "stopped"
     reason: str
@@ -136,11 +136,11 @@ Listener = Callable[[Event], None]
 
 
 class UnwrittenError(Exception):
-    """A listener can't write an event into its file. The run goes on without it."""
+    """A listener can't write an event to its file. The run continues without it."""
 
 
 class EventFile:
-    """The listener that keeps events.jsonl. A resumed run goes on writing it."""
+    """The listener that writes events.jsonl. A resumed run appends to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -155,14 +155,14 @@ class EventFile:
 
 
 class Events:
-    """The one place that a run reports to: each event goes to all listeners, in their order."""
+    """Where a run reports its events: each goes to all listeners, in order."""
 
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
         self.listeners = list(listeners)
-        self._failed: set[int] = set()  # listeners, by place
+        self._failed: set[int] = set()  # indices of listeners
 
     def add(self, event: Event) -> None:
-        """Hand an event on. Of a listener that can't write its file, the first failure is reported as a warning."""
+        """Hand an event to all listeners. A listener's first failure to write its file is reported as a warning."""
         failures = []
         for place, listener in enumerate(self.listeners):
             try:
@@ -171,12 +171,12 @@ class Events:
                 failures += [error] if place not in self._failed else []
                 self._failed.add(place)
         for failure in failures:
-            self.warn(f"{failure}. Going on without it")
+            self.warn(f"{failure}. Continuing without it")
 
     def note(self, title: str, text: str) -> None:
-        """Report a fact under a title."""
+        """Report a fact under a title; "" for none."""
         self.add(Noted(title=title, text=text))
 
     def warn(self, text: str) -> None:
-        """Report what is not as it should be."""
+        """Report that something is wrong."""
         self.add(Warned(text=text))

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all.
+"""Writes files and folders whole or not at all.
 
-Everything Huarizo keeps is first written beside its place, flushed to the disk, and then renamed there in one step, so
-that a reader, another process or the next run never meets half a file. What a killed process leaves behind has a name
-of its own (`.NAME.TOKEN.tmp`) and is removed by `remove_leftovers`.
+Everything Huarizo keeps is written under a temporary name next to its place, flushed to disk, and renamed in one step,
+so no reader ever sees half a file. A killed process may leave temporary files (`.NAME.TOKEN.tmp`), which
+`remove_leftovers` deletes.
 """
 
 import errno
@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 from huarizo.errors import HuarizoError, MachineError
 from huarizo.sandbox.reading import open_file
 
 Content = bytes | str | Callable[[BinaryIO], None]
-"""What a file is to hold: its bytes, its text, or a function that writes it into the open file."""
+"""The content of a file: bytes, text, or a function that writes it to the open file."""
 MANIFEST = "manifest.json"
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|deleted)")
 REMEDIES = {
@@ -31,21 +31,29 @@ REMEDIES = {
     errno.EDQUOT: "Free some space (your quota is used up) and try again",
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f) and try again",
     errno.EROFS: "Mount it for writing, or choose another folder",
-    errno.EACCES: "Mend its permissions, or choose another folder",
+    errno.EACCES: "Change its permissions, or choose another folder",
     errno.ENOENT: "The folder has vanished: if it is on a drive that was unmounted, mount it again",
     errno.ENOTCONN: "The drive is no longer connected: mount it again",
     errno.EIO: "The disk or drive reports an error: copy what is there to another one",
-    errno.ELOOP: "A link stands in its place, and nothing is read or written through one: remove it",
-    errno.ENXIO: "Remove what stands in its place",
+    errno.ELOOP: "It is a link, and Huarizo neither reads nor writes through links: remove it",
+    errno.ENXIO: "Remove it",
 }
 RUST = re.compile(r"\(os error (\d+)\)")
 NO_FOLDER_RENAME = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
-"""What file systems say that can't rename a folder."""
+"""The errors of file systems that can't rename a folder."""
+
+
+class FileFacts(TypedDict):
+    """What a manifest records of a file."""
+
+    size: int
+    """Bytes."""
+    sha256: str
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes to `path`: an error of the disk names the path, the cause and a remedy.
+    """Turn errors while writing `path` into ones that name the path, the cause and a remedy.
 
     Raises:
         MachineError: instead of OSError.
@@ -56,20 +64,20 @@ def writing(path: Path) -> Iterator[None]:
         raise _unwritable(path, error.errno or 0, error.strerror or str(error)) from error
     except HuarizoError:
         raise
-    except Exception as error:  # libraries in Rust have exceptions of their own for what the disk says
-        said = RUST.search(str(error))
-        if said is None:
+    except Exception as error:  # libraries in Rust wrap the system's errors in their own
+        match = RUST.search(str(error))
+        if match is None:
             raise
-        raise _unwritable(path, int(said[1]), os.strerror(int(said[1]))) from error
+        raise _unwritable(path, int(match[1]), os.strerror(int(match[1]))) from error
 
 
-def _unwritable(path: Path, number: int, said: str) -> MachineError:
+def _unwritable(path: Path, number: int, cause: str) -> MachineError:
     remedy = REMEDIES.get(number, "Choose another folder or disk")
-    return MachineError(f"{path}: could not be written: {said}. {remedy}")
+    return MachineError(f"{path}: could not be written: {cause}. {remedy}")
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename inside it survives a power cut. Does nothing where that can't be."""
+    """Flush a folder's entries, so that a rename inside it survives a power cut. Does nothing where unsupported."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -83,10 +91,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file of a run folder by its one and only name, and make it where `flags` say so: a descriptor.
+    """Open a regular file of a run folder, never through a link; returns a descriptor.
 
-    Whoever made the folder could else have a link stand in a file's place and have another file emptied, or a pipe, at
-    which one waits for ever. Raises OSError.
+    A run folder may come from someone else. A link or a second name in place of a file could make us overwrite another
+    file, and a pipe could block forever. Raises OSError.
     """
     more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags | more, 0o644)
@@ -99,7 +107,7 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def read_own(path: Path) -> bytes:
-    """The bytes of a file of a run folder, opened as `open_own` does. Raises OSError."""
+    """The content of a file of a run folder, opened with `open_own`. Raises OSError."""
     with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
         return file.read()
 
@@ -109,7 +117,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def _write_file(path: Path, content: Content) -> None:
-    """A new file, flushed. A flush that fails is final: what the disk then holds is unknown (it is not tried again)."""
+    """Write and flush a new file. A failed flush is final and not retried: the kernel may have dropped the data."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         if callable(content):
@@ -123,7 +131,7 @@ def _write_file(path: Path, content: Content) -> None:
 
 
 def write_whole(path: Path, content: Content) -> None:
-    """Write a file in one step, into a folder that is there.
+    """Write a file in one step, into an existing folder.
 
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
@@ -141,9 +149,9 @@ def write_whole(path: Path, content: Content) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, such that they survive a power cut: each is flushed into its parent.
+    """Make a folder and its parents, and flush each into its parent, so that they survive a power cut.
 
-    Also where they are there already, because who made them may have been killed before it flushed them.
+    Existing ones are flushed too, because the process that made them may have been killed before it did.
 
     Raises:
         MachineError: it can't be made.
@@ -156,16 +164,16 @@ def make_folder(path: Path) -> None:
                 try:
                     os.mkdir(folder)
                 except FileExistsError:
-                    if not folder.is_dir():  # else another process has made it meanwhile
+                    if not folder.is_dir():  # another process may have made it
                         raise
         for parent in above[1:]:
             if not os.access(parent, os.R_OK | os.W_OK):
-                break  # nobody of ours made anything in there
+                break  # we can't have made anything in there
             sync_folder(parent)
 
 
 def make_parent(path: Path) -> None:
-    """Make the folder that `path` is to stand in, where there is none.
+    """Make the parent folder of `path` if it is missing.
 
     Raises:
         MachineError: it can't be made.
@@ -174,9 +182,9 @@ def make_parent(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a whole line, unflushed: for records of which a copy is kept elsewhere. Raises OSError.
+    """Append a line without flushing it, for records that have a copy elsewhere. Raises OSError.
 
-    Half a line, of a write that failed here or of a process that was killed, is cut off first.
+    A partial last line, left by a failed write or a killed process, is cut off first.
     """
     descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
@@ -186,7 +194,7 @@ def append_line(path: Path, line: str) -> None:
         try:
             _write_all(descriptor, line.encode("utf-8") + b"\n")
         except OSError:
-            with suppress(OSError):  # the next line tries it again
+            with suppress(OSError):  # the next call retries
                 os.ftruncate(descriptor, end)
             raise
     finally:
@@ -194,14 +202,14 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
-    """However little the system takes at once."""
+    """Write everything, even if the system takes little at a time."""
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def _end_of_lines(descriptor: int) -> int:
-    """The offset behind the last line that is ended."""
+    """The offset after the last complete line."""
     end = os.fstat(descriptor).st_size
     while end > 0:
         begin = max(0, end - 4096)
@@ -213,10 +221,10 @@ def _end_of_lines(descriptor: int) -> int:
 
 
 def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
-    """A new folder of files in one step, in a folder that is there. The last file is the commit:
+    """Write a new folder of files in one step, into an existing folder. The last file is the commit.
 
-    where the file system can't rename a folder, the files are written in their order at their place, and a reader
-    takes a folder without the last one for absent.
+    If the file system can't rename a folder, the files are written in place, in order, and readers treat a folder
+    without the last one as absent.
 
     Raises:
         MachineError: the disk is full or can't be written; nothing is left at `path`.
@@ -251,10 +259,10 @@ def _fill(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` in one step when the block ends without an exception.
+    """Yield a temporary folder that is moved to `path` in one step if the block ends without an exception.
 
-    For what libraries write themselves. Files written inside are flushed first. A folder that already stands at `path`
-    is replaced.
+    For folders that libraries write themselves. The files inside are flushed first. An existing folder at `path` is
+    replaced.
 
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
@@ -281,7 +289,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name for a file that a library writes; it takes the place of `path` when the block ends.
+    """Yield a temporary path for a file that a library writes. It is moved to `path` when the block ends.
 
     Raises:
         MachineError: the disk is full or can't be written. What stood at `path` before is unchanged.
@@ -300,7 +308,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Delete a folder such that no half of it ever stands under its name. Raises OSError."""
+    """Rename a folder and then delete it, so that its name never refers to half of it. Raises OSError."""
     hidden = _beside(path, "deleted")
     os.replace(path, hidden)
     _delete(hidden)
@@ -316,7 +324,7 @@ def _delete(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, older_than: float = 0) -> None:
-    """Remove what killed processes left half written or half deleted, where it is older than so many seconds."""
+    """Remove temporary files and folders of killed processes that are older than `older_than` seconds."""
     with suppress(OSError):
         for entry in sorted(folder.iterdir()):
             if LEFTOVER.fullmatch(entry.name) and time.time() - entry.lstat().st_mtime >= older_than:
@@ -342,19 +350,19 @@ def require_space(folder: Path, needed: int, what: str, remedy: str = "choose a 
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
+    """The hex digest of a file, read in blocks."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, **facts: Any) -> None:
-    """Write manifest.json into a folder that is being made: size and sha256 of each file, and the facts."""
+def write_manifest(folder: Path, **facts: object) -> None:
+    """Write manifest.json into a new folder: size and sha256 of each file, and the facts."""
     files = {f.name: {"size": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
-def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of each file, as manifest.json says; {} where there is none. Raises ValueError: it is broken."""
+def manifest_of(folder: Path) -> dict[str, FileFacts]:
+    """Size and sha256 of each file by manifest.json; {} if there is none. Raises ValueError if it is malformed."""
     try:
         files = json.loads(read_own(folder / MANIFEST))["files"]
         return {str(name): {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()}
@@ -364,8 +372,8 @@ def manifest_of(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{MANIFEST} can't be read") from error
 
 
-def fault_in(folder: Path, manifest: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What is wrong with the files of a folder, by its manifest; None where each is as it was written."""
+def fault_in(folder: Path, manifest: Mapping[str, FileFacts]) -> str | None:
+    """Describe the first file of a folder that does not match its manifest; None if all do."""
     for name, file in manifest.items():
         try:
             if Path(name).name != name or sha256_of(folder / name) != file["sha256"]:

@@ -1,4 +1,4 @@
-"""What the operating system says of this process and this machine. It loads no torch, so it answers at once."""
+"""What the operating system reports about this process and machine. Does not import torch, so it loads fast."""
 
 import functools
 import os
@@ -7,24 +7,24 @@ from pathlib import Path
 
 
 def rank() -> int:
-    """Number of this process among those that torchrun started; 0 for a single one."""
+    """The rank of this process under torchrun; 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def cache_folder() -> Path:
-    """Where prepared models and tokens are kept: $XDG_CACHE_HOME/huarizo, if absolute, or ~/.cache/huarizo."""
+    """The folder for prepared models and tokens: $XDG_CACHE_HOME/huarizo if absolute, else ~/.cache/huarizo."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (root if root.is_absolute() else Path.home() / ".cache") / "huarizo"
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """What the kernel says that this CPU can do; empty where it says nothing."""
+    """The CPU's feature flags as the kernel reports them; empty if it reports none."""
     try:
         return frozenset(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
     except OSError:
@@ -32,7 +32,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cpu_name() -> str:
-    """The processor's name, with the matrix instructions that it has."""
+    """The CPU's name, with its vector and matrix instructions."""
     try:
         text = Path("/proc/cpuinfo").read_text()
         name = text.partition("model name")[2].partition("\n")[0].strip("\t :") or platform.machine()
@@ -43,7 +43,7 @@ def cpu_name() -> str:
 
 
 def int8_instructions() -> list[str]:
-    """The instructions of this CPU that multiply int8; without one of them such products are slower than fp32's."""
+    """This CPU's int8 multiply instructions. Without any, int8 products are slower than fp32."""
     return sorted({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
 
 

@@ -1,7 +1,7 @@
-"""What this machine is and has: its device, its memory, its number formats and how fast they are.
+"""This machine's device and memory, and the precisions it supports and how fast they are.
 
-What is made of that for a run stands in `huarizo.plan`. Apart from `host` and the hub's tokens, this is the only place
-that reads the environment.
+`huarizo.plan` decides what a run makes of them. Apart from `host` and the hub's tokens, this is the only module that
+reads environment variables.
 """
 
 import functools
@@ -19,14 +19,14 @@ from huarizo.host import cache_folder, cpu_name, has_fast_bf16, rank, world_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FixedPrecision = Literal["int8", "bf16", "fp16", "fp32"]
-MEASURING = 1.0  # seconds that measuring one format may take
-ROOM = 0.8  # of a card's free memory, that the weights of a model on it may take
-# share of the rate of bare products that whole steps reach, seen from 135 million to 1.1 billion weights
+MEASURING = 1.0  # seconds to measure one precision, at most
+ROOM = 0.8  # share of a GPU's free memory that a model's weights may take
+# share of the GEMM rate that whole steps reach, measured on models of 135 million to 1.1 billion weights
 REACHED = 0.35, 0.8
 
 
 def device() -> torch.device:
-    """The device of this process: its CUDA card, Apple's GPU, or the CPU."""
+    """The device of this process: its CUDA GPU, Apple's GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if torch.backends.mps.is_available():
@@ -35,14 +35,14 @@ def device() -> torch.device:
 
 
 def float_precision(on: torch.device) -> FixedPrecision:
-    """The fastest float format that computes right on this device."""
+    """The fastest float precision that this device supports in hardware."""
     if on.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if on.type == "cpu" and has_fast_bf16() else "fp32"
 
 
 def gemm_rates(on: torch.device) -> dict[str, float]:
-    """`gemm_rate` by format; formats that fail are absent."""
+    """`gemm_rate` by precision, without those that fail."""
     rates: dict[str, float] = {}
     for name in ("int8", "bf16", "fp16", "fp32"):
         if name == "fp16" and on.type == "cpu":
@@ -56,10 +56,10 @@ def gemm_rates(on: torch.device) -> dict[str, float]:
 
 @functools.cache
 def gemm_rate(precision: FixedPrecision, on: torch.device, budget: float = MEASURING) -> float:
-    """Measured 10^9 operations a second of torch's matrix products in a format, two a multiply-add.
+    """Measure torch's matrix product in a precision: GFLOP/s, at 2 operations per multiply-add.
 
-    [rows, 2048] times [2048, 2048], the rows growing to 512 on a CPU and 4,096 on a card. It takes about `budget`
-    seconds at most: a slow call is the last one, whatever its size.
+    [rows, 2048] @ [2048, 2048], with up to 512 rows on a CPU and 4,096 on a GPU. Takes about `budget` seconds at most:
+    it stops growing after a slow call.
     """
     dtype, size = torch.int8 if precision == "int8" else DTYPES[precision], 2048
     product = torch.ops.aten._int_mm if precision == "int8" else torch.mm
@@ -77,7 +77,7 @@ def gemm_rate(precision: FixedPrecision, on: torch.device, budget: float = MEASU
 
 
 def minutes_in_float(operations: float, precision: FixedPrecision, on: torch.device) -> tuple[float, float]:
-    """Between which minutes so many operations of a training take in a float format, by a short measurement."""
+    """Estimate how long this many operations of training take in a float precision: the least and most minutes."""
     rate = gemm_rate(precision, on, budget=0.3) * 1e9
     return operations / (rate * REACHED[1]) / 60, operations / (rate * REACHED[0]) / 60
 
@@ -91,16 +91,16 @@ def seconds(function: Callable[[], object], on: torch.device) -> float:
 
 
 def spread(needed: int, on: torch.device) -> bool:
-    """Whether a model whose weights take `needed` bytes must be spread over all cards, because this one can't hold it.
+    """Whether a model with `needed` bytes of weights must be spread over all GPUs, because one can't hold it.
 
-    Under torchrun each process has a card to itself.
+    Never under torchrun, where each process has its own GPU.
     """
     several = on.type == "cuda" and world_size() == 1 and torch.cuda.device_count() > 1
     return several and needed > ROOM * available_memory(on)
 
 
 def as_first(text: str, on: torch.device) -> str:
-    """The text that the first process of a run has; all of them must ask, and the others' own does not matter."""
+    """Broadcast the first process's text. All processes must call this; the text of the others is ignored."""
     if world_size() == 1:
         return text
     from accelerate import PartialState
@@ -115,14 +115,14 @@ def as_first(text: str, on: torch.device) -> str:
 
 
 def name_of(on: torch.device) -> str:
-    """What tells a device from those of other machines, in words: its kind, its name, and a CPU's instructions."""
+    """Identifies a device across machines: its type, its name, and a CPU's instructions."""
     return f"{on.type}: {torch.cuda.get_device_name(on) if on.type == 'cuda' else cpu_name()}"
 
 
 def describe(on: torch.device, needed: int = 0) -> str:
-    """The device in words: its name, what else there is, and what keeps a card from being used.
+    """Describe the device for the user: its name, other GPUs, and why a GPU is not used.
 
-    needed: bytes that the weights take.
+    needed: bytes of the model's weights.
     """
     if on.type != "cuda":
         return f"{name_of(on)}{_unused_card()}"
@@ -132,31 +132,31 @@ def describe(on: torch.device, needed: int = 0) -> str:
     if cards == 1:
         return name
     if spread(needed, on):
-        return f"{name} and {cards - 1} more, because one can't hold the model"
-    return f"{name}, the first of {cards} cards. To use all: torchrun --nproc-per-node {cards} -m huarizo train ..."
+        return f"{name} and {cards - 1} more, because the model doesn't fit on one"
+    return f"{name}, the first of {cards} GPUs. To use all: torchrun --nproc-per-node {cards} -m huarizo train ..."
 
 
 def _unused_card() -> str:
-    """What keeps torch from an NVIDIA card whose driver is there; nothing where there is none."""
+    """Why torch can't use an NVIDIA GPU whose driver is installed; "" if there is none."""
     driver = Path("/proc/driver/nvidia/version")
     if not driver.exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ""
     if torch.version.cuda is None:
-        return f". The NVIDIA card is not used: torch {torch.__version__} is built without CUDA"
+        return f". The NVIDIA GPU is not used: torch {torch.__version__} is built without CUDA"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.is_available()
-    said = next((str(warning.message) for warning in caught), "")
-    cause = "its driver is too old: update it" if "too old" in said else "torch finds no working driver"
+    warning = next((str(warning.message) for warning in caught), "")
+    cause = "its driver is too old: update it" if "too old" in warning else "torch finds no working driver"
     return (
-        f". The NVIDIA card is not used: {cause}, or install a torch for it (this one wants CUDA {torch.version.cuda})"
+        f". The NVIDIA GPU is not used: {cause}, or install a torch for it (this one needs CUDA {torch.version.cuda})"
     )
 
 
 def keep_compiled_code() -> None:
-    """Let torch keep what it compiles in our cache folder, for the next run, unless the user chose a place.
+    """Let torch cache compiled code in our cache folder for the next run, unless the user chose another.
 
-    torch's own place is under /tmp, and torch writes it into the environment as soon as anything asks for it.
+    torch's default is under /tmp, and torch sets the environment variable to it as soon as anything reads it.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -165,7 +165,7 @@ def keep_compiled_code() -> None:
 
 
 def available_memory(on: torch.device, spread: bool = False) -> int:
-    """Bytes that are free for training: of the card, of all cards (`spread`), or of the machine or its container."""
+    """Free memory in bytes: of the GPU, of all GPUs (`spread`), or of the machine or its container."""
     if spread:
         return sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
     if on.type == "cuda":
@@ -184,7 +184,7 @@ def available_memory(on: torch.device, spread: bool = False) -> int:
 
 
 def peak_memory(on: torch.device) -> int:
-    """Bytes used at most so far: of the card, or by this process."""
+    """Peak memory in bytes so far: of the GPU, or of this process."""
     if on.type == "cuda":
         return torch.cuda.max_memory_allocated(on)
     import resource
@@ -194,7 +194,7 @@ def peak_memory(on: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the card or the machine has no memory left; of a CPU torch says it in words alone."""
+    """Whether an error means that GPU or machine ran out of memory. On a CPU, only torch's message tells."""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(

@@ -1,6 +1,6 @@
-"""The text of a recipe, and `key=value` overrides, become plain nested values, not yet judged.
+"""Reads a recipe file and `key=value` overrides into plain nested values, without validating them.
 
-Safe YAML with stricter rules: no key twice, no tags, no aliases that unfold into more than a recipe can be.
+Safe YAML with stricter rules: no duplicate keys, no tags, no aliases that expand to more than a recipe can hold.
 """
 
 import re
@@ -12,16 +12,16 @@ import yaml
 from huarizo.errors import RecipeError
 from huarizo.sandbox.reading import read_text
 
-MAX_BYTES = 100_000  # a recipe of every setting has 5,000
-MAX_VALUES = 20_000  # with aliases unfolded
+MAX_BYTES = 100_000  # a recipe with every setting has 5,000
+MAX_VALUES = 20_000  # with aliases expanded
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Safe YAML in which a key that stands twice is a mistake, and 2e-4 is a number as in YAML 1.2."""
+    """Safe YAML that refuses duplicate keys, and reads 2e-4 as a number, as YAML 1.2 does."""
 
 
-def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
+def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    seen: set[str] = set()
     for key_node, _ in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
@@ -33,7 +33,7 @@ def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, de
 
 
 def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
-    """A text in which JSON's escapes of one character in two halves, \\ud83d\\ude00, are that character."""
+    """A string, with JSON's surrogate pairs such as \\ud83d\\ude00 joined into one character."""
     text = loader.construct_scalar(node)
     return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
@@ -46,14 +46,14 @@ _RecipeLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Safe YAML with the recipe's stricter rules. Raises `yaml.YAMLError`."""
+    """Parse YAML by the recipe's stricter rules. Raises `yaml.YAMLError`."""
     loader = _RecipeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
         if _unfolded(node, {}) > MAX_VALUES:
-            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values with its aliases unfolded")
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values with its aliases expanded")
         return loader.construct_document(node)
     except (ValueError, OverflowError, RecursionError) as error:
         raise yaml.YAMLError(str(error) or type(error).__name__) from None
@@ -62,20 +62,20 @@ def parse_yaml(text: str) -> Any:
 
 
 def _unfolded(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a node holds when each alias stands for a copy; infinite where one holds itself."""
+    """Number of values in a node with every alias expanded; infinite if one contains itself."""
     if id(node) not in known:
         known[id(node)] = float("inf")
-        children: list[Any] = node.value if isinstance(node.value, list) else []
+        children: list[yaml.Node | tuple[yaml.Node, yaml.Node]] = node.value if isinstance(node.value, list) else []
         pairs = [child if isinstance(child, tuple) else (child,) for child in children]
         known[id(node)] = 1 + sum(_unfolded(inner, known) for pair in pairs for inner in pair)
     return known[id(node)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of a recipe file.
+    """Read the mapping in a recipe file.
 
     Raises:
-        RecipeError: there is none, it can't be read, or it is no mapping.
+        RecipeError: the file is missing, can't be read, or holds no mapping.
     """
     try:
         values = parse_yaml(read_text(path, MAX_BYTES))
@@ -86,8 +86,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except (OSError, ValueError) as error:
-        said = (isinstance(error, OSError) and error.strerror) or error
-        raise RecipeError(f"{path}: can't be read as a recipe in UTF-8: {said}") from None
+        cause = (isinstance(error, OSError) and error.strerror) or error
+        raise RecipeError(f"{path}: can't be read as a recipe in UTF-8: {cause}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -96,7 +96,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_override(values: dict[str, Any], override: str) -> str | None:
-    """Set one `key=value` in the nested mapping; returns what is wrong with it, or None."""
+    """Set one `key=value` in the nested mapping. Returns a description of what is wrong with it, or None."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -105,7 +105,7 @@ def apply_override(values: dict[str, Any], override: str) -> str | None:
         value = parse_yaml(text)
     except yaml.YAMLError:
         if text.lstrip().startswith(("[", "{")):
-            return f"{override!r}: not valid YAML; put texts with punctuation in quotes, such as ['Who are you?']"
+            return f"{override!r}: not valid YAML; quote strings that contain punctuation, such as ['Who are you?']"
         value = text
     section = values
     for part in parts[:-1]:

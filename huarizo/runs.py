@@ -1,11 +1,11 @@
-"""A run's folder: where each of its files stands, and how a run is found by name.
+"""The run folder: the paths of its files, and finding a run by name.
 
-recipe.yaml        the resolved recipe          plan.json       what the machine makes of it
-adapter/           the result                   metrics.jsonl   one JSON object a logged step
-checkpoints/       step-000120/ ...             events.jsonl    what happened, one JSON object each
-loss.png           the curves                   samples.jsonl   prompt, before, after
+recipe.yaml        the resolved recipe          plan.json       how this machine computes it
+adapter/           the result                   metrics.jsonl   one JSON object per logged step
+checkpoints/       step-000120/ ...             events.jsonl    one JSON object per event
+loss.png           the curves                   samples.jsonl   prompts, answers before and after
 skipped.jsonl      bad rows, with data.on_bad_row=skip
-evaluations/       TIME/ ..., of `huarizo eval`
+evaluations/       TIME/ ..., written by `huarizo eval`
 """
 
 import re
@@ -20,7 +20,7 @@ from huarizo.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder."""
+    """The paths of a run folder."""
 
     path: Path
 
@@ -61,7 +61,7 @@ class Run:
         return self.path / "skipped.jsonl"
 
     def is_complete(self) -> bool:
-        """Whether the adapter is there, and the plot, which is written last."""
+        """Whether the adapter exists, and the plot, which is written last."""
         return (self.adapter / "adapter_model.safetensors").is_file() and self.loss_plot.is_file()
 
     def recipe(self) -> Recipe:
@@ -70,7 +70,7 @@ class Run:
 
 
 def unfinished_runs(output: str | None, recipe_name: str) -> list[Run]:
-    """Runs without a result at `output`, or of this recipe's name under runs/, the newest first."""
+    """Unfinished runs, newest first: at `output` if given, else under runs/ with this recipe's name."""
     paths = (
         [Path(output).expanduser()] if output else sorted(Path("runs").glob(f"{_plain(recipe_name)}-*"), reverse=True)
     )
@@ -91,10 +91,10 @@ def _plain(recipe_name: str) -> str:
 
 
 def new_run(output: str | None, recipe_name: str) -> Run:
-    """The folder of a new run; not made yet.
+    """The folder for a new run. It is not created.
 
     Raises:
-        UserError: `output` holds a run already, or is no folder.
+        UserError: `output` is not empty, or not a folder.
     """
     if output is None:
         base = Path("runs") / f"{_plain(recipe_name)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -105,14 +105,14 @@ def new_run(output: str | None, recipe_name: str) -> Run:
     path = Path(output).expanduser()
     if path.exists() and not _is_free(path):
         raise UserError(
-            f"{path}: there is something here already. Go on with it by `huarizo resume {path}`, name another folder "
-            "with output=..., or remove it"
+            f"{path}: already exists. Resume its run with `huarizo resume {path}`, choose another folder with "
+            "output=..., or remove it"
         )
     return Run(path)
 
 
 def _is_free(path: Path) -> bool:
-    """Whether a folder is empty, but for what a run leaves that is killed before it wrote its recipe."""
+    """Whether a folder is empty, except for what a run leaves if it is killed before it writes its recipe."""
     if not path.is_dir():
         return False
     entries = {entry.name: entry for entry in path.iterdir() if not LEFTOVER.fullmatch(entry.name)}
@@ -122,7 +122,7 @@ def _is_free(path: Path) -> bool:
 
 
 def find_run(name: Path | str) -> Run | None:
-    """An existing run, by its folder or by its name under `runs/`; None where there is none."""
+    """Find a run by its folder or by its name under runs/; None if there is none."""
     for path in (Path(name).expanduser(), Path("runs") / name):
         if (path / "recipe.yaml").is_file():
             return Run(path)
@@ -133,11 +133,11 @@ def open_run(name: Path | str) -> Run:
     """As `find_run`.
 
     Raises:
-        UserError: there is no such run; the message lists those there are.
+        UserError: there is no such run; the message lists the existing ones.
     """
     run = find_run(name)
     if run is not None:
         return run
     there = sorted(str(p.parent) for p in Path("runs").glob("*/recipe.yaml"))
     known = f"The runs here are {', '.join(there[-5:])}" if there else "Name the folder that `huarizo train` printed"
-    raise UserError(f"{name}: this is no run folder (it has no recipe.yaml). {known}")
+    raise UserError(f"{name}: not a run folder (it has no recipe.yaml). {known}")

@@ -34,7 +34,7 @@ def test_a_file_that_can_not_be_written_is_reported_once_and_the_others_go_on(tm
         events.add(Saved(step=step, seconds=0))
     warnings = [event for event in heard if isinstance(event, Warned)]
     assert len(heard) == 4 and len(warnings) == 1
-    assert "gone/events.jsonl" in warnings[0].text and warnings[0].text.endswith("Going on without it")
+    assert "gone/events.jsonl" in warnings[0].text and warnings[0].text.endswith("Continuing without it")
 
 
 def test_a_fault_of_a_listener_is_not_hidden() -> None:

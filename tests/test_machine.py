@@ -24,7 +24,7 @@ def test_a_model_is_spread_only_where_one_card_can_not_hold_it(monkeypatch: pyte
     assert not machine.spread(700, CUDA) and machine.spread(900, CUDA)
     assert not machine.spread(900, CPU)
     assert (machine.available_memory(CUDA), machine.available_memory(CUDA, spread=True)) == (1000, 2000)
-    assert "Tesla T4, the first of 2 cards. To use all: torchrun --nproc-per-node 2" in machine.describe(CUDA)
+    assert "Tesla T4, the first of 2 GPUs. To use all: torchrun --nproc-per-node 2" in machine.describe(CUDA)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not machine.spread(900, CUDA)
     assert "one of 2 processes" in machine.describe(CUDA)

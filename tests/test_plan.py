@@ -138,5 +138,5 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
 def test_a_model_that_is_spread_over_cards_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     with_card(monkeypatch, bf16=True, count=2, free=10**9)
     plan = make_plan(make_recipe(), Choice("bf16", "", torch.bfloat16), SIZE, CUDA, "")
-    assert not plan.compiled and plan.compilation == "the model is spread over several cards"
+    assert not plan.compiled and plan.compilation == "the model is spread over several GPUs"
     assert plan.memory.available == 2 * 10**9

@@ -1,1 +1,1 @@
-"""The commands. Each one reads its options and calls one function of the library."""
+"""The command line. Each command reads its options and calls the library."""

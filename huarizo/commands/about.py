@@ -1,4 +1,4 @@
-"""The commands that inform: what this machine can do, and what a recipe can contain."""
+"""The commands doctor and recipe: what this machine can do, and what a recipe can contain."""
 
 from typing import Annotated
 

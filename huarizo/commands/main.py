@@ -1,7 +1,7 @@
-"""The `huarizo` command: all commands in one, and what their errors become.
+"""The `huarizo` command.
 
-Errors become one message on stderr and an exit code:
-0 done; 2 the user's mistake; 3 the machine's fault; 130 interrupted, with what was trained in a checkpoint.
+Errors become one message on stderr and an exit code: 0 done; 2 the user's mistake; 3 a fault of the machine;
+130 interrupted, with the training saved in a checkpoint.
 """
 
 import errno
@@ -29,18 +29,18 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 def main() -> None:
     """Entry point of the `huarizo` command."""
-    if sys.stdin is None:  # closed by who started it
+    if sys.stdin is None:  # closed by the parent process
         sys.stdin = io.StringIO()
     if sys.stdout is None:
         sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an answer may hold letters that a terminal does not have
+        sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of an answer
     keep_terminal_plain()
     try:
         try:
             app()
         finally:
-            sys.stdout.flush()  # so that what can't be written is told here
+            sys.stdout.flush()  # so that write errors are caught here
     except HuarizoError as error:
         console(stderr=True).print(f"huarizo: {error}")
         sys.exit(error.exit_code)
@@ -49,17 +49,17 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print(f"huarizo: {error.filename}: no file can have so long a name", file=sys.stderr)
+            print(f"huarizo: {error.filename}: this name is too long for a file", file=sys.stderr)
             sys.exit(UserError.exit_code)
         if error.errno not in (*FULL, errno.EPIPE):
             raise
         if error.filename is not None:
             print(f"huarizo: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(MachineError.exit_code)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in its buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for buffered output
         if error.errno == errno.EPIPE:
-            sys.exit(1)  # who read it has left
-        print(f"huarizo: what is printed can't be written: {error.strerror}", file=sys.stderr)
+            sys.exit(1)  # the reader has closed it
+        print(f"huarizo: standard output can't be written: {error.strerror}", file=sys.stderr)
         sys.exit(MachineError.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""The commands for a trained result: compare, evaluate, merge, export, push."""
+"""The commands for a trained result: compare, eval, merge, export, push."""
 
 import json
 import sys
@@ -17,11 +17,11 @@ app = typer.Typer()
 
 
 def _name_and_overrides(words: list[str] | None) -> tuple[str | None, list[str]]:
-    """What stands behind RUN: the name of rows or prompts, and `data.KEY=VALUE` for how they are read."""
+    """Split the arguments after RUN into the name of rows or prompts, and `data.KEY=VALUE` overrides."""
     overrides = [word for word in words or [] if word.startswith("data.") and "=" in word]
     names = [word for word in words or [] if word not in overrides]
     if len(names) > 1:
-        raise UserError(f"{names[1]}: one file, folder or hub id can be named, and then data.KEY=VALUE")
+        raise UserError(f"{names[1]}: only one file, folder or hub id can be named; the rest must be data.KEY=VALUE")
     return (names[0] if names else None), overrides
 
 
@@ -162,15 +162,15 @@ def export(
     from huarizo.results.verify import ADAPTERS_BASE, compare_adapter, compare_with_transformers, llama_cpp
 
     if verify:
-        llama_cpp()  # says that it is missing before the long work
+        llama_cpp()  # fails early if it is missing
     tuned = find_tuned(run, prompt, base_model)
     name = (tuned.run.path if tuned.run else Path(run).expanduser()).resolve().name
     file = out or tuned.folder / f"{name}-{'adapter' if adapter else kind}.gguf"
     if ollama:
         if file.name == MODELFILE:
-            raise UserError(f"{file}: the Modelfile itself has this name. Name another file")
+            raise UserError(f"{file}: this is the name of the Modelfile. Choose another")
         check_file(file.with_name(MODELFILE), force)
-        modelfile(tuned, file.name)  # says what Ollama can't have before the long work
+        modelfile(tuned, file.name)  # fails early if Ollama can't run it
     if adapter:
         export_adapter(tuned, file, force)
     else:
@@ -180,7 +180,7 @@ def export(
         print(found)
         if not found.agrees(ADAPTERS_BASE if adapter else kind):
             raise ModelError(
-                f"{file}: in llama.cpp this is not the trained model, so don't use the file. The adapter is sound; for "
+                f"{file}: llama.cpp computes something else from this file, so don't use it. The adapter is fine; for "
                 f"a model folder: huarizo merge {run}"
             )
     if ollama:
@@ -204,7 +204,7 @@ def push(
 ) -> None:
     """Send the adapter to the Hugging Face hub. Private by default; shows the files and the model card first."""
     if merged and gguf:
-        raise UserError("--merged and --gguf are two repositories: push one after the other")
+        raise UserError("--merged and --gguf need a repository each: push one after the other")
     quiet_libraries()
     from huarizo.hub.upload import account
     from huarizo.results.publish import publication, publish
@@ -214,8 +214,8 @@ def push(
     print(what)
     if not yes:
         if not sys.stdin.isatty():
-            raise UserError("nothing was sent. Look at the list above, and say --yes to send it")
-        print(f"it would go {account(repository)}")
+            raise UserError("nothing was sent. Check the list above, then add --yes to send it")
+        print(f"it would be sent {account(repository)}")
         if not confirm("Send this?", default=False):
             print("nothing was sent")
             raise typer.Exit(Interrupted.exit_code)

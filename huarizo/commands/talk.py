@@ -1,4 +1,4 @@
-"""The commands that talk with a trained result: one answer, or a conversation."""
+"""The commands ask and chat: one answer, or a conversation with a trained result."""
 
 import importlib
 import json
@@ -84,7 +84,7 @@ def _standard_input() -> str:
 
 
 def _line(prompt: str) -> str:
-    """The next line of standard input, edited on a terminal. Raises EOFError at its end."""
+    """Read a line of standard input, with line editing on a terminal. Raises EOFError at the end."""
     try:
         if sys.stdin.isatty():
             return input(prompt)
@@ -103,7 +103,7 @@ def _unreadable(error: OSError) -> UserError:
 
 def _bounded(text: str) -> str:
     if len(text) > LONGEST_INPUT:
-        raise UserError(f"standard input has more than {LONGEST_INPUT:,} characters, which no model reads at once")
+        raise UserError(f"standard input has more than {LONGEST_INPUT:,} characters, more than any model reads at once")
     return text
 
 
@@ -130,5 +130,5 @@ def chat(
     assistant = open_assistant(find_tuned(run, prompt, base_model))
     print(HELP)
     with suppress(ImportError):
-        importlib.import_module("readline")  # lines can be edited and brought back, where the system has it
+        importlib.import_module("readline")  # line editing and history, if available
     converse(Conversation(assistant, write, system, sampling), _line)

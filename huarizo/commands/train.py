@@ -49,7 +49,7 @@ def train(
 
     def resume_instead(run: Run) -> bool:
         if resume is None and sys.stdin.isatty():
-            return confirm(f"{run.path} is an unfinished run of this recipe. Go on with it?", default=True)
+            return confirm(f"{run.path} is an unfinished run of this recipe. Resume it?", default=True)
         if not resume:
             print(f"{run.path} is an unfinished run of this recipe: huarizo resume {run.path}")
         return bool(resume)
@@ -69,7 +69,7 @@ def resume_run(run: RunName) -> None:
 
 
 def _greet() -> None:
-    """A line at once: PyTorch takes some seconds to load, and more on a machine that is busy or cold."""
+    """Print a line at once, because PyTorch takes seconds to load."""
     if rank() == 0:
         print(f"{'huarizo':<10} {version('huarizo')}, loading PyTorch", flush=True)
 

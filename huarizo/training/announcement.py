@@ -1,4 +1,4 @@
-"""What is about to be trained, in a few lines: device, model, data, prompt, precision, memory and duration."""
+"""The lines printed before training starts: device, model, data, prompt, precision, memory and duration."""
 
 import torch
 
@@ -12,11 +12,11 @@ from huarizo.recipe import names_of
 from huarizo.runs import Run
 from huarizo.training.prepare import Prepared
 
-MUCH_WORK = 6e12  # operations, a minute or more of most CPUs
+MUCH_WORK = 6e12  # operations; they take most CPUs a minute or more
 
 
 def announce(prepared: Prepared, run: Run, events: Events) -> None:
-    """Report what is about to be trained."""
+    """Report what is about to be trained, as events."""
     recipe, data, plan = prepared.recipe, prepared.data, prepared.plan
     tokens = data.train.tokens
     events.note("device", describe(device(), plan.memory.weights))
@@ -35,7 +35,7 @@ def announce(prepared: Prepared, run: Run, events: Events) -> None:
 
 
 def _counted(tokenised: TokenisedRows) -> str:
-    """How many rows there are, and how many examples where a chat template makes more of them."""
+    """The number of rows, and of examples if a chat template makes several from one row."""
     examples = len(tokenised.dataset)
     rows = len(set(tokenised.dataset["row"]))
     return f"{rows} rows" + (f" in {examples} examples" if examples > rows else "")
@@ -52,20 +52,20 @@ def _data_line(prepared: Prepared, run: Run, tokens: int) -> str:
 
 
 def cpu_lines(prepared: Prepared, tokens: int) -> dict[str, str]:
-    """What runs without a kernel of its own, and how long a training in float takes where that is more than a minute.
+    """Lines to show on a CPU, by title: missing kernels, and the estimated time if a float run takes over a minute.
 
-    tokens: of all rows.
+    tokens: number of tokens in all training rows.
     """
     choice, training = prepared.plan.choice, prepared.recipe.training
     lines = {}
     if reason := reason_against(choice.dtype):
-        lines["kernels"] = f"none, plain torch instead: {reason}"
+        lines["kernels"] = f"none, using plain torch instead: {reason}"
     steps = -(-len(prepared.data.train.dataset) // training.batch_size)
     passes = training.max_steps / steps if training.max_steps else training.epochs
     weights = weight_bytes(read_config(prepared.model_source.path), "fp32", torch.float32) / 4
     operations = 4 * weights * tokens * passes  # forward and input gradient, two operations a multiply-add
     if choice.precision != "int8" and operations > MUCH_WORK:
         least, most = minutes_in_float(operations, choice.precision, device())
-        why = "" if int8_instructions() else "slow here, for want of int8 instructions (VNNI, AMX): "
+        why = "" if int8_instructions() else "slow on this CPU, which has no int8 instructions (VNNI, AMX): "
         lines["time"] = f"{why}about {least:.0f} to {most:.0f} minutes in {choice.precision}"
     return lines

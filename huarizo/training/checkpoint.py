@@ -1,16 +1,16 @@
-"""A checkpoint: everything that the next step depends on, in safetensors and JSON, complete or absent.
+"""Checkpoints: everything the next step depends on, in safetensors and JSON, each one complete or absent.
 
     step-000120/
       adapter_model.safetensors   LoRA weights            trainer_state.json   step, epoch, history
-      optimizer.safetensors       moments by parameter    metrics.jsonl        what was shown so far
+      optimizer.safetensors       moments by parameter    metrics.jsonl        rows logged so far
       rng.safetensors             torch's generators      samples.jsonl        the answers before
-      recipe.yaml                 what is trained
-      state.json                  scheduler, scaler, Python's and NumPy's generators, the watched losses
-      manifest.json               sha256 and size of each file and what the run depends on; written last
+      recipe.yaml                 the resolved recipe
+      state.json                  scheduler, loss scaler, Python's and NumPy's generators, the loss watch
+      manifest.json               sha256 and size of each file, facts about the run; written last
 
-It is made in memory, written beside its place, flushed file by file, renamed in one step, and read again before older
-ones are deleted. Nothing in it is a pickle. A name is never used twice, and what is loaded is the bytes that were
-compared with the manifest.
+A checkpoint is built in memory, written under a temporary name, flushed file by file, renamed in one step, and read
+back before older ones are deleted. It holds no pickle. A name is never reused, and the bytes that are loaded are the
+same bytes that were compared with the manifest.
 """
 
 import hashlib
@@ -31,28 +31,31 @@ from safetensors.torch import save as tensor_bytes
 
 from huarizo.errors import MachineError, UserError
 from huarizo.files import discard, read_own, remove_leftovers, write_folder, writing
+from huarizo.training.divergence import WatchState
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})(-\d+)?")
 DAMAGED = "damaged-"
+JsonObject = dict[str, Any]
+"""A JSON object, as `json.loads` returns it."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training changes: a checkpoint is taken from it and put back into it. `scaler` may be None."""
+    """The objects whose state a checkpoint saves and restores. `scaler` is None without loss scaling."""
 
-    model: Any
-    optimizer: Any
-    scheduler: Any
-    scaler: Any
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any  # the libraries have several types for it
+    scaler: torch.amp.GradScaler | None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole. `files` are the bytes that the manifest vouches for."""
+    """A checkpoint that was read and verified. `files` holds the content of each file by name."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: JsonObject
     files: dict[str, bytes]
 
     @property
@@ -60,29 +63,29 @@ class Checkpoint:
         return self.manifest["step"]
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[JsonObject]:
         """The rows of metrics.jsonl up to this step."""
         return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
 
     @property
-    def watched(self) -> dict[str, Any]:
-        """The state of the watch on the losses."""
+    def watched(self) -> WatchState:
+        """The state of the `LossWatch`."""
         return self._state["watched"]
 
     def micro_batch(self, planned: int) -> int:
-        """Tokens of a micro-batch to go on with: what was left of as many planned where memory gave out before."""
+        """Micro-batch size in tokens: the reduced one, if memory ran out before under the same plan, else `planned`."""
         then = self.manifest.get("micro_batch", {})
         return then["used"] if then.get("planned") == planned else planned
 
     @property
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> JsonObject:
         return json.loads(self.files["state.json"])
 
-    def restore_weights(self, model: Any) -> None:
-        """Put the LoRA weights into the model.
+    def restore_weights(self, model: torch.nn.Module) -> None:
+        """Load the LoRA weights into the model.
 
         Raises:
-            UserError: the adapter has other matrices than the model's.
+            UserError: the checkpoint's LoRA differs from the model's in names or shapes.
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -90,12 +93,12 @@ class Checkpoint:
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
             raise UserError(
-                f"{self.path}: the checkpoint has another LoRA than the recipe. Start a new run for another adapter"
+                f"{self.path}: the checkpoint's LoRA is not the recipe's. To train another adapter, start a new run"
             )
         set_peft_model_state_dict(model, weights)
 
     def restore_optimizer(self, trained: Trained) -> None:
-        """Put back optimizer, scheduler and loss scaler."""
+        """Restore optimizer, scheduler and loss scaler."""
         state = self._state
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in load_tensors(self.files["optimizer.safetensors"]).items():
@@ -107,9 +110,10 @@ class Checkpoint:
             trained.scaler.load_state_dict(state["scaler"])
 
     def restore_generators(self, rank: int) -> None:
-        """Put back the random number generators of Python, NumPy and torch, of as many cards as there were and are.
+        """Restore the random generators of Python, NumPy and torch, the last for the CPU and each GPU.
 
-        A process that was not there when they were saved gets the first one's, as it would at the start of a run.
+        With more GPUs now than were saved, the others are left alone. A process with no saved generators takes those of
+        process 0, which is also how a new run starts.
         """
         state = self._state
         version, internal, gauss = state["python_rng"]
@@ -128,15 +132,15 @@ class Checkpoint:
 
 
 def generators() -> torch.Tensor:
-    """torch's generators of this process, of the CPU and then of each card, as uint8 [bytes]."""
+    """States of this process's torch generators, first the CPU's and then each GPU's: uint8 [bytes]."""
     cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return torch.cat([torch.get_rng_state(), *cards])
 
 
-def contents(trained: Trained, rng: list[torch.Tensor], watched: dict[str, Any]) -> dict[str, bytes]:
-    """The files that hold what training changes.
+def contents(trained: Trained, rng: list[torch.Tensor], watched: WatchState) -> dict[str, bytes]:
+    """The files that hold the training state, by name.
 
-    rng: `generators` of each process; watched: the state of the watch on the losses.
+    rng: `generators` of each process, by rank; watched: the state of the `LossWatch`.
     """
     from peft import get_peft_model_state_dict
 
@@ -161,8 +165,8 @@ def contents(trained: Trained, rng: list[torch.Tensor], watched: dict[str, Any])
     }
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """An optimizer's state as tensors named `parameter.key`, and its groups as plain values."""
+def _split(state: JsonObject) -> tuple[dict[str, torch.Tensor], list[JsonObject]]:
+    """An optimizer's state as tensors named `PARAMETER.KEY`, and its parameter groups as plain values."""
     tensors = {}
     for parameter, values in state["state"].items():
         for key, value in values.items():
@@ -171,21 +175,22 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[st
 
 
 def space_needed(trainable: int, keep: int) -> int:
-    """Bytes that checkpoints and adapter may take on disk.
+    """Upper bound of the bytes that checkpoints and adapter take on disk.
 
-    trainable: LoRA's parameters, of which weight and two moments are kept in fp32; some megabytes go to the history.
+    trainable: number of LoRA parameters. Weight and two moments are saved in fp32; a few MB are for the history.
     """
     return (12 * trainable + 8_000_000) * (keep + 3) + 4 * trainable + 20_000_000
 
 
-def save(checkpoints: Path, step: int, files: Mapping[str, bytes], facts: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint, read it again, and then delete older ones.
+def save(checkpoints: Path, step: int, files: Mapping[str, bytes], facts: Mapping[str, object], keep: int) -> Path:
+    """Write a checkpoint, read it back, and then delete older ones.
 
-    facts: what the manifest says beside the files. With `heldout_loss` and `running_loss` (or None) it tells which
-    checkpoints are the best; these are kept, and the newest `keep`.
+    The newest `keep` are kept, and the best by held-out loss and by running loss.
+
+    facts: more entries of the manifest. `heldout_loss` and `running_loss` (either may be None) rank the checkpoints.
 
     Raises:
-        MachineError: the disk is full or can't be written, or gives back other bytes; no older one was touched.
+        MachineError: the disk is full, can't be written, or returns other bytes. Older checkpoints are untouched.
     """
     manifest = {
         "format": 1,
@@ -197,15 +202,15 @@ def save(checkpoints: Path, step: int, files: Mapping[str, bytes], facts: Mappin
     path = _free_name(checkpoints, step)
     write_folder(path, {**files, MANIFEST: json.dumps(manifest, indent=1).encode()})
     if fault := fault_of(path):
-        raise MachineError(f"{path}: the disk does not give back what was written ({fault}). Use another disk")
+        raise MachineError(f"{path}: the disk does not return what was written ({fault}). Use another disk")
     remove_leftovers(checkpoints)
-    with suppress(OSError):  # what can't be deleted now is deleted with the next one
+    with suppress(OSError):  # retried after the next checkpoint
         _prune(checkpoints, keep)
     return path
 
 
 def _free_name(checkpoints: Path, step: int) -> Path:
-    """`step-000120`, or `step-000120-2` where there was one already, be it whole, damaged or half written."""
+    """`step-000120`, or `step-000120-2` if the name is taken, whether by a whole, damaged or partial checkpoint."""
     taken = {entry.name.removeprefix(DAMAGED) for entry in checkpoints.iterdir()} if checkpoints.is_dir() else set()
     name, number = f"step-{step:06d}", 2
     while name in taken:
@@ -214,7 +219,7 @@ def _free_name(checkpoints: Path, step: int) -> Path:
 
 
 def _prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` by step, the best by held-out loss and the one of the lowest running loss."""
+    """Delete all but the newest `keep` by step, the best by held-out loss and the best by running loss."""
     folders = newest_first(checkpoints)
     kept = set(folders[:keep])
     for key in ("heldout_loss", "running_loss"):
@@ -227,7 +232,7 @@ def _prune(checkpoints: Path, keep: int) -> None:
             discard(folder)
 
 
-def _fact(folder: Path, key: str) -> Any:
+def _fact(folder: Path, key: str) -> object:
     try:
         return _manifest(folder).get(key)
     except _DamagedError:
@@ -235,14 +240,14 @@ def _fact(folder: Path, key: str) -> Any:
 
 
 def newest_first(checkpoints: Path) -> list[Path]:
-    """All checkpoints by name, whole or not, the highest step first; never by file time."""
+    """All checkpoints, whole or not, the highest step first. The order is by name, never by file time."""
     found = [(match, entry) for entry in _entries(checkpoints) if (match := NAME.fullmatch(entry.name))]
     found.sort(key=lambda pair: (int(pair[0][1]), -int(pair[0][2] or -1)), reverse=True)
     return [entry for _, entry in found]
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+    """The step in a checkpoint's name; -1 for other names."""
     match = NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
@@ -252,9 +257,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def newest_valid(checkpoints: Path, set_aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint of the highest step whose files are all as its manifest says, and the faults of newer ones.
+    """The newest checkpoint whose files all match its manifest, or None, and the faults of newer ones.
 
-    set_aside: give the damaged ones a name that says so.
+    set_aside: rename the damaged ones to `damaged-...`.
     """
     damaged = []
     for folder in newest_first(checkpoints):
@@ -270,7 +275,7 @@ def newest_valid(checkpoints: Path, set_aside: bool = True) -> tuple[Checkpoint 
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None. One file at a time is held in memory."""
+    """Describe what is wrong with a checkpoint; None if it is whole. One file at a time is held in memory."""
     try:
         for _ in _verified(folder, _manifest(folder)):
             pass
@@ -280,11 +285,11 @@ def fault_of(folder: Path) -> str | None:
 
 
 class _DamagedError(Exception):
-    """A checkpoint is not as it was written."""
+    """A checkpoint is not what was written."""
 
 
-def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """Each file's name and bytes, which are those of the manifest."""
+def _verified(folder: Path, manifest: JsonObject) -> Iterator[tuple[str, bytes]]:
+    """Each file's name and content, verified against the manifest."""
     for name, file in manifest["files"].items():
         try:
             content = read_own(folder / name)
@@ -297,8 +302,8 @@ def _verified(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, byt
         yield name, content
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, judged to be whole and of this folder."""
+def _manifest(folder: Path) -> JsonObject:
+    """The manifest, verified to be intact and to belong to this folder."""
     try:
         manifest = json.loads(read_own(folder / MANIFEST))
         digest = manifest.pop("sha256")
@@ -313,9 +318,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise _DamagedError("its manifest is not as it was written")
     match = NAME.fullmatch(folder.name)
     if match is None or int(match[1]) != step:
-        raise _DamagedError(f"its manifest is that of step {step}")
+        raise _DamagedError(f"its manifest belongs to step {step}")
     return manifest
 
 
-def _digest(manifest: dict[str, Any]) -> str:
+def _digest(manifest: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,17 +1,17 @@
-"""Whether a run can be resumed from a checkpoint with what is here now, and what that changes.
+"""Decides whether a run can be resumed from a checkpoint, given its recipe and this machine.
 
-Another base model, other data, another LoRA, optimizer or order of the rows would make it a different run, so these are
-refused. Settings that are used from here on, versions and machines may differ: they are reported, because the result
-will not be bit-identical to that of an undisturbed run.
+A different base model, data set, LoRA, optimizer or row order would make it a different run, so these are refused.
+Versions, machines and some settings may differ. Those differences are reported, because the result will not be
+bit-identical to that of an uninterrupted run.
 """
 
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from importlib.metadata import version
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -25,20 +25,20 @@ from huarizo.training.checkpoint import Checkpoint
 
 LIBRARIES = ("huarizo", "torch", "transformers", "peft", "accelerate")
 INSTRUCTIONS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
-"""Those of the CPU's that decide which products torch and the kernels use, and so how sums are rounded."""
+"""CPU flags that select the code paths of torch and the C kernels, and so affect rounding."""
 
 
 class Effect(Enum):
-    """What a setting that has changed since a checkpoint does to a run that is resumed from it."""
+    """What happens to a resumed run when a setting has changed since the checkpoint."""
 
-    NONE = "no number of the training depends on it"
-    ROUNDING = "it is computed in another way"
-    FROM_HERE = "it is used from the checkpoint's step on"
+    NONE = "it does not affect training"
+    ROUNDING = "it affects rounding only"
+    FROM_HERE = "the new value is used from the checkpoint's step on"
     OTHER_RUN = "it would be a different run"
 
 
 EFFECTS = {
-    "model": Effect.NONE,  # of model and data the pinned digests count, not the place
+    "model": Effect.NONE,  # the pinned digests of model and data decide, not where they are
     "pinned": Effect.OTHER_RUN,
     "data": Effect.OTHER_RUN,
     "data.train": Effect.NONE,
@@ -46,7 +46,7 @@ EFFECTS = {
     "data.on_bad_row": Effect.FROM_HERE,
     "lora": Effect.OTHER_RUN,
     "lora.dropout": Effect.FROM_HERE,
-    "training": Effect.OTHER_RUN,  # a checkpoint holds the optimizer's own settings and the schedule's
+    "training": Effect.OTHER_RUN,  # the checkpoint restores the settings of optimizer and schedule
     "training.epochs": Effect.FROM_HERE,
     "training.max_steps": Effect.FROM_HERE,
     "training.micro_batch_tokens": Effect.ROUNDING,
@@ -62,7 +62,7 @@ EFFECTS = {
     "samples": Effect.NONE,
     "output": Effect.NONE,
 }
-"""By dotted key. A key that is not listed has the effect of the section that it belongs to."""
+"""By dotted key. A key that is not listed has the effect of its section."""
 
 
 REPORTED = {
@@ -71,7 +71,28 @@ REPORTED = {
     "micro_batch_tokens": "tokens computed at once",
     "activation_checkpointing": "activation checkpointing",
 }
-"""Facts that change how a training is computed, and so how it is rounded, each with its name in a report."""
+"""Facts that affect rounding, each with its name in messages."""
+
+
+class Facts(TypedDict):
+    """What a checkpoint's manifest records to identify recipe, data, base model and machine."""
+
+    recipe: str
+    """A digest of the settings that affect training."""
+    base: str
+    """A digest of the pinned model."""
+    data: str
+    """The fingerprint of the tokenised training rows."""
+    precision: str
+    device: str
+    instructions: list[str]
+    kernels: list[str]
+    threads: int
+    processes: int
+    compiled: bool
+    micro_batch_tokens: int
+    activation_checkpointing: bool
+    versions: dict[str, str]
 
 
 def effect_of(key: str) -> Effect:
@@ -81,8 +102,8 @@ def effect_of(key: str) -> Effect:
     return EFFECTS[key]
 
 
-def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.device) -> dict[str, Any]:
-    """For the manifest: JSON values that tell this recipe, data, base and machine from others."""
+def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.device) -> Facts:
+    """The facts of a run with this plan on this device."""
     precision = plan.choice.precision
     return {
         "recipe": _digest(_settings(to_yaml(recipe))),
@@ -102,19 +123,19 @@ def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.de
 
 
 def _kernels(precision: str) -> list[str]:
-    """The kernels in C that a training on this CPU can use."""
+    """The C kernels that training on this CPU can use."""
     wanted = {"attention": attention, "dropout": dropout} | ({"int8": int8} if precision == "int8" else {})
     return [name for name, kernel in wanted.items() if not isinstance(kernel.library(), str)]
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _settings(yaml: str) -> dict[str, Any]:
-    """A resolved recipe's settings by dotted key, without those on which nothing depends."""
+def _settings(yaml: str) -> dict[str, object]:
+    """A resolved recipe's settings by dotted key, without those that do not affect training."""
 
-    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    def walk(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from walk(value, f"{prefix}{key}.")
@@ -125,45 +146,45 @@ def _settings(yaml: str) -> dict[str, Any]:
 
 
 def same_training(one: Recipe, other: Recipe) -> bool:
-    """Whether two resolved recipes train the same thing. The day may differ: a run that is resumed keeps its own."""
+    """Whether two resolved recipes train the same thing. Their dates may differ: a resumed run keeps its own."""
     before, after = (_settings(to_yaml(recipe)) for recipe in (one, other))
     keys = {key for key in before.keys() | after.keys() if effect_of(key) is not Effect.ROUNDING} - {"data.date"}
     return all(before.get(key) == after.get(key) for key in keys)
 
 
-def changes_since(checkpoint: Checkpoint, recipe: Recipe, now: dict[str, Any]) -> list[str]:
-    """What has changed since the checkpoint and is worth reporting.
+def changes_since(checkpoint: Checkpoint, recipe: Recipe, now: Facts) -> list[str]:
+    """Describe the differences between then and now that affect the result.
 
-    now: the `facts_of` this moment.
+    now: `facts_of` the run as it would be resumed.
 
     Raises:
-        UserError: with what is here now it would be another run.
+        UserError: the differences would make it a different run.
     """
-    then = checkpoint.manifest
+    then, facts = checkpoint.manifest, dict[str, object](now)
     before, after = _settings(checkpoint.files["recipe.yaml"].decode()), _settings(to_yaml(recipe))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     harmful = [key for key in changed if effect_of(key) is Effect.OTHER_RUN]
     reasons = [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in harmful]
     if not harmful:
-        reasons += ["the base model is another one"] if then["base"] != now["base"] else []
-        reasons += ["the rows, or the way they become tokens, are others"] if then["data"] != now["data"] else []
+        reasons += ["the base model has changed"] if then["base"] != now["base"] else []
+        reasons += ["the rows, or how they are tokenised, have changed"] if then["data"] != now["data"] else []
     if reasons:
         raise UserError(
-            f"{checkpoint.path}: can't be resumed: {'; '.join(reasons)}. Put it back as it was, or start a new run "
+            f"{checkpoint.path}: can't be resumed: {'; '.join(reasons)}. Undo the change, or start a new run "
             "with huarizo train"
         )
     used = [key for key in changed if effect_of(key) is Effect.FROM_HERE]
     found = [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in used]
     for key, name in REPORTED.items():
-        if key in then and then[key] != now[key]:
-            found.append(f"{name}: {_in_words(then[key])} then, {_in_words(now[key])} now")
+        if key in then and then[key] != facts[key]:
+            found.append(f"{name}: {_in_words(then[key])} then, {_in_words(facts[key])} now")
     for name, number in now["versions"].items():
         if then["versions"].get(name) != number:
             found.append(f"{name} {then['versions'].get(name)} then, {number} now")
     return list(dict.fromkeys(found))
 
 
-def _in_words(value: Any) -> str:
+def _in_words(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)

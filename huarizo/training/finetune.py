@@ -1,7 +1,7 @@
-"""Train by a recipe, or resume a run: the library's two entry points to training.
+"""The library's two entry points to training: train from a recipe, or resume a run.
 
-Everything the user may have got wrong is found first (`huarizo.training.prepare`), and only then is the run's folder
-written and locked. What follows is a `huarizo.training.session`.
+Mistakes in recipe, data or names are found first (`huarizo.training.prepare`). Only then is the run folder written and
+locked, and the run handed to `huarizo.training.session`.
 """
 
 import time
@@ -36,22 +36,23 @@ def fine_tune(
     resume_instead: Callable[[Run], bool] | None = None,
     listeners: Sequence[Listener] = (),
 ) -> Result:
-    """Train by a recipe.
+    """Train from a recipe.
 
-    name: the recipe's, for the run folder.
-    resume_instead: is asked, where an unfinished run of the same training is there, whether to resume that one.
-    listeners: called with each event, beside the terminal.
+    name: the recipe's name, used for the run folder.
+    resume_instead: called with each unfinished run of the same training; if it returns True, that run is resumed.
+    listeners: called with each event, in addition to the terminal.
 
     Raises:
-        UserError: before anything was changed.
+        UserError: a mistake in recipe, data or names; nothing was changed.
+        DivergedError: the loss diverged (a UserError as well).
         MachineError: no disk space or memory left; the message says what was saved.
-        Interrupted: after Ctrl-C or SIGTERM, or at `training.max_minutes`; what was trained is in a checkpoint.
+        Interrupted: Ctrl-C, SIGTERM or `training.max_minutes`; the training so far is in a checkpoint.
     """
     began = time.monotonic()
     with _stoppable() as signals:
         unfinished = unfinished_runs(recipe.output, name) if resume_instead and world_size() == 1 else []
         if rank() == 0 and not unfinished:
-            new_run(recipe.output, name)  # says at once if it can't be
+            new_run(recipe.output, name)  # fails early if it can't be made
         prepared = prepare(recipe)
         for old in unfinished:
             if resume_instead and same_training(old.recipe(), prepared.recipe) and resume_instead(old):
@@ -74,7 +75,7 @@ def resume(run: Run, console: Console | None = None, listeners: Sequence[Listene
     """Resume an interrupted run from its newest whole checkpoint.
 
     Raises:
-        UserError: the run is complete, or model, data or LoRA are not those it was started with.
+        UserError: the run is complete, or its model, data or LoRA have changed.
         MachineError, Interrupted: as `fine_tune`.
     """
     began = time.monotonic()
@@ -102,13 +103,17 @@ def _resume(run: Run, terminal: Terminal, listeners: Sequence[Listener], signals
             announce(prepared, run, events)
             if changes:
                 events.warn(f"changed since, so not bit-identical: {'; '.join(changes)}")
-            start = f"going on from step {checkpoint.step}" if checkpoint else "no checkpoint yet: from the first step"
+            start = (
+                f"resuming from step {checkpoint.step}"
+                if checkpoint
+                else "no checkpoint yet: starting from the first step"
+            )
             events.note("", start)
             return session.train()
 
 
 def _terminal(console: Console | None) -> Terminal:
-    """The first process alone shows anything."""
+    """A terminal that shows the events of the first process only."""
     return Terminal(PlainConsole(quiet=True) if rank() else console or PlainConsole())
 
 
@@ -121,7 +126,7 @@ def _open_folder(run: Run, prepared: Prepared) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[Signals]:
-    """The signals of a command. Raises Interrupted where one came before there was a run."""
+    """Handle signals for a whole command. Raises Interrupted if one arrives before there is a run."""
     with Signals() as signals:
         try:
             yield signals
@@ -131,23 +136,25 @@ def _stoppable() -> Iterator[Signals]:
 
 @contextmanager
 def _locked(run: Run, signals: Signals) -> Iterator[RunLock | None]:
-    """The run folder's lock, for the first process of a run; None for the others.
+    """Make and lock the run folder. Yields the lock, or None in all but the first process.
 
     Raises:
-        Interrupted: a signal came where there was nothing to save; the message says what is there.
+        Interrupted: a signal arrived when there was nothing new to save; the message says what is saved.
         MachineError, UserError: as RunLock.
     """
     if rank():
         yield None
         return
     if run.checkpoints.is_symlink():
-        raise UserError(f"{run.checkpoints}: is a link. Checkpoints stand in the run's own folder: put them there")
+        raise UserError(
+            f"{run.checkpoints}: is a link. Replace it with a folder: checkpoints must be inside the run folder"
+        )
     make_folder(run.checkpoints)
     with RunLock(run.path) as lock:
         try:
             yield lock
         except Stopped:
-            there = newest_first(run.checkpoints)
-            kept = f"step {step_of(there[0])} is saved" if there else "no step was trained"
-            go_on = f". Go on with: huarizo resume {run.path}" if run.recipe_file.is_file() else ""
-            raise Interrupted(f"stopped by {signals.received}; {kept}{go_on}") from None
+            saved = newest_first(run.checkpoints)
+            kept = f"step {step_of(saved[0])} is saved" if saved else "no step was trained"
+            remedy = f". Resume with: huarizo resume {run.path}" if run.recipe_file.is_file() else ""
+            raise Interrupted(f"stopped by {signals.received}; {kept}{remedy}") from None

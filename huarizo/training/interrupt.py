@@ -1,30 +1,31 @@
-"""Ctrl-C, SIGTERM and a lost terminal end a run within seconds, and nothing that was trained is lost.
+"""Ctrl-C, SIGTERM and a lost terminal end a run within seconds, without losing what was trained.
 
-How soon a signal acts depends on what it would cut off: at once while a model loads, is evaluated or answers; behind
-the step that is being computed, unless that takes long, as with compilation; and never while weights or a checkpoint
-change. A second signal always acts at once.
+When a signal takes effect depends on what it would interrupt. While a model loads, is evaluated or answers: at once.
+During a step: after the step, or after GRACE seconds if the step takes longer, as one that compiles does. While weights
+or a checkpoint are being written: once they are. A second signal always takes effect at once.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
-GRACE = 3.0  # seconds for the step that is being computed
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What `signal.signal` takes and returns."""
+GRACE = 3.0  # seconds left to the step that is being computed
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal acts in the midst of something. What was going on is given up."""
+    """A signal interrupted the current work, which is abandoned."""
 
 
 class Signals:
-    """Within `with Signals() as signals:` they act as `patience` says, which is at once to begin with."""
+    """Handles signals within `with Signals() as signals:`. They take effect at once, except inside `patience`."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._patience: float | None = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "Signals":
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -38,10 +39,10 @@ class Signals:
 
     @contextmanager
     def patience(self, seconds: float | None) -> Iterator[None]:
-        """Within the block a signal acts after so many seconds: 0 is at once, None not before the block ends.
+        """Within the block, delay signals by this many seconds: 0 is at once, None until the block ends.
 
         Raises:
-            Stopped: where it acts; also on entering and leaving, of one that came before.
+            Stopped: a signal takes effect. On entering and leaving the block, also one that arrived earlier.
         """
         before, self._patience = self._patience, seconds
         try:
@@ -65,7 +66,7 @@ class Signals:
             self._wake_after(self._patience)
 
     def _wake_after(self, seconds: float) -> None:
-        """Have SIGALRM come; 0 takes it back. Elsewhere than on POSIX there is none, and the step is waited for."""
+        """Schedule SIGALRM; 0 cancels it. Off POSIX there is no such timer, and a signal waits for the step to end."""
         if not hasattr(signal, "setitimer"):
             return
         if seconds and signal.SIGALRM not in self._before:

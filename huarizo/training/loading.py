@@ -1,4 +1,4 @@
-"""The model that a run trains: the frozen base in the planned precision, with a new LoRA on it."""
+"""Loads the model that a run trains: the frozen base in the planned precision, with a new LoRA."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from huarizo.model.lora import add_lora
 from huarizo.plan import Choice
 from huarizo.training.prepare import Prepared
 
-CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; they show which input channels of the base stand out
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; from the training rows
 
 
 def load_frozen(folder: Path, choice: Choice, rows: Dataset) -> PreTrainedModel:
-    """The frozen base on this device, in the chosen precision.
+    """Load the frozen base onto this device, in the chosen precision.
 
-    rows: the tokenised training rows; the first few of them show a quantised base which input channels stand out.
+    rows: the tokenised training rows. A quantised base is calibrated on the first few: they show its outlier channels.
     """
     if choice.precision not in STORAGES:
         return load_base(folder, choice.dtype, device())
@@ -35,7 +35,7 @@ def load_frozen(folder: Path, choice: Choice, rows: Dataset) -> PreTrainedModel:
 
 
 def load_model(prepared: Prepared) -> PeftModel:
-    """The frozen base with a new LoRA, as a PeftModel."""
+    """Load the frozen base and add a new LoRA."""
     recipe, tokenizer = prepared.recipe, prepared.data.encoder.tokenizer
     model = load_frozen(prepared.model_source.path, prepared.plan.choice, prepared.data.train.dataset)
     tokens = rows_to_train(tokenizer, recipe.data.special_tokens or [], model.config.vocab_size)

@@ -1,9 +1,10 @@
-"""One process at a time trains in a run folder.
+"""Ensures that one process at a time trains in a run folder.
 
-The lock is the kernel's (flock), which ends with its holder, however that ends. The file also says who holds it, for
-messages, and for folders that several machines share (Drive, NFS), where flock may hold on one machine only: there a
-thread renews the file's time, however long a step takes, and a lock that was not renewed for some minutes is taken for
-stale. Whoever finds another's name in it, after a night in standby for instance, has lost it and writes no more.
+The lock is an flock, which the kernel releases when its holder ends, however that happens. The lock file also names
+its holder, for messages and for folders that several machines share (Drive, NFS), where flock may hold on one machine
+only. For those a thread renews the file's time, however long a step takes; a lock that was not renewed for STALE_AFTER
+seconds is stale. A process that finds another holder in the file, say after a night in standby, has lost the lock and
+stops writing.
 """
 
 import errno
@@ -14,8 +15,8 @@ import secrets
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huarizo.errors import MachineError, UserError
 from huarizo.files import open_own, read_own, writing
@@ -25,13 +26,25 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-STALE_AFTER = 600  # seconds without a sign of life, on a folder that several machines share
+STALE_AFTER = 600  # seconds without renewal, on a folder that several machines share
 RENEW_EVERY = 30  # seconds
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "f2fs", "apfs", "bcachefs"}
 
 
 class LockLostError(MachineError):
-    """Another process has taken the run over; this one may write to its folder no more."""
+    """Another process has taken over the run. This one must not write to its folder any more."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process named in a lock file."""
+
+    pid: int
+    host: str
+    token: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
 
 class RunLock:
@@ -66,15 +79,15 @@ class RunLock:
         return self
 
     def _take(self) -> bool:
-        """Lock the open file; False where its holder has just removed it, so that another has to be opened."""
+        """Lock the open file. False if its holder has just removed it, so that it has to be opened again."""
         exclusive = self._flock()
         if not self._is_ours():
             return False
-        holder = _note_in(os.pread(self._descriptor, 4096, 0))
+        holder = _holder_in(os.pread(self._descriptor, 4096, 0))
         if exclusive is False or (holder and self._lives(holder, flock_says_free=exclusive is True)):
             raise UserError(
-                f"{self.path.parent}: another process trains here (process {holder.get('pid', '?')} on "
-                f"{holder.get('host', '?')}). Wait for it or end it; if you know that it is gone, delete {self.path}"
+                f"{self.path.parent}: another process trains here ({holder or 'its name is not known'}). "
+                f"Wait for it or stop it. If you know that it has ended, delete {self.path}"
             )
         who = {"pid": os.getpid(), "host": platform.node(), "token": self._token}
         note = json.dumps(who | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode()
@@ -83,14 +96,14 @@ class RunLock:
         return True
 
     def _is_ours(self) -> bool:
-        """Whether the open file is the one that stands at the path."""
+        """Whether the open file is still the one at the path."""
         try:
             return os.path.samestat(self.path.lstat(), os.fstat(self._descriptor))
         except FileNotFoundError:
             return False
 
     def _flock(self) -> bool | None:
-        """True: ours now; False: another's; None: this file system has no such locks."""
+        """True: locked by us. False: locked by another process. None: this file system has no such locks."""
         if fcntl is None:
             return None
         try:
@@ -103,10 +116,10 @@ class RunLock:
             return None
         return True
 
-    def _lives(self, holder: dict[str, Any], flock_says_free: bool) -> bool:
-        """Whether the process of the note may still train, although the kernel of this machine sees no lock."""
-        if holder.get("host") == platform.node():
-            return not flock_says_free and _runs(holder["pid"])
+    def _lives(self, holder: Holder, flock_says_free: bool) -> bool:
+        """Whether the holder named in the file may still be training, although this kernel sees no lock."""
+        if holder.host == platform.node():
+            return not flock_says_free and _runs(holder.pid)
         if flock_says_free and file_system(self.path) in LOCAL:
             return False
         return time.time() - os.fstat(self._descriptor).st_mtime < STALE_AFTER
@@ -114,67 +127,69 @@ class RunLock:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join(timeout=1)
-        with suppress(OSError):  # where the drive is gone, the note grows stale
+        with suppress(OSError):  # if the drive is gone, the lock becomes stale
             if self._is_ours() and self._other_holder() is None:
                 self.path.unlink()
-        if not self._thread.is_alive():  # else a drive that is gone keeps it waiting
+        if not self._thread.is_alive():  # it hangs if the drive is gone
             os.close(self._descriptor)
 
     def _keep(self) -> None:
-        """A sign of life every RENEW_EVERY seconds, until the lock is given back or lost."""
+        """Renew the file's time every RENEW_EVERY seconds, until the lock is released or lost."""
         while self._lost is None and not self._ended.wait(RENEW_EVERY):
-            with suppress(OSError):  # told where something is saved
+            with suppress(OSError):  # reported by the next save
                 self._lost = self._other_holder()
                 if self._lost is None:
                     os.utime(self._descriptor)
 
     def _other_holder(self) -> str | None:
-        """Who else has a name in the lock file, in words. It is opened anew, because network drives keep old bytes."""
+        """Describe another holder named in the lock file, or None. Reopens it, as network drives cache content."""
         try:
-            note = _note_in(read_own(self.path))
+            holder = _holder_in(read_own(self.path))
         except FileNotFoundError:
             return None
-        if not note or note.get("token") == self._token:
-            return None
-        return f"process {note['pid']} on {note.get('host', '?')}"
+        return None if holder is None or holder.token == self._token else str(holder)
 
     def require_held(self) -> None:
-        """Has the thread seen that another process took over?
-
-        Raises:
-            LockLostError: it has.
-        """
-        if self._lost is not None:
-            raise LockLostError(
-                f"{self.path.parent}: {self._lost} has taken this run over, because there was no sign of life from "
-                "here. This process stops and writes no more into it; leave the run to the other, or end that one and "
-                "resume the run"
-            )
-
-    def require_folder(self) -> None:
-        """Is the run folder still the one that was locked, and by us? An unmounted drive leaves another, or none.
+        """Check what the renewing thread has seen.
 
         Raises:
             LockLostError: another process has taken over.
-            MachineError: the folder is another one.
+        """
+        if self._lost is not None:
+            raise LockLostError(
+                f"{self.path.parent}: {self._lost} has taken over this run, because this process did not renew its "
+                "lock in time. This process stops and writes nothing more. Leave the run to the other process, or stop "
+                "that one and resume the run"
+            )
+
+    def require_folder(self) -> None:
+        """Check that the path still leads to the folder that was locked, and that the lock is ours.
+
+        When a drive is unmounted, the path leads to another folder or to none.
+
+        Raises:
+            LockLostError: another process has taken over.
+            MachineError: the folder is a different one, or gone.
         """
         with writing(self.path.parent):
             self._lost = self._lost or self._other_holder()
             self.require_held()
             if not self._is_ours():
                 raise MachineError(
-                    f"{self.path.parent} is no longer the folder that it was at the start: its drive was unmounted, or "
-                    "it was moved or replaced. Mount it or put it back"
+                    f"{self.path.parent} is no longer the folder that the run started in: its drive was unmounted, or "
+                    "the folder was moved or replaced. Mount the drive again, or put the folder back"
                 )
 
 
-def _note_in(content: bytes) -> dict[str, Any]:
-    """Who wrote the note that stands in the file; {} after an orderly end."""
+def _holder_in(content: bytes) -> Holder | None:
+    """The process named in a lock file's content; None if there is none."""
     try:
         note = json.loads(content)
     except ValueError:
-        return {}
-    return note if isinstance(note, dict) and isinstance(note.get("pid"), int) else {}
+        return None
+    if not isinstance(note, dict) or not isinstance(note.get("pid"), int):
+        return None
+    return Holder(note["pid"], str(note.get("host", "?")), str(note.get("token", "")))
 
 
 def _runs(pid: int) -> bool:
@@ -188,7 +203,7 @@ def _runs(pid: int) -> bool:
 
 
 def file_system(path: Path) -> str:
-    """The type of the file system that holds `path`, as Linux names it; "" where that is unknown."""
+    """The type of the file system that holds `path`, by its name in Linux; "" if unknown."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     except OSError:

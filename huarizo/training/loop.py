@@ -1,10 +1,9 @@
-"""What happens around an optimizer step, in one place and in order.
+"""What happens around each optimizer step, in order.
 
 Transformers' Trainer runs the loop. It calls `on_step_begin`, computes the step (`LoraTrainer.training_step`), calls
-`on_step_end`, and then logs, evaluates and saves where that is due. Here a step is timed, its loss is watched, and it
-is decided whether to save and whether to stop; what happened is reported as events. Tokens a second count the time
-inside optimizer steps, without evaluation and saving, and without the first step as soon as there is a second one,
-because the first one compiles.
+`on_step_end`, and then logs, evaluates and saves if that is due. The callback here times each step, watches its loss,
+decides whether to save or stop, and reports events. Tokens per second count time inside optimizer steps only, without
+evaluation and saving. The first step, which compiles, is left out once there is a second one.
 """
 
 import math
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class StepClock:
-    """Times optimizer steps since training began or was resumed. `tokens` are those of the rows."""
+    """Times optimizer steps since training started or resumed. `tokens` counts the tokens of the rows."""
 
     def __init__(self) -> None:
         self.seconds, self.tokens, self.steps = 0.0, 0, 0
@@ -35,14 +34,14 @@ class StepClock:
         self._tokens_before = 0
 
     def start(self, tokens_before: int) -> None:
-        """Training begins, with so many tokens already trained on."""
+        """Training starts or resumes, with this many tokens already trained on."""
         self.began, self._tokens_before = time.perf_counter(), tokens_before
 
     def step_begins(self) -> None:
         self.step_began = time.perf_counter()
 
     def step_ends(self, tokens: int) -> None:
-        """tokens: trained on so far, those before a resume included."""
+        """tokens: trained on so far, including those before a resume."""
         if self.steps == 1:
             self.seconds, self._tokens_before = 0.0, self._tokens_before + self.tokens
         taken = time.perf_counter() - self.step_began
@@ -55,22 +54,22 @@ class StepClock:
         return round(self.tokens / self.seconds, 1) if self.seconds else None
 
     def eta(self, steps_left: int) -> float | None:
-        """Seconds that so many steps will take; None in the first step, whose time is that of compilation."""
+        """Estimated seconds for the steps left; None until the second step, because the first one compiles."""
         return round(steps_left * self.seconds / (self.steps - 1), 1) if self.steps > 1 else None
 
 
 class Loop(TrainerCallback):
-    """The one callback of a LoraTrainer. All processes of a run decide alike.
+    """The only callback of a LoraTrainer. All processes of a run take the same decisions.
 
     Raises:
-        DivergedError: the losses went wrong, with the checkpoint from before.
-        LockLostError: another process has taken the run over.
+        DivergedError: the loss diverged; the message names the last checkpoint from before.
+        LockLostError: another process has taken over the run.
     """
 
     def __init__(self, trainer: "LoraTrainer", elapsed_before: float = 0.0) -> None:
         """elapsed_before: seconds of training before the run was resumed."""
         self.trainer, self.elapsed_before, self.clock = trainer, elapsed_before, StepClock()
-        self.rng: torch.Tensor | None = None  # the generators after the last step, though the next has begun
+        self.rng: torch.Tensor | None = None  # generators after the last completed step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -103,7 +102,7 @@ class Loop(TrainerCallback):
             trainer.events.add(Skipped(step=step, in_a_row=watch.skipped_in_a_row))
         if wrong:
             cause = likely_cause(watch, trainer.args.learning_rate, trainer.precision, step)
-            before = trainer.saver.before(watch) if trainer.saver else "There is no checkpoint from before"
+            before = trainer.saver.before(watch) if trainer.saver else "There is no earlier checkpoint"
             raise DivergedError(f"stopped at step {step}: {wrong}. {cause}. {before}")
 
     def _save_or_stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -161,14 +160,14 @@ class Loop(TrainerCallback):
 
 
 def _finite(value: float | None) -> float | None:
-    """The value where it is a number that JSON knows."""
+    """The value, or None if it is not finite, because JSON has no such numbers."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _any_process(on: torch.device, *wanted: bool) -> list[bool]:
-    """For each wish: does any process of this run have it?"""
+    """For each flag: is it set in any process of this run?"""
     if world_size() == 1:
         return list(wanted)
-    flags = torch.tensor([int(wish) for wish in wanted], device=on)
+    flags = torch.tensor([int(flag) for flag in wanted], device=on)
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in flags.tolist()]

@@ -1,7 +1,7 @@
 """metrics.jsonl: one row for each logged step and each held-out loss.
 
-The rows in memory count, and every checkpoint holds them too; the file follows line by line. A resumed run begins the
-file anew with the rows of its checkpoint.
+The rows in memory are authoritative, and each checkpoint has a copy. The file is written line by line as they come. A
+resumed run rewrites it from the rows of its checkpoint.
 """
 
 import json
@@ -15,20 +15,20 @@ from huarizo.events import Evaluated, Event, Step, UnwrittenError
 from huarizo.files import append_line, write_whole
 
 Row = dict[str, Any]
-"""JSON values by name: those of `events.Step` or `events.Evaluated`."""
+"""The fields of an `events.Step` or `events.Evaluated`, as JSON values."""
 
 
 class Metrics:
-    """A listener that keeps the rows. `path` is None in processes that write no files."""
+    """The listener that records metrics. `path` is None in processes that write no files."""
 
     def __init__(self, path: Path | None, rows: Sequence[Row] = ()) -> None:
-        """`rows` are those of the checkpoint that a run is resumed from."""
+        """rows: those of the checkpoint that the run is resumed from."""
         self.path, self.rows = path, list(rows)
         self.unwritten = False
         self._write_whole()
 
     def __call__(self, event: Event) -> None:
-        """Raises UnwrittenError: the row is kept in memory alone."""
+        """Record an event. Raises UnwrittenError: the row is in memory, but not in the file."""
         if isinstance(event, Evaluated):
             self.rows.append(asdict(event))
         elif isinstance(event, Step):
@@ -48,10 +48,10 @@ class Metrics:
             raise UnwrittenError(f"{self.path}: {error}") from error
 
     def complete(self) -> None:
-        """Write the whole file anew where a line could not be written.
+        """Rewrite the file if a line could not be written.
 
         Raises:
-            MachineError: it still can't.
+            MachineError: it still can't be written.
         """
         if self.unwritten:
             self._write_whole()
@@ -62,11 +62,11 @@ class Metrics:
             write_whole(self.path, self.as_text())
 
     def as_text(self) -> str:
-        """The content of the file."""
+        """The rows as the file's content."""
         return "".join(json.dumps(row) + "\n" for row in self.rows)
 
     def heldout_loss(self, step: int) -> float | None:
-        """The held-out loss at a step; None where it was not measured, or is not finite."""
+        """The held-out loss at a step; None if it was not measured or is not finite."""
         return next((row["eval_loss"] for row in reversed(self.rows) if _is_heldout(row, step)), None)
 
     def has_heldout(self, step: int) -> bool:
@@ -75,12 +75,12 @@ class Metrics:
 
     @property
     def lowest_heldout(self) -> float:
-        """The lowest held-out loss so far; infinity before there is one."""
+        """The lowest held-out loss so far; infinity if there is none."""
         return min((row["eval_loss"] for row in self.rows if row.get("eval_loss") is not None), default=math.inf)
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training so far, those before a run was resumed included."""
+        """Seconds of training so far, including those before a resume."""
         return max((row.get("elapsed_s") or 0 for row in self.rows), default=0)
 
 

@@ -1,6 +1,6 @@
-"""A recipe is made ready: every name found, every row checked and tokenised, precision and memory planned.
+"""Prepares a recipe: finds every name, checks and tokenises every row, plans precision and memory.
 
-What the user may have got wrong is told here, before a model loads and before anything is written into a run folder.
+The user's mistakes are reported here, before a model loads and before anything is written to a run folder.
 """
 
 import json
@@ -40,7 +40,7 @@ from huarizo.training.settings import check_trainer_settings
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe whose every name has been found and checked, with its data tokenised. `recipe` is resolved."""
+    """A resolved recipe with its model and data found, its rows tokenised, and its plan."""
 
     recipe: Recipe
     model_source: Source
@@ -50,12 +50,12 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, resumed: Run | None = None) -> Prepared:
-    """Find model and data, read and tokenise the rows, and plan how to compute it; nothing heavy is loaded.
+    """Find model and data, read and tokenise the rows, and plan the computation. No weights are loaded.
 
-    resumed: the run that the recipe is of. It may have been started on another machine, in a format that is not here.
+    resumed: the run that is being resumed. It may come from another machine, in a precision that this one lacks.
 
     Raises:
-        UserError: whatever the user can mend, with the remedy.
+        UserError: a mistake in the recipe or its data; the message names the remedy.
     """
     on, before = device(), _earlier_plan(resumed)
     choice = _first_choice(recipe, on, resumed is not None, before)
@@ -80,7 +80,7 @@ def prepare(recipe: Recipe, resumed: Run | None = None) -> Prepared:
     chosen = [source.note for source in (*train, *heldout) if source.note]
     data = replace(data, notes=[*chosen, *cut, *_unused_tokens(data, rows), *data.notes])
     for file in changed_files([*train, *heldout]):
-        raise DataError(f"{file} changed while it was read. Run again when it is written to no more")
+        raise DataError(f"{file} changed while it was being read. Run again when nothing writes to it")
     resolved = recipe.model_copy(deep=True)
     resolved.model = model.pinned
     resolved.data.train = _pinned(train)
@@ -97,7 +97,7 @@ def _pinned(sources: list[Source]) -> str | list[str]:
 
 
 def _unused_tokens(data: Data, size: int) -> list[str]:
-    """A note of tokens beyond an embedding of `size` rows, where there are such and the data uses none.
+    """A note if the tokenizer has tokens beyond an embedding of `size` rows, and the data uses none of them.
 
     Raises:
         ModelError: the data uses one.
@@ -107,13 +107,13 @@ def _unused_tokens(data: Data, size: int) -> list[str]:
     if encoder.vocabulary <= size:
         return []
     return [
-        f"the tokenizer has {encoder.vocabulary:,} tokens, and the model's embedding {size:,}. The rows use none "
-        "beyond it; a prompt that does is refused"
+        f"the tokenizer has {encoder.vocabulary:,} tokens, and the model's embedding {size:,}. No row uses the "
+        "others; a prompt that does is refused"
     ]
 
 
 def _within_positions(recipe: Recipe, config: dict[str, Any]) -> tuple[Recipe, list[str]]:
-    """The recipe with rows no longer than what the model was made for, and a note where that is less than it says."""
+    """The recipe with `data.max_length` within the model's positions, and a note if it had to be lowered."""
     most, asked = positions(config), recipe.data.max_length
     if asked <= most:
         return recipe, []
@@ -123,24 +123,24 @@ def _within_positions(recipe: Recipe, config: dict[str, Any]) -> tuple[Recipe, l
 
 
 def _earlier_plan(resumed: Run | None) -> Plan | None:
-    """The plan of a run that is resumed, where it is for this machine."""
+    """The plan of the resumed run, if it was made for this machine."""
     if resumed is None:
         return None
     try:
         plan = Plan.from_json(read_text(resumed.plan_file))
-    except (OSError, ValueError):  # of a run that has none, or none that can be read: another one is made
+    except (OSError, ValueError):  # missing or unreadable: a new one is made
         return None
     return plan if plan.is_for(name_of(device()), world_size()) else None
 
 
 def _first_choice(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None) -> Choice:
-    """The precision that the first process chooses for all."""
+    """The precision, chosen by the first process for all."""
     text = "" if rank() else json.dumps(_choose(recipe, on, resumed, before).to_values())
     return Choice.from_values(json.loads(as_first(text, on)))
 
 
 def _first_plan(recipe: Recipe, choice: Choice, size: ModelSize, on: torch.device, before: Plan | None) -> Plan:
-    """The plan that the first process makes for all."""
+    """The plan, made by the first process for all."""
     text = ""
     if rank() == 0:
         compilation = why_not(on) if recipe.training.compile else "as the recipe asks"
@@ -158,7 +158,7 @@ def _size(config: dict[str, Any], choice: Choice, trained: int) -> ModelSize:
 
 
 def _choose(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None) -> Choice:
-    """The precision. What the machine chose before, it keeps: a measurement may fall out otherwise the next time."""
+    """The precision. A resumed run keeps its own on the same machine, because a new measurement might differ."""
     if recipe.precision != "auto":
         return nearest_precision(recipe.precision, on) if resumed else choose_precision(recipe.precision, on)
     if before is not None:
@@ -170,7 +170,7 @@ def _choose(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None
 
 
 def changed_files(sources: Iterable[Source]) -> list[Path]:
-    """The files of data sets that are no longer what was found at first, or no longer there."""
+    """The data files that have changed or vanished since they were found."""
     changed = []
     for source in sources:
         for name, digest in source.sha256.items():

@@ -1,16 +1,15 @@
-"""The terminal as a listener: a live line while a run trains, plain lines where there is no terminal."""
+"""The listener that shows a run's events: a live progress bar on a terminal, plain lines elsewhere."""
 
 import time
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from huarizo.console import PlainConsole
 from huarizo.events import Compiled, Evaluated, Event, Noted, OutOfMemory, Saved, Started, Step, Warned
 
-PLAIN_SECONDS = 10  # between two lines where there is no terminal
+PLAIN_SECONDS = 10  # between two step lines without a terminal
 
 
 def duration(seconds: float) -> str:
@@ -21,27 +20,27 @@ def duration(seconds: float) -> str:
 
 
 def step_line(step: Step) -> str:
-    """A step in one line: loss, learning rate, speed, time and memory."""
-    loss = "not finite, step left out" if step.loss is None else f"{step.loss:.4f}"
+    """A step on one line: loss, learning rate, speed, time and memory."""
+    loss = "not finite, step skipped" if step.loss is None else f"{step.loss:.4f}"
     left = f", {duration(step.eta_s)} left" if step.eta_s is not None else ""
     return (
         f"loss {loss}  lr {step.lr:.1e}  {step.tokens_per_second or 0:.0f} tokens/s  "
-        f"{duration(step.elapsed_s)} gone{left}  {step.memory_gb:.1f} GB"
+        f"{duration(step.elapsed_s)} elapsed{left}  {step.memory_gb:.1f} GB"
     )
 
 
 class Terminal:
-    """Shows events on a console. `close` gives a terminal back."""
+    """Shows events on a console. `close` ends the progress bar."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last_line = 0.0
         self.bar: Progress | None = None
-        self.task: Any = None
+        self.task = TaskID(0)
 
     @property
     def reader_left(self) -> bool:
-        """Whether standard output was closed by whoever read it."""
+        """Whether the reader of standard output has closed it."""
         return isinstance(self.console, PlainConsole) and self.console.closed
 
     def __call__(self, event: Event) -> None:
@@ -53,7 +52,7 @@ class Terminal:
             case Started():
                 self._open_bar(event)
             case Compiled():
-                self._print(f"{'compiled':<10} in {event.seconds:.0f} s, which the next run saves for the most part")
+                self._print(f"{'compiled':<10} in {event.seconds:.0f} s; most of it is cached for the next run")
             case Step():
                 self._show_step(event)
             case Evaluated():
@@ -63,10 +62,10 @@ class Terminal:
                 self._print(f"saved step {event.step}")
             case OutOfMemory():
                 self._print(
-                    f"out of memory: going on with micro-batches of {event.micro_batch_tokens} tokens", "yellow"
+                    f"out of memory: continuing with micro-batches of {event.micro_batch_tokens} tokens", "yellow"
                 )
             case _:
-                pass  # a skipped step shows in its own line, and the end of a run is the command's to report
+                pass  # a skipped step shows in its step line; the command reports how the run ended
 
     def _print(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style), soft_wrap=True)
@@ -86,7 +85,7 @@ class Terminal:
             self._print(f"step {step.step}/{step.max_steps}  {step_line(step)}")
 
     def close(self) -> None:
-        """End the live line."""
+        """End the progress bar."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

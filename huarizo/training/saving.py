@@ -1,8 +1,8 @@
-"""When a checkpoint is written, and when a run stops before its end.
+"""Decides when to write a checkpoint, and when to stop a run early.
 
-By time, because what a checkpoint is worth is time: every `save_minutes`, and less often where writing takes so long
-that it would cost more than a hundredth of the run. Also every `save_every` steps if asked for, at the best held-out
-loss, at the end, and before stopping on a signal or at `max_minutes`. None of it changes what is computed.
+Checkpoints are written every `save_minutes`, or less often if writing would take more than a hundredth of the time;
+every `save_every` steps, if set; at each new best held-out loss; at the end; and before stopping on a signal or at
+`max_minutes`. None of this changes what is computed.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from transformers import TrainerState
@@ -25,25 +24,25 @@ from huarizo.training.interrupt import Signals
 from huarizo.training.lock import LockLostError, RunLock
 from huarizo.training.metrics import Metrics
 
-COST = 0.01  # share of the time that saving may take
+COST = 0.01  # the largest share of the time spent on saving
 
 
 class Saver:
-    """Writes the checkpoints of a run. A failure is reported, and training goes on with what was saved before.
+    """Writes the checkpoints of a run. A failure is reported, and training continues; older checkpoints stay.
 
     Args:
-        run: the folder.
-        recipe: resolved; its `training` says when to save.
-        facts: what the manifests say of the run (`huarizo.training.compatibility`).
-        metrics: the rows so far.
-        events: where "saved step N" is reported, which is a promise.
-        micro_batch_tokens: as planned.
-        samples: the content of samples.jsonl, with the answers before.
-        lock: of the run; None in tests, and in processes that don't hold it.
+        run: the run folder.
+        recipe: the resolved recipe; its `training` section says when to save.
+        facts: entries of each manifest that describe the run (`huarizo.training.compatibility.facts_of`).
+        metrics: the rows logged so far.
+        events: gets a `Saved` event only when the checkpoint is on disk and was read back.
+        micro_batch_tokens: micro-batch size as planned.
+        samples: content of samples.jsonl, with the answers before training.
+        lock: the run's lock; None in tests, and in processes that don't hold it.
     """
 
     def __init__(
-        self, run: Run, recipe: Recipe, facts: Mapping[str, Any], metrics: Metrics, events: Events,
+        self, run: Run, recipe: Recipe, facts: Mapping[str, object], metrics: Metrics, events: Events,
         micro_batch_tokens: int | None = None, samples: str = "", lock: RunLock | None = None,
     ) -> None:  # fmt: skip
         self.run, self.recipe, self.facts, self.metrics, self.events = run, recipe, facts, metrics, events
@@ -54,26 +53,26 @@ class Saver:
         self.seconds, self.saved_at, self.last_cost = 0.0, time.monotonic(), 0.0
 
     def start(self) -> None:
-        """Training begins: the time to the first checkpoint counts from here."""
+        """Training starts. The time to the first checkpoint counts from here."""
         self.saved_at = time.monotonic()
 
     def require_held(self) -> None:
-        """Raises LockLostError: another process has taken the run over."""
+        """Raises LockLostError: another process has taken over the run."""
         if self.lock is not None:
             self.lock.require_held()
 
     def is_due_by_time(self) -> bool:
-        """Whether the last checkpoint is so long ago that another one is worth its cost."""
+        """Whether a checkpoint is due: `save_minutes` have passed, and saving stays below its share of the time."""
         minutes = self.recipe.training.save_minutes
         return minutes is not None and time.monotonic() - self.saved_at >= max(minutes * 60, self.last_cost / COST)
 
     def is_due_at(self, step: int, last: int) -> bool:
-        """Whether this step is one to save: each `save_every`-th, and the last."""
+        """Whether this step is to be saved: every `save_every`-th and the last."""
         every = self.recipe.training.save_every
         return step >= last or bool(every and step % every == 0)
 
     def is_best(self, heldout_loss: float) -> bool:
-        """Whether a held-out loss is the lowest so far, which is worth a checkpoint."""
+        """Whether a held-out loss is the lowest so far. Remembers it if so."""
         if not math.isfinite(heldout_loss) or heldout_loss >= self.lowest:
             return False
         self.lowest = heldout_loss
@@ -84,11 +83,11 @@ class Saver:
     ) -> None:
         """Write the checkpoint of this step, once.
 
-        rng: torch's generators of each process; micro_batch_tokens: as used, which are fewer than planned where memory
-        gave out.
+        rng: torch's generators of each process, by rank.
+        micro_batch_tokens: micro-batch size in use; smaller than planned if memory ran out.
 
         Raises:
-            LockLostError: another process has taken the run over.
+            LockLostError: another process has taken over the run.
         """
         step = state.global_step
         if step == self.tried_step:
@@ -111,7 +110,7 @@ class Saver:
         except MachineError as error:
             self.failure = error
             kept = self.kept() or "no step is safe yet"
-            self.events.warn(f"step {step} could not be saved ({error}). Going on; {kept}")
+            self.events.warn(f"step {step} could not be saved ({error}). Training continues; {kept}")
         else:
             self.failure, self.saved_step = None, step
             self.events.add(Saved(step=step, seconds=round(time.monotonic() - began, 3)))
@@ -124,36 +123,36 @@ class Saver:
             self.lock.require_folder()
 
     def kept(self) -> str:
-        """The last step that is safe, in words; empty where there is none."""
+        """Names the last saved step; "" if there is none."""
         return f"step {self.saved_step} is safe" if self.saved_step >= 0 else ""
 
     def before(self, watch: LossWatch) -> str:
-        """The checkpoint from before the losses went wrong, in words."""
+        """Names the last checkpoint from before the loss diverged."""
         folders = newest_first(self.run.checkpoints)
         good = [folder for folder in folders if watch.skipped_in_a_row or step_of(folder) <= watch.lowest_step]
-        return f"The checkpoint from before is {good[0]}" if good else "There is no checkpoint from before"
+        return f"The checkpoint from before is {good[0]}" if good else "There is no earlier checkpoint"
 
     def ending(self, reason: str, state: TrainerState) -> Interrupted | MachineError:
-        """What a run ends with that was stopped before its last step.
+        """The error that ends a run which is stopped early.
 
-        reason: by what, in words.
+        reason: what stopped it, such as "by SIGTERM".
         """
         where = f"stopped {reason} after step {state.global_step} of {state.max_steps}"
         if self.failure is not None:
             kept = f"Step {self.saved_step} is safe" if self.saved_step >= 0 else "No step was saved"
             folder = self.run.checkpoints
             return MachineError(f"{where}, which could not be saved: {self.failure}. {kept} in {folder}")
-        return Interrupted(f"{where}, which is saved. Go on with: huarizo resume {self.run.path}")
+        return Interrupted(f"{where}, which is saved. Resume with: huarizo resume {self.run.path}")
 
 
 class Stopping:
-    """Whether a run is to stop before its last step, and why.
+    """Decides whether to stop a run before its last step, and why.
 
     Args:
-        signals: those received so far.
-        max_minutes: of the whole command; None for no limit.
-        began: `time.monotonic()` when the command began.
-        reader_left: whether whoever read standard output has closed it.
+        signals: the command's signals.
+        max_minutes: limit for the whole command; None for no limit.
+        began: `time.monotonic()` at the start of the command.
+        reader_left: returns whether the reader of standard output has closed it.
     """
 
     def __init__(
@@ -166,12 +165,12 @@ class Stopping:
         self.signals, self.max_minutes, self.reader_left = signals, max_minutes, reader_left
         self.began = time.monotonic() if began is None else began
         self.reason: str | None = None
-        """Why the run stops; None while it goes on."""
+        """Why the run stops; None while it continues."""
 
     def wanted(self, needed: float) -> str | None:
-        """Why to stop after this step, in words.
+        """The reason to stop after this step, such as "by SIGTERM"; None to continue.
 
-        needed: seconds that another step and saving it take.
+        needed: seconds to compute and save another step.
         """
         if self.signals.received:
             return f"by {self.signals.received}"

@@ -1,7 +1,7 @@
-"""One process's work on a run, from a prepared recipe to the adapter, step by step.
+"""One process's work on a run, from a prepared recipe to the adapter.
 
-The base is loaded, LoRA added, some prompts answered and the held-out loss taken; the model is trained; loss and
-answers are taken again. The adapter is written first of all results. What happens is reported as events.
+Load the base, add LoRA, answer the sample prompts, measure the held-out loss; train; measure and answer again. The
+adapter is the first result to be written. Everything is reported as events.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from peft import PeftModel
 
 from huarizo import events as happened
 from huarizo.errors import HuarizoError, MachineError
@@ -28,7 +29,7 @@ from huarizo.results.card import CARD, adapter_card
 from huarizo.results.report import save_loss_plot
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, space_needed
-from huarizo.training.compatibility import facts_of
+from huarizo.training.compatibility import Facts, facts_of
 from huarizo.training.interrupt import Signals, Stopped
 from huarizo.training.loading import load_model
 from huarizo.training.lock import RunLock
@@ -41,7 +42,7 @@ from huarizo.training.trainer import LoraTrainer, training_arguments
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder, its metrics by step, and the answers before and after."""
+    """A finished run: its folder, its metrics, and the answers before and after training."""
 
     run: Run
     metrics: list[Row]
@@ -49,16 +50,18 @@ class Result:
 
 
 def events_of(run: Run, terminal: Terminal, listeners: Sequence[Listener] = ()) -> Events:
-    """The events of a run: shown on the terminal, and kept in the run's folder by the first process."""
-    kept = [EventFile(run.events)] if rank() == 0 else []
-    return Events([*kept, terminal, *listeners])
+    """Events that go to the terminal and the listeners and, in the first process, to the run's events.jsonl."""
+    files = [EventFile(run.events)] if rank() == 0 else []
+    return Events([*files, terminal, *listeners])
 
 
 @dataclass(frozen=True)
 class Session:
-    """The work on a run. `lock` is None in all but the first process; `began`: `time.monotonic()`.
+    """The work on a run.
 
-    checkpoint: that the run is resumed from; None for one that starts at the first step.
+    lock: the run's lock; None in all but the first process.
+    began: `time.monotonic()` at the start of the command.
+    checkpoint: the one to resume from; None starts at the first step.
     """
 
     prepared: Prepared
@@ -71,14 +74,14 @@ class Session:
     checkpoint: Checkpoint | None = None
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What the checkpoints' manifests say of this run."""
+    def facts(self) -> Facts:
+        """The entries of each checkpoint's manifest that describe this run."""
         data = self.prepared.data.train.fingerprint
         return facts_of(self.prepared.recipe, data, self.prepared.plan, device())
 
     @contextmanager
     def reported(self) -> Iterator[None]:
-        """Reports as an event what ends the run early inside the block."""
+        """If the block ends the run early, report it as an event."""
         try:
             yield
         except (HuarizoError, Stopped) as error:
@@ -92,7 +95,7 @@ class Session:
             MachineError, Interrupted: as `huarizo.training.finetune.fine_tune`.
         """
         prepared, run, plan = self.prepared, self.run, self.prepared.plan
-        model: Any = load_model(prepared)
+        model = load_model(prepared)
         trainable = model.num_parameters(only_trainable=True)
         if self.lock is not None:
             keep = prepared.recipe.training.keep
@@ -114,7 +117,7 @@ class Session:
         self._optimise(self._trainer(model, saver), saver)
         return self._finish(assistant, Result(run, metrics.rows, samples), saver)
 
-    def _trainer(self, model: Any, saver: Saver) -> LoraTrainer:
+    def _trainer(self, model: PeftModel, saver: Saver) -> LoraTrainer:
         recipe, plan, data = self.prepared.recipe, self.prepared.plan, self.prepared.data
         arguments = training_arguments(recipe, self.run, plan.choice, device(), plan.activation_checkpointing)
         limit = recipe.training.max_minutes
@@ -134,13 +137,13 @@ class Session:
         )
 
     def _optimise(self, trainer: LoraTrainer, saver: Saver) -> None:
-        """All optimizer steps, with the held-out loss before the first and after the last."""
+        """Train all steps. The held-out loss is measured before the first and after the last."""
         heldout = self.prepared.data.heldout is not None
         if heldout and self.checkpoint is None:
             trainer.evaluate()
         with self.signals.patience(None):
             try:
-                trainer.go_on(self.checkpoint)
+                trainer.train_from(self.checkpoint)
             finally:
                 self.terminal.close()
             if trainer.stopping and trainer.stopping.reason:
@@ -149,7 +152,7 @@ class Session:
             trainer.evaluate()
 
     def _samples_before(self, assistant: Assistant) -> list[Sample]:
-        """The prompts that are answered before and after, with the answers before."""
+        """The sample prompts, with the base model's answers."""
         prepared = self.prepared
         if rank():
             return []
@@ -172,7 +175,7 @@ class Session:
         return samples
 
     def _finish(self, assistant: Assistant, result: Result, saver: Saver) -> Result:
-        """The adapter first, because it is the result; then the answers after, and the plot."""
+        """Write the adapter, then the answers after training and the plot."""
         if rank():
             return result
         run = self.run
@@ -185,7 +188,7 @@ class Session:
         share = 100 * saver.seconds / (time.monotonic() - self.began)
         self.events.note("saving", f"took {saver.seconds:.1f} s, {share:.1f} % of the time")
         for fault in changed_files(self.prepared.data_sources):
-            self.events.warn(f"{fault} changed during the run, which used it as it was")
+            self.events.warn(f"{fault} changed during the run, which used the earlier content")
         after = answers(assistant, [sample.question for sample in result.samples])
         samples = [dataclasses.replace(s, after=a.text) for s, a in zip(result.samples, after, strict=True)]
         result = dataclasses.replace(result, samples=samples)
@@ -207,12 +210,12 @@ class Session:
             write_manifest(folder)
 
     def _rescued(self, assistant: Assistant, result: Result, saver: Saver) -> str:
-        """The run's folder can't take the adapter: put it where it can be found, and say where."""
+        """The run folder can't hold the adapter: save it in the cache folder instead. Describes what is saved where."""
         place = cache_folder() / "rescued" / f"{self.run.path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         kept = f"{saver.kept()} in {self.run.checkpoints}" if saver.kept() else ""
         try:
             make_parent(place)
             self._save_adapter(place, assistant, result.metrics)
         except (MachineError, OSError) as error:
-            return f"Nor could it be written elsewhere ({error}); {kept or 'no step was saved'}"
+            return f"It could not be written elsewhere either ({error}); {kept or 'no step was saved'}"
         return f"The trained adapter is in {place}{'; ' + kept if kept else ''}"

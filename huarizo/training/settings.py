@@ -1,23 +1,26 @@
-"""The recipe's `trainer:` is tried out before anything else is done: on a Llama of a few numbers, for one step.
+"""Tries the recipe's `trainer:` settings for one step, on a tiny Llama, before anything else is done.
 
-Which optimizers, schedules and trackers work depends on what is installed and on the device, and each library says so
-in its own way and at its own time. Here they are made, stepped, saved and put back, so that what is accepted trains.
+Which optimizers, schedules and trackers work depends on the installed packages and on the device, and each library
+fails in its own way and at its own time. Here they are created, stepped, saved and restored, so settings that pass will
+train.
 """
 
 import contextlib
+import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import PeftModel
 
 from huarizo.errors import RecipeError
 from huarizo.model.lora import add_lora
 from huarizo.plan import Choice
 from huarizo.recipe import LoraRecipe, Recipe
 from huarizo.runs import Run
-from huarizo.training.checkpoint import Checkpoint, Trained, contents, generators
+from huarizo.training.checkpoint import Checkpoint, contents, generators
+from huarizo.training.divergence import LossWatch
 from huarizo.training.trainer import LoraTrainer, training_arguments
 from huarizo.wording import did_you_mean, first_line
 
@@ -27,14 +30,14 @@ PACKAGES = {
     "dvclive": "dvclive", "kubeflow": "kubeflow", "mlflow": "mlflow", "neptune": "neptune", "swanlab": "swanlab",
     "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb",
 }  # fmt: skip
-"""Trackers whose absence Transformers can tell, each with what pip installs it by."""
+"""Trackers that Transformers can detect, with the packages to install."""
 
 
 def check_trainer_settings(recipe: Recipe, choice: Choice, on: torch.device) -> None:
-    """The settings of `trainer:` make a Trainer whose optimizer steps, and whose state a checkpoint can hold.
+    """Check that the settings of `trainer:` work together: they train a step, and a checkpoint can hold their state.
 
     Raises:
-        RecipeError: one of them does not; the message says which, and what to install or write instead.
+        RecipeError: one of them fails; the message names it, and what to install or write instead.
     """
     if not recipe.trainer:
         return
@@ -46,7 +49,7 @@ def check_trainer_settings(recipe: Recipe, choice: Choice, on: torch.device) -> 
         optim, schedule = (str(getattr(name, "value", name)) for name in (args.optim, args.lr_scheduler_type))
         if optim in STEPS_WITH_BACKWARD or optim.endswith("layerwise"):
             raise RecipeError(
-                f"trainer.optim: {optim} changes weights during the backward pass, but a step here is of several "
+                f"trainer.optim: {optim} changes weights during the backward pass, but a step here has several "
                 "micro-batches. Use another, such as adamw_torch"
             )
         with _mistakes_in("trainer"):
@@ -56,10 +59,10 @@ def check_trainer_settings(recipe: Recipe, choice: Choice, on: torch.device) -> 
         with _mistakes_in(f"trainer.lr_scheduler_type={schedule}"):
             trainer.create_scheduler(10, trainer.optimizer)
         with _mistakes_in(f"trainer.optim={optim}"):
-            _step_and_go_on(trainer)
+            _step_and_restore(trainer)
 
 
-def _check_trackers(names: Any) -> None:
+def _check_trackers(names: str | Sequence[str] | None) -> None:
     from transformers.integrations import integration_utils
 
     known, there = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations()
@@ -73,31 +76,30 @@ def _check_trackers(names: Any) -> None:
         raise RecipeError(f"trainer.report_to: {'; '.join(problems)}")
 
 
-def _small_model() -> Any:
-    """A PeftModel around a Llama of one layer."""
+def _small_model() -> PeftModel:
+    """A Llama of one tiny layer, with LoRA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
     return add_lora(LlamaForCausalLM(config).requires_grad_(False), LoraRecipe(r=1), 0)
 
 
-def _step_and_go_on(trainer: LoraTrainer) -> None:
-    """One step with made-up gradients, and the optimizer's state written and put back as a checkpoint does."""
-    optimizer: Any = trainer.optimizer
-    for parameter in trainer.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
+def _step_and_restore(trainer: LoraTrainer) -> None:
+    """Take one step with made-up gradients, then save and restore the optimizer as a checkpoint does."""
+    trained = dataclasses.replace(trainer.trained(), scaler=None)
+    for parameter in trained.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    trained = Trained(trainer.model, optimizer, trainer.lr_scheduler, None)
-    Checkpoint(Path(), {}, contents(trained, [generators()], {})).restore_optimizer(trained)
+    trained.optimizer.step()
+    Checkpoint(Path(), {}, contents(trained, [generators()], LossWatch().state())).restore_optimizer(trained)
 
 
 @contextlib.contextmanager
 def _mistakes_in(what: str) -> Iterator[None]:
-    """Whatever a library finds wrong, as a mistake in the recipe."""
+    """Turn any error of a library into a RecipeError about `what`."""
     try:
         yield
     except RecipeError:
         raise
-    except Exception as error:  # libraries tell a wrong setting by any of theirs
+    except Exception as error:  # libraries raise exceptions of any type for a wrong setting
         raise RecipeError(f"{what}: {first_line(error)}") from None

@@ -25,4 +25,4 @@ def test_a_name_that_no_file_can_have_is_told(
     monkeypatch.setattr(cli, "app", lambda: find_run("x" * 300))
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 2 and "no file can have so long a name" in capsys.readouterr().err
+    assert ended.value.code == 2 and "too long for a file" in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_ctrl_c_saves_and_resume_ends_as_if_never_stopped(
         (["lora.rr=3"], "Did you mean 'lora.r'?"),
         (["model=/no/such/folder"], "/no/such/folder"),
         (["data.train=missing.json"], "missing.json"),
-        (["precision=fp16"], "needs an NVIDIA card"),
+        (["precision=fp16"], "needs an NVIDIA GPU"),
         (["lora.target_modules=q_prj"], "Did you mean 'q_proj'?"),
         (["data.max_length=8"], "data.max_length=8"),
         (["data.eval=100"], "holds out 100 of 12 rows"),

@@ -18,7 +18,7 @@ def disk_full_for_a_while(lab: Lab, run: Path) -> None:
     """Checkpoints fail for some time: training goes on, says so, and ends with the same result."""
     before = fail_at(range(_at(lab, 0.33), _at(lab, 0.45)), errno.ENOSPC, inside=run / "run" / "checkpoints")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 0, _log(run)
-    assert "could not be saved" in _log(run) and "Going on" in _log(run)
+    assert "could not be saved" in _log(run) and "Training continues" in _log(run)
     check_outcome(lab, run)
 
 
@@ -26,7 +26,7 @@ def progress_can_not_be_written(lab: Lab, run: Path) -> None:
     """A line of metrics.jsonl fails: it is said once, and the file is complete in the end."""
     before = fail_at(range(_at(lab, 0.24), _at(lab, 0.48)), errno.EIO, inside=run / "run" / "metrics.jsonl")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 0, _log(run)
-    assert _log(run).count("Going on without it") == 1
+    assert _log(run).count("Continuing without it") == 1
     check_outcome(lab, run)
 
 

@@ -18,10 +18,10 @@ from tests.faults.children import Lab, check_outcome, ended, finish, start
 
 PLACES = [
     (huarizo.training.finetune, "prepare", 1, "nothing was trained"),
-    (huarizo.training.session, "load_model", 1, "no step was trained. Go on with"),
-    (huarizo.training.session, "answers", 1, "no step was trained. Go on with"),
-    (LoraTrainer, "_heldout_sums", 1, "no step was trained. Go on with"),
-    (LoraTrainer, "_accumulate", 1, "no step was trained. Go on with"),  # as long as compilation
+    (huarizo.training.session, "load_model", 1, "no step was trained. Resume with"),
+    (huarizo.training.session, "answers", 1, "no step was trained. Resume with"),
+    (LoraTrainer, "_heldout_sums", 1, "no step was trained. Resume with"),
+    (LoraTrainer, "_accumulate", 1, "no step was trained. Resume with"),  # as long as compilation
     (LoraTrainer, "_accumulate", 6, "after step 5 of 10, which is saved"),
     (LoraTrainer, "_heldout_sums", 2, "after step 4 of 10, which is saved"),
     (LoraTrainer, "_heldout_sums", 4, "after step 10 of 10, which is saved"),

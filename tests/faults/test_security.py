@@ -311,8 +311,8 @@ def test_a_broken_adapter_configuration_is_told(adapter: Path, text: str) -> Non
     ("text", "message"),
     [
         ("model: !!python/object/apply:os.system ['id']", "not valid YAML"),
-        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)), "aliases unfolded"),
-        ("a: &a [*a]", "aliases unfolded"),
+        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)), "aliases expanded"),
+        ("a: &a [*a]", "aliases expanded"),
         ("training: {seed: " + "1" * 5000 + "}", "not valid YAML"),
         ("? [a, b]\n: 1", "a key is a list"),
         ("trainer: {run_name: 2001-13-45}", "not valid YAML"),

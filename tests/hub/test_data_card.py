@@ -78,7 +78,7 @@ def test_one_config_is_the_one_that_is_meant() -> None:
         ("---\nconfigs:\n- a\n---\n", Part(), "config_name"),
         ("---\nconfigs:\n- data_files: [{split: [1], path: x}]\n---\n", Part(), "config_name"),
         ("---\nconfigs:\n" + "- data_files: x\n" * 10_000 + "---\n", Part(), "too many"),
-        ("---\nconfigs: [&a [1, 2], " + "*a, " * 20_000 + "]\n---\n", Part(), "values with its aliases unfolded"),
+        ("---\nconfigs: [&a [1, 2], " + "*a, " * 20_000 + "]\n---\n", Part(), "values with its aliases expanded"),
     ],
 )
 def test_an_unclear_choice_or_a_broken_card_is_refused(card: str, part: Part, said: str) -> None:

@@ -82,7 +82,7 @@ def test_a_base_that_can_not_be_found_is_told(foreign: Path, base: str, message:
 
 @pytest.mark.parametrize("name", ["nothing-of-that-name", "./no/run", "/no/run"])
 def test_what_is_not_there_is_told(name: str) -> None:
-    with pytest.raises(HuarizoError, match="this is no run folder"):
+    with pytest.raises(HuarizoError, match="not a run folder"):
         find_tuned(name)
 
 

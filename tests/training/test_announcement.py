@@ -1,4 +1,4 @@
-"""What is said before a training: among others, how long it takes."""
+"""The lines printed before training starts, such as the estimated time."""
 
 from pathlib import Path
 
@@ -21,9 +21,9 @@ def test_a_long_training_in_float_on_a_cpu_says_why_and_how_long(
     monkeypatch.setattr("huarizo.training.announcement.int8_instructions", list)
     monkeypatch.setattr(machine, "gemm_rate", lambda *args, **kwargs: 100.0)
     few = cpu_lines(prepared, 1000)
-    assert few == {"kernels": "none, plain torch instead: no compiler"}
+    assert few == {"kernels": "none, using plain torch instead: no compiler"}
     weights = weight_bytes(make_model().config.to_dict(), "fp32", torch.float32) / 4
     tokens = int(100e9 * 60 * 7 / (4 * weights))  # 7 minutes at the full rate of the products
     assert cpu_lines(prepared, tokens)["time"] == (
-        "slow here, for want of int8 instructions (VNNI, AMX): about 9 to 20 minutes in fp32"
+        "slow on this CPU, which has no int8 instructions (VNNI, AMX): about 9 to 20 minutes in fp32"
     )

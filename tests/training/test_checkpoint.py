@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, holds no pickle, and a run that goes on from it ends the same."""
+"""A checkpoint is complete or absent, holds no pickle, and a run resumed from it ends the same."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def train(tmp_path: Path, stop_at: int = 8, checkpoint: Checkpoint | None = None
                 control.should_training_stop = state.global_step >= stop_at
 
         trainer.add_callback(Stop())
-    trainer.go_on(checkpoint)
+    trainer.train_from(checkpoint)
     return trainer
 
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_lora_is_refused(tmp_path: Path) -> None:
     train(tmp_path)
     checkpoint, _ = newest_valid(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
-    with pytest.raises(UserError, match="another LoRA"):
+    with pytest.raises(UserError, match="checkpoint's LoRA is not the recipe's"):
         checkpoint.restore_weights(lora_model(make_recipe(lora={"r": 4})))
 
 

@@ -128,7 +128,7 @@ def test_a_moved_model_and_moved_data_are_the_same(
         path.rename(elsewhere / path.name)
         edit_recipe(stopped, key, str(elsewhere / path.name))
     resume(stopped, console)
-    assert "going on from step 4" in printed(console) and "changed since" not in printed(console)
+    assert "resuming from step 4" in printed(console) and "changed since" not in printed(console)
 
 
 def test_other_kernels_instructions_and_compilation_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def test_the_same_command_offers_to_go_on(stopped: Run, recipe: Recipe, console:
         fine_tune(other, resume_instead=no)
     assert len(asked) == 1, "another recipe is not offered"
     result = fine_tune(recipe, console=console, resume_instead=lambda run: True)
-    assert "going on from step 4" in printed(console) and result.run == stopped and stopped.is_complete()
+    assert "resuming from step 4" in printed(console) and result.run == stopped and stopped.is_complete()
     with pytest.raises(UserError, match="complete"):
         resume(stopped)
 

@@ -95,6 +95,6 @@ def test_who_has_lost_the_lock_learns_it(tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / ".lock").write_text(json.dumps(OTHER))
         wait_until(lambda: lock._lost)
         for check in (lock.require_held, lock.require_folder):
-            with pytest.raises(LockLostError, match="process 77 on other-machine has taken this run over"):
+            with pytest.raises(LockLostError, match="process 77 on other-machine has taken over this run"):
                 check()
     assert json.loads((tmp_path / ".lock").read_text()) == OTHER, "the other's lock stays"

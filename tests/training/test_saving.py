@@ -19,7 +19,7 @@ def test_a_session_that_ends_is_left_in_time(recipe: Recipe, console: Console) -
     assert recipe.output is not None
     edit_recipe(Run(Path(recipe.output)), "training.max_minutes", None)
     resume(Run(Path(recipe.output)), console)
-    assert "going on from step 1" in printed(console) and "changed since" not in printed(console)
+    assert "resuming from step 1" in printed(console) and "changed since" not in printed(console)
 
 
 def test_checkpoints_come_by_time_but_cost_no_more_than_a_hundredth(

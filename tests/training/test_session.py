@@ -109,7 +109,7 @@ def test_a_run_that_was_taken_over_stops_and_writes_no_more(
     with pytest.raises(LockLostError, match="writes no more"):
         fine_tune(recipe, console=console, listeners=[taken_over])
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000002"]
-    assert "Going on" not in printed(console) and not run.adapter.exists()
+    assert "Training continues" not in printed(console) and not run.adapter.exists()
     assert json.loads((run.path / ".lock").read_text()) == OTHER
 
 

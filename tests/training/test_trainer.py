@@ -184,6 +184,6 @@ def test_two_processes_stop_together_and_go_on_bit_identically(
     file.write_text(file.read_text().replace("max_minutes: 1.0e-05", "max_minutes: null"))
     resumed = both("resume", "stopped")
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from step 1" in resumed.stdout and "changed since" not in resumed.stdout
+    assert "resuming from step 1" in resumed.stdout and "changed since" not in resumed.stdout
     adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "stopped")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
