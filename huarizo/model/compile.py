@@ -46,6 +46,7 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 def compile_layers(model: Any) -> None:
     """Compile the decoder layers of a PeftModel in place, where `why_not` finds nothing against it."""
     base = model.get_base_model()
+    keep_compiled_code()
     _let_products_be_cached()
     model.enable_input_require_grads()  # the first layer like all others: one compilation less
     for layer in base.get_submodule(architecture_of(base.config).layers):

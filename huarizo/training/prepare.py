@@ -31,10 +31,9 @@ from huarizo.model.load import (
 )
 from huarizo.model.lora import check_lora
 from huarizo.model.weights import check_weights
-from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision
+from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
 from huarizo.recipe import Recipe, names_of
 from huarizo.runs import Run
-from huarizo.sandbox.reading import read_text
 from huarizo.training.settings import check_trainer_settings
 
 
@@ -123,14 +122,9 @@ def _within_positions(recipe: Recipe, config: dict[str, Any]) -> tuple[Recipe, l
 
 
 def _earlier_plan(resumed: Run | None) -> Plan | None:
-    """The plan of the resumed run, if it was made for this machine."""
-    if resumed is None:
-        return None
-    try:
-        plan = Plan.from_json(read_text(resumed.plan_file))
-    except (OSError, ValueError):  # missing or unreadable: a new one is made
-        return None
-    return plan if plan.is_for(name_of(device()), world_size()) else None
+    """The plan of the run to be resumed, if it was made for this machine."""
+    plan = read_plan(resumed.plan_file) if resumed else None
+    return plan if plan is not None and plan.is_for(name_of(device()), world_size()) else None
 
 
 def _first_choice(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None) -> Choice:
