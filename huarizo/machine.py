@@ -106,7 +106,7 @@ def as_first(text: str, on: torch.device) -> str:
     from accelerate import PartialState
 
     PartialState(cpu=on.type != "cuda")
-    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(on)
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=on)
     length = torch.tensor(len(content), device=on)
     torch.distributed.broadcast(length, 0)
     content = content if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=on)

@@ -230,7 +230,7 @@ class LoraTrainer(Trainer):
             loss = self.packed_loss(model, inputs.to(self.args.device))
         return loss * world_size() / num_items_in_batch
 
-    def heldout_batches(self, rows: Dataset | list) -> Iterator[PackedBatch]:
+    def heldout_batches(self, rows: Any) -> Iterator[PackedBatch]:
         """This process's share of rows, packed."""
         mine = [Example.from_row(rows[index]) for index in range(rank(), len(rows), world_size())]
         return pack_within(self.budget, mine)

@@ -84,8 +84,8 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused_where_the_data_uses_it
     data = prepare(make_recipe(**values, data={"train": str(other), "eval": 0})).data
     assert data.train.largest < 260
     assert data.notes == [
-        "the tokenizer has 262 tokens, and the model's embedding 260. The rows use none beyond it; a prompt that does "
-        "is refused"
+        "the tokenizer has 262 tokens, and the model's embedding 260. No row uses the others; a prompt that "
+        "does is refused"
     ]
 
 
@@ -131,5 +131,5 @@ def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_fi
         return data
 
     monkeypatch.setattr(huarizo.training.prepare, "prepare_data", changing)
-    with pytest.raises(HuarizoError, match="changed while it was read"):
+    with pytest.raises(HuarizoError, match="changed while it was being read"):
         fine_tune(recipe)
