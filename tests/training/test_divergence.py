@@ -1,4 +1,4 @@
-"""Numbers that are not finite never reach the weights; a run that went wrong ends, and says why."""
+"""Values that are not finite never reach the weights; a run that diverges ends with the reason."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What is found, decided and refused before a model loads; several data sets are pinned and read like one."""
+"""What is found, decided and refused before a model loads. Several data sets are pinned and read like one."""
 
 import datetime
 import json

@@ -59,7 +59,7 @@ def test_a_run_that_stops_early_says_so_as_an_event(recipe: Recipe, tmp_path: Pa
     started = next(event for event in heard if isinstance(event, Started))
     assert started.step == 1 and isinstance(heard[-1], Done)
     rows = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert [row["event"] for row in rows].count(Started.kind) == 2, "a resumed run goes on writing the same file"
+    assert [row["event"] for row in rows].count(Started.kind) == 2, "a resumed run appends to the same file"
 
 
 def test_a_held_out_prompt_without_room_for_an_answer_is_no_sample(tiny_model_folder: Path, tmp_path: Path) -> None:
