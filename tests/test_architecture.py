@@ -124,3 +124,13 @@ def test_what_is_imported_is_declared_and_pinned() -> None:
     for name, requirement in declared.items():
         (pin,) = pins[name].specifier
         assert pin.operator == "==" and requirement.specifier.contains(pin.version), name
+
+
+def test_tests_mirror_the_package() -> None:
+    """tests/PART/test_MODULE.py tests huarizo/PART/MODULE.py; only tests of a whole stand for none."""
+    tests = ROOT / "tests"
+    for file in tests.rglob("test_*.py"):
+        place = file.relative_to(tests)
+        whole = place.parts[0] in ("faults", "end_to_end", "test_architecture.py", "test_docs.py")
+        module = ROOT / "huarizo" / place.with_name(file.name.removeprefix("test_"))
+        assert whole or module.is_file(), f"tests/{place} stands for no module of huarizo/{place.parent}"

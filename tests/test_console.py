@@ -6,13 +6,15 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm as bars
 
-from huarizo.console import PlainConsole, PlainStream
+from huarizo.console import PlainConsole, PlainStream, confirm, write
 
 ROOT = Path(__file__).parents[1]
 EVIL = "a\x1b[2J\x1b]0;t\x07\x9b1m\u202e\u2028\x00\x08\x7fb\tc\nd"
@@ -85,3 +87,17 @@ def test_errors_of_the_commands_hold_no_commands(tmp_path: Path, arguments: list
     done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr
     assert not controls(done.stdout + done.stderr)
+
+
+def test_no_answer_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    write("a\x1b[2Jb\x9b2Jc\x07d\re\x00f\x7fg\u2028h\n\ti 안녕 🦙")
+    assert capsys.readouterr().out == "a [2Jb 2Jc d e f g h\n\ti 안녕 🦙"
+
+
+def test_ctrl_c_and_the_end_of_input_answer_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    def abort(*_: Any, **__: Any) -> bool:
+        raise typer.Abort
+
+    monkeypatch.setattr(typer, "confirm", abort)
+    with pytest.raises(KeyboardInterrupt):
+        confirm("Send this?", default=False)

@@ -77,7 +77,7 @@ def _standard_input() -> str:
     try:
         text = sys.stdin.read(LONGEST_INPUT + 1)
     except UnicodeDecodeError:
-        raise UserError("standard input is not text in UTF-8") from None
+        raise UserError("standard input is not UTF-8 text") from None
     except OSError as error:
         raise _unreadable(error) from None
     return _bounded(text)

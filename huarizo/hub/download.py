@@ -52,7 +52,7 @@ def fetch(name: str, kind: Kind, check: Check | None = None) -> Source:
     """The files that a hub id means. What is not in the cache is fetched.
 
     Raises:
-        HubError: no such name, no access, no network and no whole copy, or damaged on the way.
+        HubError: no such name, no access, no network and no complete copy, or damaged on the way.
         MachineError: no space on the disk.
         UserError: of the kind's type, or from `check`; the files are not what they should be.
     """
@@ -64,8 +64,8 @@ def fetch(name: str, kind: Kind, check: Check | None = None) -> Source:
             return source
         if is_offline_mode():
             raise HubError(
-                f"{name}: no whole copy is in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to "
-                "fetch it. Unset HF_HUB_OFFLINE, or give a local folder"
+                f"{name}: the cache ({constants.HF_HUB_CACHE}) has no complete copy, and HF_HUB_OFFLINE forbids "
+                "fetching. Unset HF_HUB_OFFLINE, or use a local folder"
             )
     login = log_in()
     api = HfApi(token=login.token if login else False)

@@ -1,7 +1,7 @@
-"""Files become one commit of a repository on the hub: all of them arrive, or none.
+"""Uploads files to the hub as one commit: all of them arrive, or none.
 
-In go a repository's name and its files, out comes the address of the commit. What can be known before is checked before
-a byte is sent: the token and its rights, whose the repository is, who can see it, and what is in it already.
+Before a byte is sent, the token and its permissions, the repository's owner, its visibility and its present files are
+checked.
 """
 
 import logging
@@ -21,7 +21,7 @@ from huarizo.wording import causes_of
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 20.0  # seconds, for what the hub says of a repository
+TIMEOUT = 20.0  # seconds for a repository's information
 NEVER_OURS = ".gitattributes"  # written by the hub into every repository
 
 
@@ -33,17 +33,17 @@ def upload(
     message: str,
     replaced: Sequence[str] = (),
 ) -> str:
-    """Send files to a model repository, which is made where there is none, and return the commit's address.
+    """Send files to a model repository, created if needed. Returns the commit's address.
 
-    repo_id: `owner/name`, or `name` alone for one of the token's owner.
-    files: name in the repository -> a file on this machine, or the content.
-    private: who can see a new repository; into one that is public already nothing is sent then.
-    force: replace files of the same names, and remove those of `replaced`.
+    repo_id: `owner/name`, or just `name` under the token owner's account.
+    files: name in the repository -> local file, or its content.
+    private: make a new repository private, and send nothing to an existing public one.
+    force: replace files of the same names, and remove those that match `replaced`.
     message: of the commit.
-    replaced: patterns of files that must not stay beside the new ones.
+    replaced: patterns of files that must not remain beside the new ones.
 
     Raises:
-        HubError: no token, no right, not the user's repository, files or visibility in the way, or no answer.
+        HubError: no token, no permission, not the user's repository, conflicting files or visibility, or no response.
         MachineError: a file can't be read.
     """
     login, repo_id = _sender(repo_id)
@@ -69,19 +69,19 @@ def upload(
 
 
 def full_name(repo_id: str) -> str:
-    """`name` -> `user/name`, for the user whose token it is; an id that names its owner stays, where they may write.
+    """`name` -> `user/name` for the token's owner; an id with an owner stays. The token must be allowed to write there.
 
     Raises:
-        HubError: no hub id, no token, no right to write there, or the hub can't be asked.
+        HubError: not a hub id, no token, no permission to write there, or the hub is not reachable.
     """
     return _sender(repo_id)[1]
 
 
 def account(repo_id: str) -> str:
-    """As whom, and by which token, files would be sent to a repository, in words. Raises as `full_name`."""
+    """A phrase that says as which user and with which token files would be sent. Raises like `full_name`."""
     login, full = _sender(repo_id)
     user = check_login(login).get("name") or "the owner of the token"
-    return f"to {full} as {user}, by the token in {login.origin}"
+    return f"to {full} as {user}, with the token in {login.origin}"
 
 
 def _sender(repo_id: str) -> tuple[Login, str]:
@@ -100,50 +100,50 @@ def _sender(repo_id: str) -> tuple[Login, str]:
         cause = error.__context__
         if isinstance(cause, Exception) and unreachable(cause):
             raise _explained(cause, repo_id, login) from None
-        raise HubError(f"{error}. For sending files the token needs write right") from None
+        raise HubError(f"{error}. Sending files needs a token of the type Write") from None
     user = str(identity.get("name") or "")
     if "/" not in repo_id:
         if not user:
-            raise HubError(f"{repo_id}: the hub does not say whose token it is. Give the owner too: owner/{repo_id}")
+            raise HubError(f"{repo_id}: the hub does not say whose token it is. Add the owner: owner/{repo_id}")
         repo_id = f"{user}/{repo_id}"
         check_id(repo_id)
     owner = repo_id.split("/")[0]
     places = [name for name in (user, *(str(org.get("name")) for org in identity.get("orgs") or [])) if name]
     if user and owner.lower() not in [place.lower() for place in places]:
         raise HubError(
-            f"{repo_id}: {owner} is neither you ({user}, by the token in {login.origin}) nor an organisation of yours. "
-            f"Name a repository of one of these: {', '.join(places)}"
+            f"{repo_id}: {owner} is neither you ({user}, with the token in {login.origin}) nor one of your "
+            f"organisations. Choose a repository of one of these: {', '.join(places)}"
         )
     if not may_write(identity, repo_id):
         raise HubError(
-            f"{repo_id}: the token in {login.origin} is valid, but has no right to write there. Use a token of the "
-            f'type Write, or tick "Write access to contents/settings of all repos" under {owner} for it at '
+            f"{repo_id}: the token in {login.origin} is valid, but has no permission to write there. Use a token of "
+            f'the type Write, or tick "Write access to contents/settings of all repos" under {owner} for it at '
             f"{constants.ENDPOINT}/settings/tokens"
         )
     return login, repo_id
 
 
 def check_id(repo_id: str) -> None:
-    """Can a repository have this name? `owner/name`, or a name alone.
+    """Check a repository's name: `owner/name`, or just a name.
 
     Raises:
-        HubError: it can't.
+        HubError: it is not valid.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise HubError(
-            f"{repo_id}: an id on the hub has the form `owner/name`, each of letters, digits, '-', '_' and '.', at "
-            "most 96 of them. Give one such, or the name alone for a repository of yours"
+            f"{repo_id}: a hub id has the form `owner/name`, with letters, digits, '-', '_' and '.', at most 96 "
+            "characters. Under your own account, just the name is enough"
         ) from None
 
 
 def _log_in_to_write() -> str:
-    return LOG_IN.format(endpoint=constants.ENDPOINT).replace("read right", "write right")
+    return LOG_IN.format(endpoint=constants.ENDPOINT).replace("type Read", "type Write")
 
 
 def may_write(identity: dict[str, Any], repo_id: str) -> bool:
-    """Whether a token's rights, as the hub's whoami lists them, cover writing; True where the hub does not say."""
+    """Whether a token's permissions, from the hub's whoami, cover writing. True if the hub does not list any."""
     access = identity.get("auth", {}).get("accessToken", {})
     if access.get("role") != "fineGrained":
         return access.get("role") != "read"
@@ -158,20 +158,20 @@ def _check_free(found: ModelInfo, repo_id: str, taken: Sequence[str], private: b
     page = f"{constants.ENDPOINT}/{repo_id}"
     if private and not found.private:
         raise HubError(
-            f"{repo_id}: this repository exists and everybody can see it, so nothing was sent. Say --public if that is "
-            f"meant, name another one, or make it private at {page}/settings"
+            f"{repo_id}: this repository is public, so nothing was sent. Pass --public if that is "
+            f"intended, choose another one, or make it private at {page}/settings"
         )
     if taken and not force:
         raise HubError(
-            f"{repo_id}: this repository holds {', '.join(taken[:5])}{' and more' if len(taken) > 5 else ''} already, "
-            "so nothing was sent. Replace them with --force, or name another repository"
+            f"{repo_id}: this repository already contains {', '.join(taken[:5])}{' and more' if len(taken) > 5 else ''}"
+            ", so nothing was sent. Replace them with --force, or choose another repository"
         )
     if found.private and not private:
         logger.warning("%s: this repository exists and stays private. Make it public at %s/settings", repo_id, page)
 
 
 def _explained(error: Exception, repo_id: str, login: Login) -> HuarizoError:
-    """The error to raise for a failure of huggingface_hub while files are sent, with its remedy."""
+    """The error to raise for an exception of huggingface_hub during an upload, with the remedy."""
     causes = list(causes_of(error))
     refusal = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     local = next((cause for cause in causes if isinstance(cause, OSError) and cause.filename), None)
@@ -184,29 +184,29 @@ def _explained(error: Exception, repo_id: str, login: Login) -> HuarizoError:
         return MachineError(f"{local.filename}: can't be read ({local.strerror}); nothing was committed. Run again")
     if str(error).startswith("Invalid metadata in README.md"):
         complaint = " ".join(str(error).splitlines()[1:]).replace(login.token, "***")[:300]
-        return HubError(f"{repo_id}: the hub does not take the model card ({complaint}); nothing was committed")
+        return HubError(f"{repo_id}: the hub does not accept the model card ({complaint}); nothing was committed")
     if status in (401, 403, 404):
         return HubError(
-            f"{repo_id}: the hub refuses to take files from the owner of the token in {login.origin} ({said}); nothing "
-            f"was committed. Make sure that they may write to it, with a token of the type Write, "
+            f"{repo_id}: the hub refuses files from the owner of the token in {login.origin} ({said}); nothing was "
+            f"committed. Make sure that they may write to it, and use a token of the type Write: "
             f"{constants.ENDPOINT}/settings/tokens"
         )
     if status in (409, 412):
         return HubError(f"{repo_id}: someone else changed it at the same time; nothing was committed. Run again")
     if status == 429:
-        return HubError(f"{repo_id}: the hub has had too many requests from here; nothing was committed. Wait an hour")
+        return HubError(f"{repo_id}: too many requests to the hub from here; nothing was committed. Wait an hour")
     if status >= 500 or status == 408:
         return HubError(
-            f"{repo_id}: {constants.ENDPOINT} is in trouble ({said}); nothing was committed. Run again later"
+            f"{repo_id}: {constants.ENDPOINT} has a server error ({said}); nothing was committed. Run again later"
         )
     if refusal:
         return HubError(f"{repo_id}: the hub refuses the files ({said}); nothing was committed. Its page may say why")
     if isinstance(error, RuntimeError) and not isinstance(error, NO_HUB):
         return HubError(
-            f"{repo_id}: the upload broke off ({said}); nothing was committed. Run the same command again: files that "
-            "arrived whole are not sent twice"
+            f"{repo_id}: the upload failed ({said}); nothing was committed. Run the same command again: files that "
+            "were already sent are not sent twice"
         )
-    cause = "what answers there is no hub" if isinstance(error, NO_HUB) else said
+    cause = "the response is not a hub's" if isinstance(error, NO_HUB) else said
     return HubError(
         f"{repo_id}: {constants.ENDPOINT} could not be reached, or the connection broke ({cause}). Check the network, "
         "the proxy and HF_ENDPOINT, and run again: a commit arrives whole or not at all"

@@ -1,1 +1,1 @@
-"""Answers of a model: used while it is trained, and afterwards."""
+"""Generates answers, during training and afterwards."""

@@ -1,6 +1,6 @@
-"""What a result is made of: the base's files, the adapter's, and the prompts that they speak through.
+"""Finds a trained result by name: the files of base and adapter, and the prompt format.
 
-A result is named by a run folder or its name, by the folder of any PEFT adapter, or by an adapter's id on the hub.
+The name is that of a run or its folder, the folder of any PEFT adapter, or an adapter's id on the hub.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from huarizo.sandbox.reading import read_json, read_text
 
 @dataclass(frozen=True)
 class Tuned:
-    """Folders of the base model and of the adapter, and the encoder of the prompt format.
+    """The folders of base model and adapter, and the encoder with its prompt format.
 
-    `recipe` is the run's; of a foreign adapter it says the base and the prompt format alone. `run` is None there.
+    `recipe` is the run's. For an adapter from elsewhere it holds only base and prompt format, and `run` is None.
     """
 
     recipe: Recipe
@@ -37,30 +37,30 @@ class Tuned:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens at which an answer ends: the prompt format's, and the tokenizer's end of sequence."""
+        """Tokens that end an answer: the prompt format's stop token and the tokenizer's end of sequence."""
         ids = (self.encoder.stop_id, self.encoder.tokenizer.eos_token_id)
         return [number for number in dict.fromkeys(ids) if number is not None]
 
     @property
     def folder(self) -> Path:
-        """Where what is made from it goes: the run's folder; the current one for an adapter from elsewhere."""
+        """Where exports and evaluations go: the run's folder, or the current one for an adapter from elsewhere."""
         return self.run.path if self.run else Path()
 
 
 READING = ("data.columns", "data.max_length", "data.on_bad_row")
-"""Settings of a run that say how other rows are read, and may be others for them."""
+"""Settings of a run that control how rows are read. They may be overridden for other rows."""
 
 
 def read_otherwise(tuned: Tuned, overrides: Sequence[str]) -> Tuned:
-    """The same result, for rows that are read with other settings: `key=value`, of the keys in READING.
+    """The same result with other settings for reading rows: `key=value`, with keys from READING.
 
     Raises:
-        RecipeError: another key, or a value that it can't have.
+        RecipeError: another key, or an invalid value.
     """
     for override in overrides:
         key = override.partition("=")[0]
         if not any(key == each or key.startswith(f"{each}.") for each in READING):
-            raise RecipeError(f"{override}: only {', '.join(READING)} can be other than in the run")
+            raise RecipeError(f"{override}: only {', '.join(READING)} can differ from the run")
     recipe = with_overrides(tuned.recipe, overrides)
     encoder = tuned.encoder
     longer = Encoder(encoder.tokenizer, encoder.prompt, recipe.data.labels, recipe.data.max_length)
@@ -68,15 +68,15 @@ def read_otherwise(tuned: Tuned, overrides: Sequence[str]) -> Tuned:
 
 
 def find_tuned(name: str, prompt: str | None = None, base: str | None = None) -> Tuned:
-    """A result by its name.
+    """Find a result by its name.
 
     name: a run, or the folder or hub id of a PEFT adapter.
-    prompt: the prompt format, where it is not the run's; an adapter from elsewhere is taken to use the chat template
-        beside it, or that of its base, or Alpaca's prompt where there is none.
-    base: folder or hub id of the base model, where it is no longer where the result says.
+    prompt: a prompt format to use instead of the run's. An adapter from elsewhere uses the chat template beside it,
+        else its base's, else Alpaca's prompt.
+    base: folder or hub id of the base model, if it has moved.
 
     Raises:
-        UserError: nothing of that name, no adapter yet, or its base can't be found or is no longer the one it was.
+        UserError: nothing has that name, the run has no adapter yet, or its base is missing or has changed.
     """
     run = find_run(name)
     if run is not None:
@@ -89,18 +89,18 @@ def find_tuned(name: str, prompt: str | None = None, base: str | None = None) ->
             return open_tuned(beside, prompt, base)
         return open_adapter(folder, prompt, base)
     if local.exists() or "/" not in name or name.startswith((".", "/", "~")):
-        return open_tuned(open_run(name), prompt, base)  # says what there is
+        return open_tuned(open_run(name), prompt, base)  # its error lists the runs that exist
     return open_adapter(resolve_adapter(name).path, prompt, base)
 
 
 def open_tuned(run: Run, prompt: str | None = None, base: str | None = None) -> Tuned:
-    """The parts of a finished run; nothing heavy is loaded.
+    """The parts of a finished run. Loads no weights.
 
     Raises:
-        UserError: the run has no adapter yet, or its base model can't be found or is no longer the one it was.
+        UserError: the run has no adapter yet, or its base model is missing or has changed.
     """
     if not (run.adapter / WEIGHTS).is_file():
-        raise UserError(f"{run.path}: this run has no adapter yet. Go on with it: huarizo resume {run.path}")
+        raise UserError(f"{run.path}: this run has no adapter yet. Resume it: huarizo resume {run.path}")
     recipe = run.recipe()
     recipe.model = base or recipe.model
     with _naming_its_place(run.recipe_file, "model", base):
@@ -108,17 +108,17 @@ def open_tuned(run: Run, prompt: str | None = None, base: str | None = None) -> 
 
 
 def open_adapter(folder: Path, prompt: str | None = None, base: str | None = None) -> Tuned:
-    """The parts of a PEFT adapter that some other tool may have made.
+    """The parts of a PEFT adapter, whatever tool made it.
 
     Raises:
-        UserError: it is no plain LoRA, does not name its base, or that can't be found.
+        UserError: it is not a plain LoRA, does not name its base, or the base is missing.
     """
     config = check_adapter(folder)
     named = base or config.base_model_name_or_path
     if not named:
         raise UserError(
             f"{folder / CONFIG}: base_model_name_or_path is empty. Write the base model's hub id or folder there, or "
-            "give it as --base-model"
+            "pass it as --base-model"
         )
     revision = f"@{config.revision}" if config.revision and not base and not Path(named).exists() else ""
     recipe = make_recipe(model=named + revision, data={"train": "quickstart"})
@@ -128,24 +128,21 @@ def open_adapter(folder: Path, prompt: str | None = None, base: str | None = Non
 
 @contextmanager
 def _naming_its_place(file: Path, field: str, base: str | None) -> Iterator[None]:
-    """Around the search for a base: where it fails, the error names the file and field that name the base.
-
-    base: as the user named it; its error stays as it is.
-    """
+    """Add to the error for a missing base which file and field name it, unless the user passed the base."""
     try:
         yield
     except HubError as error:
         if base is not None:
             raise
-        where = "Where the base is elsewhere, give --base-model FOLDER_OR_ID"
+        where = "If the base is elsewhere, pass --base-model FOLDER_OR_ID"
         raise HubError(f"{file}: {field}: {error}. {where}") from None
 
 
 def _own_template(adapter: Path) -> str | None:
-    """The chat template that a foreign adapter brings along, in the one file or the other.
+    """The chat template saved beside an adapter from elsewhere, in either of two files.
 
     Raises:
-        ModelError: it can't be read.
+        ModelError: the file can't be read.
     """
     template, config = (adapter / name for name in TEMPLATES)
     if problem := hostile(adapter):
@@ -155,7 +152,9 @@ def _own_template(adapter: Path) -> str | None:
             return read_text(template)
         found = read_json(config).get("chat_template") if config.is_file() else None
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{adapter}: the tokenizer's settings can't be read ({error}). Mend or remove them") from None
+        raise ModelError(
+            f"{adapter}: the tokenizer's settings can't be read ({error}). Repair or remove them"
+        ) from None
     return default_template(found)
 
 

@@ -1,4 +1,4 @@
-"""A conversation on a terminal: what a person types is a message, or a command that begins with a slash."""
+"""A conversation in the terminal. A line is a message to the model, or a command that begins with a slash."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -9,18 +9,18 @@ from huarizo.errors import MachineError, UserError
 from huarizo.inference.generate import Assistant, Sampling, stream_answer
 
 HELP = """\
-/base          the untuned model answers, or the tuned one again
-/system TEXT   a system message in front of the conversation; without TEXT none
+/base          switch to the untuned model, or back to the tuned one
+/system TEXT   start over with a system message; without TEXT, with none
 /set NAME X    temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed
-/reset         begin anew
+/reset         start over
 /exit          end (or Ctrl-D); Ctrl-C stops an answer"""
-ROOM = 64  # tokens that are kept free for an answer
+ROOM = 64  # tokens kept free for an answer
 
 
 class Conversation:
-    """What was said so far, who answers, and how.
+    """The turns so far, which model answers, and how it samples.
 
-    write: shows text as it is; what the model says comes in pieces.
+    write: prints text as it is; an answer comes in pieces.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """What stands in front of the line that the person types."""
+        """The prompt shown in front of the user's line."""
         return "you (to the base)> " if self.untuned else "you> "
 
     def hear(self, line: str) -> bool:
-        """Take a line; False where it ends the conversation."""
+        """Handle a line. False if it ends the conversation."""
         line = line.strip()
         if line == "/exit":
             return False
@@ -53,12 +53,12 @@ class Conversation:
             return "the untuned model answers from here on" if self.untuned else "the tuned model answers again"
         if name == "/reset":
             self.turns.clear()
-            return "forgotten"
+            return "conversation reset"
         if name == "/system":
             self.system = rest
             self.turns.clear()
             unheard = self.assistant.unheard(rest)
-            said = "a new conversation with this system message" if rest else "a new conversation without one"
+            said = "new conversation with this system message" if rest else "new conversation without a system message"
             return f"{said}\n({unheard})" if unheard else said
         if name == "/set":
             return self._set(*rest.split())
@@ -84,19 +84,19 @@ class Conversation:
             self.turns = [*remembered, Exchange(line, "", answer.text)]
             self.write("" if answer.finished else f"\n(cut at {answer.tokens} tokens)")
         except KeyboardInterrupt:
-            self.write("\n(stopped; this turn is forgotten)")
+            self.write("\n(stopped; this turn is dropped)")
         except (UserError, MachineError) as error:
             self.write(f"({error})")
         self.write("\n")
 
     def _remembered(self, line: str) -> list[Exchange]:
-        """The turns in front of a new one, without the oldest where they leave no room for an answer."""
+        """The earlier turns, without the oldest ones if these leave no room for an answer."""
         turns = list(self.turns)
         while turns and self._length([*turns, OpenExchange(line)]) + ROOM > self.assistant.positions:
             turns.pop(0)
         gone = len(self.turns) - len(turns)
         if gone and self._length([*turns, OpenExchange(line)]) < self.assistant.positions:
-            self.write(f"(the model's {self.assistant.positions:,} tokens are full: {gone} old turns are forgotten)\n")
+            self.write(f"(the model's {self.assistant.positions:,} tokens are full: {gone} old turns are dropped)\n")
         return turns
 
     def _length(self, turns: Sequence[Turn]) -> int:
@@ -104,30 +104,30 @@ class Conversation:
 
 
 def checked(sampling: Sampling) -> Sampling:
-    """The same, where its values can be used.
+    """The same sampling settings, checked.
 
     Raises:
-        UserError: one can't be; the message gives its range.
+        UserError: a value is out of range; the message gives the range.
     """
     ranges = {
         "max_new_tokens": (sampling.max_new_tokens >= 1, "1 or more"),
         "temperature": (
             sampling.temperature == 0 or 0.01 <= sampling.temperature <= 100,
-            "0, which takes the likeliest token, or 0.01 to 100",
+            "0 (always the likeliest token) or 0.01 to 100",
         ),
         "top_p": (0 < sampling.top_p <= 1, "above 0 and at most 1"),
         "top_k": (sampling.top_k >= 0, "0 (no limit) or more"),
-        "repetition_penalty": (0.01 <= sampling.repetition_penalty <= 100, "0.01 to 100; 1 changes nothing"),
+        "repetition_penalty": (0.01 <= sampling.repetition_penalty <= 100, "0.01 to 100 (1 changes nothing)"),
         "seed": (sampling.seed is None or 0 <= sampling.seed < 2**63, "0 or more, and below 2^63"),
     }
     for name, (fits, range_) in ranges.items():
         if not fits:
-            raise UserError(f"{name} is {getattr(sampling, name)}, but has to be {range_}")
+            raise UserError(f"{name} is {getattr(sampling, name)}; it must be {range_}")
     return sampling
 
 
 def converse(conversation: Conversation, read: Callable[[str], str]) -> None:
-    """Read and answer until `/exit` or the end of input. `read` shows a prompt and gives the next line."""
+    """Read and answer until `/exit` or the end of input. `read` shows a prompt and returns the next line."""
     if unheard := conversation.assistant.unheard(conversation.system):
         conversation.write(f"({unheard})\n")
     while True:
@@ -140,10 +140,10 @@ def converse(conversation: Conversation, read: Callable[[str], str]) -> None:
             conversation.write("\n(Ctrl-D or /exit ends)\n")
             continue
         except UnicodeDecodeError:
-            conversation.write("(this was not text in UTF-8)\n")
+            conversation.write("(this was not UTF-8 text)\n")
             continue
         try:
             if not conversation.hear(line):
                 return
-        except KeyboardInterrupt:  # a second one, while the first was being told
+        except KeyboardInterrupt:  # a second one, while the first was being reported
             conversation.write("\n")

@@ -1,6 +1,6 @@
-"""A tuned model answers: in batches for a list of prompts, or streamed for a person.
+"""Generates answers: in batches for a list of prompts, or streamed for a conversation.
 
-Prompts go through the same code as in training, and an answer ends at the stop token that was learnt.
+Prompts are encoded by the same code as in training, and an answer ends at the stop token learnt there.
 """
 
 import logging
@@ -27,45 +27,44 @@ from huarizo.model.load import load_base, positions
 from huarizo.plan import choose_precision, nearest_precision
 from huarizo.wording import excerpt
 
-SHARE = 0.25  # of the free memory, that a batch of answers may take
+SHARE = 0.25  # of the free memory, for a batch of answers
 UNHEARD = "the model's chat template leaves out the system text, so the model does not see it"
-TOO_LONG = "there is not enough memory for one answer. Close other programs, or shorten the answer or the prompt"
+TOO_LONG = "not enough memory for one answer. Close other programs, or shorten the answer or the prompt"
 
 
 @dataclass(frozen=True)
 class Assistant:
-    """A model that can be asked, with the encoder that its prompts go through.
+    """A model ready to answer, with the encoder of its prompts.
 
-    base_weights: those of the base that loading the adapter changed (`rewritten_weights`).
+    base_weights: the base's own values of weights that loading the adapter changed (`rewritten_weights`).
     """
 
-    model: Any
+    model: Any  # a PeftModel, which forwards to its base attributes that have no types
     encoder: Encoder
     base_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> int:
-        """The longest conversation that the model was made for, in tokens, its answer included."""
+        """The longest conversation that the model supports, in tokens, including the answer."""
         return positions(self.model.config.to_dict())
 
     def prompt_ids(self, system: str, turns: Sequence[Turn]) -> list[int]:
         """Token ids of a conversation whose last turn is to be answered.
 
         Raises:
-            UserError: a terminal or a pipe sent bytes that are no letters.
-            ModelError: a token that the tokenizer has and the model does not.
+            UserError: the terminal or pipe sent bytes that are not UTF-8.
+            ModelError: the tokenizer has a token that the model has no embedding for.
         """
         try:
             "".join((system, *(turn.instruction for turn in turns))).encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError("what was typed or sent is not text in UTF-8. Send it again in that encoding") from None
+            raise UserError("the input is not UTF-8 text. Send it again as UTF-8") from None
         ids = self.encoder.encode_prompt(system, turns)
         self.encoder.check_embedding(max(ids), self.model.config.vocab_size)
         return ids
 
     def unheard(self, system: str) -> str:
-        """What to say where a system text does not reach the model, because the chat template leaves it out or refuses
-        it; "" where it does."""
+        """Why a system text does not reach the model (the chat template drops or rejects it), or "" if it does."""
         try:
             pieces = self.encoder.prompt.pieces(system, [OpenExchange("Hi")])
         except RefusedRow as error:
@@ -73,17 +72,17 @@ class Assistant:
         return "" if appears_in(system, "".join(piece.text for piece in pieces)) else UNHEARD
 
     def fits(self, question: Question) -> bool:
-        """Whether a prompt leaves room for an answer in what the model was made for."""
+        """Whether a prompt leaves room for an answer within the model's positions."""
         return len(self.prompt_ids(question.system, [question.turn])) < self.positions
 
     def untuned(self, wanted: bool = True) -> AbstractContextManager[None]:
-        """A block in which the base answers, as if it had no adapter; nothing changes where not `wanted`."""
+        """A context in which the base answers without the adapter. Does nothing if not `wanted`."""
         return without_adapter(self.model, self.base_weights) if wanted else nullcontext()
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. temperature 0 takes the likeliest token every time; top_k 0 and top_p 1 cut nothing."""
+    """How an answer is sampled. temperature 0 always takes the likeliest token; top_k 0 and top_p 1 cut nothing."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -95,7 +94,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, its number of tokens, and whether the model ended it itself or reached `max_new_tokens`."""
+    """A text, its number of tokens, and whether the model ended it before `max_new_tokens`."""
 
     text: str
     tokens: int
@@ -103,13 +102,14 @@ class Answer:
 
 
 def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device | None = None) -> Assistant:
-    """The base model with its adapter, in a float format; None: the recipe's, or the fastest one for int8.
+    """Load the base model with its adapter.
 
-    on: the device, this machine's best one unless given.
+    precision: bf16, fp16 or fp32. None: the recipe's, or the fastest of these if it trained in int8.
+    on: the device; default: this machine's best one.
 
     Raises:
         ModelError: the adapter does not fit the base.
-        UserError: a format that there is not, or that this device does not have.
+        UserError: an unknown precision, or one that this device does not support.
     """
     if precision not in (None, "bf16", "fp16", "fp32"):
         raise UserError(f"--precision {precision}: answers and losses are computed in bf16, fp16 or fp32")
@@ -128,7 +128,7 @@ def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device 
 
 @contextmanager
 def generating(model: Any) -> Iterator[None]:
-    """Evaluation mode, with Transformers' own attention; put back as it was afterwards."""
+    """Evaluation mode with Transformers' own attention. Restores both afterwards."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention, was_training = base.config._attn_implementation, model.training
     base.set_attn_implementation("sdpa")
@@ -145,20 +145,18 @@ def _generation_config(assistant: Assistant, sampling: Sampling) -> GenerationCo
     tokenizer = assistant.encoder.tokenizer
     stops = [i for i in dict.fromkeys((assistant.encoder.stop_id, tokenizer.eos_token_id)) if i is not None]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    options: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        names = ("temperature", "top_p", "top_k")
-        options = {"do_sample": True} | {name: getattr(sampling, name) for name in names}
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, repetition_penalty=sampling.repetition_penalty,
-        eos_token_id=stops or None, pad_token_id=pad, use_cache=True, **options,
+        eos_token_id=stops or None, pad_token_id=pad, use_cache=True,
+        do_sample=sampling.temperature > 0, **(drawn if sampling.temperature > 0 else {}),
     )  # fmt: skip
 
 
 def _room(assistant: Assistant, prompt: Sequence[int], text: str) -> int:
     if len(prompt) >= assistant.positions:
         raise UserError(
-            f"the prompt {excerpt(text)} has {len(prompt):,} tokens, and the model was made for "
+            f"the prompt {excerpt(text)} has {len(prompt):,} tokens, but the model supports at most "
             f"{assistant.positions:,}. Shorten it"
         )
     return assistant.positions - len(prompt)
@@ -180,12 +178,12 @@ def answers(
 ) -> list[Answer]:
     """Greedy answers to single prompts.
 
-    at_once: prompts in a batch at most, fewer where memory is short.
-    console: a terminal to show on how many are answered.
+    at_once: most prompts in a batch; fewer if memory is short.
+    console: a terminal to show progress on.
 
     Raises:
-        UserError: a prompt leaves no room for an answer in what the model was made for.
-        MachineError: there is not enough memory even for one prompt.
+        UserError: a prompt leaves no room for an answer within the model's positions.
+        MachineError: not enough memory even for one prompt.
     """
     prompts = [assistant.prompt_ids(question.system, [question.turn]) for question in questions]
     rooms = [_room(assistant, ids, asked.turn.instruction) for ids, asked in zip(prompts, questions, strict=True)]
@@ -197,9 +195,9 @@ def answers(
 def _each_answer(
     assistant: Assistant, prompts: Sequence[list[int]], room: Sequence[int], at_once: int
 ) -> Iterator[tuple[int, Answer]]:
-    """Each prompt's index with its answer, the longest first; where memory does not do, half as many at once.
+    """Each prompt's index with its answer, longest prompt first. Halves the batch when memory runs out.
 
-    room: tokens that each answer may have; those in a batch may have as many.
+    room: most tokens of each answer. A batch holds only prompts with the same room.
     """
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     while by_length:
@@ -221,8 +219,7 @@ def _each_answer(
 
 
 def _most_at_once(assistant: Assistant, length: int) -> int:
-    """How many prompts of a length, answers included, memory has room for: keys and values, and one layer at work
-    with its mask."""
+    """How many prompts of this length (answer included) fit into memory: keys, values, one layer and its mask."""
     config, on = assistant.model.config, assistant.model.device
     keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     values = keys_and_values + 8 * config.hidden_size + 3 * config.intermediate_size + 2 * length
@@ -244,7 +241,7 @@ def _answer(assistant: Assistant, ids: list[int], config: GenerationConfig) -> A
 
 
 def _length(ids: Sequence[int], config: GenerationConfig) -> int:
-    """How many of the new tokens stand before the first that ends the answer."""
+    """Number of new tokens before the first one that ends the answer."""
     stops: Any = config.eos_token_id or []
     return next((place for place, number in enumerate(ids) if number in stops), len(ids))
 
@@ -254,11 +251,11 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
 
 
 class _Streamer(BaseStreamer):
-    """Hands an answer's text to a function as it grows; all of it together is the `Answer`'s own text, unless a stray
-    byte spoils a letter that was shown already.
+    """Passes an answer's text to a function as it grows. The pieces add up to the `Answer`'s text, unless a stray byte
+    spoils a character that was already shown.
 
-    Each time all tokens are decoded, because a token's text depends on those before it. What may still change is held
-    back: a letter of which only some bytes are there, and white space at the end.
+    All tokens are decoded each time, because a token's text depends on those before it. What may still change is held
+    back: an incomplete character, and white space at the end.
     """
 
     def __init__(self, tokenizer: Any, config: GenerationConfig, write: Callable[[str], None]) -> None:
@@ -268,7 +265,7 @@ class _Streamer(BaseStreamer):
         self.saw_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt at first, then one new token after another: int64 [1] each."""
+        """Takes the prompt first, then each new token: int64 [1]."""
         if self.saw_prompt:
             self.ids += value.flatten().tolist()
             self._show(self._text().rstrip("\ufffd").rstrip())
@@ -297,8 +294,8 @@ def stream_answer(
     """Answer the last turn, passing the text to `write` as it comes.
 
     Raises:
-        UserError: the conversation leaves no room for an answer in what the model was made for, or is no text.
-        MachineError: there is not enough memory for it.
+        UserError: the conversation leaves no room for an answer within the model's positions, or is not UTF-8.
+        MachineError: not enough memory.
     """
     sampling = sampling or Sampling()
     prompt = assistant.prompt_ids(system, turns)

@@ -1,4 +1,4 @@
-"""The same prompts, answered before and after training: made from rows, kept in samples.jsonl, shown side by side."""
+"""The same prompts answered before and after training: taken from rows, kept in samples.jsonl, shown side by side."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from huarizo.data.rows import Row
 class Sample:
     """The same prompt answered before and after training.
 
-    `before` is empty until the base, and `after` None until the tuned model has answered; `expected` is the row's own
+    `before` is empty until the base has answered; `after` is None until the tuned model has. `expected` is the row's
     answer, or empty.
     """
 
@@ -37,7 +37,7 @@ class Sample:
 
 
 def samples_of(rows: Iterable[Row]) -> Iterator[Sample]:
-    """The rows' first exchanges, to be answered; but for plain texts, and for rows with tools, which no one plays."""
+    """The rows' first exchanges as samples. Skips plain texts, and rows with tools, as nothing would run them."""
     for row in rows:
         if row.exchanges and not row.tools and not row.exchanges[0].calls:
             first = row.exchanges[0]
@@ -51,10 +51,10 @@ def samples_as_text(samples: list[Sample]) -> str:
 
 
 def samples_from_text(text: str) -> list[Sample]:
-    """`samples_as_text`, read back.
+    """Read back what `samples_as_text` wrote.
 
     Raises:
-        ValueError, TypeError: it is something else.
+        ValueError, TypeError: the text is something else.
     """
     rows = [json.loads(line) for line in text.split("\n") if line]
     texts = [{field.name: row[field.name] for field in fields(Sample) if field.name in row} for row in rows]

@@ -1,1 +1,1 @@
-"""What comes after training: answers, evaluation, and the summary of a run."""
+"""What can be made of an adapter: a comparison, an evaluation, a merged model, a GGUF file, a hub repository."""

@@ -1,7 +1,7 @@
-"""Model cards: what a run was trained on, how its result is loaded, and whose licence it has.
+"""Model cards: what a run was trained on, how to load its result, and its licence.
 
-The card in an adapter's folder is for the person at this machine; the one that goes to the hub has the front matter
-that the hub reads, the licence of the base, a few answers before and after, and no name of a folder.
+The card in an adapter's folder is for local use. The one for the hub adds the front matter that the hub reads, the
+base's licence and a few answers before and after; it names no local folder.
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
@@ -21,13 +21,14 @@ from huarizo.inference.samples import Sample, samples_from_text
 from huarizo.recipe import Recipe, names_of
 from huarizo.recipe_file import parse_yaml
 from huarizo.results.gguf import is_adapter
-from huarizo.results.report import fenced, heldout_change
+from huarizo.results.report import MetricsRow, fenced, heldout_change
 from huarizo.runs import Run
 from huarizo.sandbox.reading import open_file, read_bytes
 
+T = TypeVar("T")
 What = Literal["adapter", "merged", "gguf"]
 KIND = {"adapter": ("peft", "adapter"), "merged": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}
-"""library_name and base_model_relation, as the hub's model cards have them."""
+"""library_name and base_model_relation in the hub's model cards."""
 QUICKSTART_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LICENCE_TEXTS = {
@@ -43,17 +44,17 @@ SAMPLES, LONGEST_SAMPLE = 3, 1500  # samples in a card; characters of a prompt o
 
 
 def public_name(name: str) -> str:
-    """A model or data set as others may know it: its hub id without the revision, or the last part of its path."""
+    """The public name of a model or data set: its hub id without the revision, or the last part of its path."""
     return hub_id_of(name) or re.sub(r"[^\w.+ -]", "_", Path(name).name)
 
 
 def hub_id_of(name: str) -> str | None:
-    """A model's or data set's id on the hub, without the revision; None where the name is that of a folder or file."""
+    """The hub id of a model or data set, without the revision; None if the name is a folder or file."""
     repo_id = QUICKSTART_BASE if name == QUICKSTART else name.partition("@")[0]
     return repo_id if HUB_ID.fullmatch(repo_id) and not Path(name).exists() else None
 
 
-def adapter_card(recipe: Recipe, base: str, metrics: list[dict[str, Any]]) -> str:
+def adapter_card(recipe: Recipe, base: str, metrics: Sequence[MetricsRow]) -> str:
     """The adapter's README.md: what it was trained on and how to load it with stock PEFT."""
     return f"""---
 library_name: peft
@@ -73,7 +74,7 @@ def _data_names(recipe: Recipe, name_of: Callable[[str], str]) -> str:
     return ", ".join(name_of(name) for name in names_of(recipe.data.train))
 
 
-def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any]]) -> str:
+def card_facts(recipe: Recipe, base: str, data: str, metrics: Sequence[MetricsRow]) -> str:
     """Base, data, settings and held-out loss as a list in Markdown; `base` and `data` are the names to show."""
     change = heldout_change(metrics)
     loss = f"- held-out loss: {change[0]:.4f} before, {change[1]:.4f} after\n" if change else ""
@@ -86,7 +87,7 @@ def card_facts(recipe: Recipe, base: str, data: str, metrics: list[dict[str, Any
 
 
 def peft_usage(base: str, adapter: str, tokens: bool = False) -> str:
-    """How an adapter is loaded with stock PEFT, as a code block in Markdown. tokens: whether it has added ones."""
+    """How to load an adapter with stock PEFT, as a Markdown code block. tokens: whether it has added tokens."""
     longer = f"""
 tokenizer = AutoTokenizer.from_pretrained({json.dumps(adapter)})  # with the added tokens
 if len(tokenizer) > base.config.vocab_size:
@@ -101,10 +102,10 @@ model = PeftModel.from_pretrained(base, {json.dumps(adapter)})
 
 
 def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: Sequence[Path]) -> str:
-    """The model card: front matter that the hub reads, what the model was trained on, and how it is loaded."""
+    """The model card: front matter that the hub reads, what the model was trained on, and how to load it."""
     hub_id, base, licence = hub_id_of(recipe.model), public_name(recipe.model), _licence(recipe.model)
     library, relation = KIND[what]
-    front: dict[str, Any] = {"library_name": library}
+    front: dict[str, str | list[str]] = {"library_name": library}
     if hub_id:
         front |= {"base_model": hub_id, "base_model_relation": relation}
     front |= {"license": licence} if licence else {}
@@ -128,18 +129,18 @@ def hub_card(run: Run, recipe: Recipe, repo_id: str, what: What, ggufs: Sequence
     return "\n\n".join(parts).encode("utf-8", "replace").decode() + "\n"
 
 
-def _read(file: Path, parse: Callable[[str], list[Any]]) -> list[Any]:
-    """The rows of a run's JSONL file; none where the run wrote none."""
+def _read(file: Path, parse: Callable[[str], list[T]]) -> list[T]:
+    """The rows of a run's JSONL file; [] if there is no such file."""
     try:
         return parse(file.read_text(encoding="utf-8")) if file.is_file() else []
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: can't be read ({type(error).__name__}: {error}). Mend or remove it") from None
+        raise UserError(f"{file}: can't be read ({type(error).__name__}: {error}). Repair or remove it") from None
 
 
-def _metrics_from_text(text: str) -> list[dict[str, Any]]:
+def _metrics_from_text(text: str) -> list[MetricsRow]:
     rows = [json.loads(line) for line in text.splitlines()]
     if not all(isinstance(row, dict) and isinstance(row.get("eval_loss", 0.0), float | int | None) for row in rows):
-        raise ValueError("a line is no object, or its eval_loss no number")
+        raise ValueError("a line is not an object, or its eval_loss is not a number")
     return rows
 
 
@@ -153,7 +154,7 @@ def _shortened(text: str) -> str:
 
 
 def _usage(what: What, base: str, repo_id: str, ggufs: Sequence[Path], tokens: bool) -> str:
-    """How it is loaded: with PEFT, with Transformers, or in llama.cpp and Ollama. tokens: whether it has added ones."""
+    """How to load it: with PEFT, Transformers, or llama.cpp and Ollama. tokens: whether it has added tokens."""
     if what == "adapter":
         return peft_usage(base, repo_id, tokens)
     if what == "merged":
@@ -171,7 +172,7 @@ model = AutoModelForCausalLM.from_pretrained("{repo_id}")
 
 
 def _licence(model: str) -> str | None:
-    """The base model's licence as the hub names it, where that is known on this machine."""
+    """The base model's licence by the hub's name for it; None if this machine has no record of it."""
     if model == QUICKSTART:
         return "apache-2.0"
     if repo_id := hub_id_of(model):

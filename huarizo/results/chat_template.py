@@ -1,7 +1,7 @@
-"""What a prompt format writes around questions and answers, read off the format itself.
+"""Expresses a prompt format as a template for other programs.
 
-Runtimes other than Transformers are told a prompt format as a template of their own. Nothing is translated: marked
-texts are sent through the format, and what stands around them is what the other template has to write.
+Nothing is translated: marker texts are sent through the format, and the text found around them is what the other
+template must write.
 """
 
 import json
@@ -17,17 +17,17 @@ from huarizo.errors import DataError, ModelError, RecipeError
 SYSTEM, FIRST, SECOND, THIRD, ANSWER, LAST_ANSWER = (
     f"{name}q \"'<&>\\\n  é {{{{x}}}} aA{name}" for name in ("System", "First", "Second", "Third", "Answer", "Last")
 )
-"""Texts with everything that a format might escape, fold or rewrite, and no white space at their ends."""
+"""Markers that contain everything a format might escape, fold or rewrite, without white space at the ends."""
 TURNS = [Exchange(FIRST, "", ANSWER), Exchange(SECOND, "", LAST_ANSWER), OpenExchange(THIRD)]
 SENTINELS = [FIRST, ANSWER, SECOND, LAST_ANSWER, THIRD]
 
 
 @dataclass(frozen=True)
 class Turns:
-    """The constant texts of a prompt format, without a BOS that the tokenizer puts in front.
+    """The constant texts of a prompt format, without a BOS that the tokenizer adds.
 
-    head: before the first question where there is no system text. system: before and behind one; None where the
-    format has no place for it. asked: behind a question. answered: behind an answer, up to the next question.
+    head: before the first question if there is no system text. system: before and after the system text; None if the
+    format has no place for one. asked: after a question. answered: after an answer, up to the next question.
     """
 
     head: str
@@ -40,18 +40,18 @@ def turns_of(encoder: Encoder) -> Turns:
     """The texts around the turns of an encoder's prompt format.
 
     Raises:
-        ModelError: a format that changes the texts, or writes one turn otherwise than the next.
+        ModelError: the format changes the texts, or writes later turns differently from the first.
     """
     plain = _between(encoder, "", SENTINELS)
     with_system = _with_system(encoder)
     head, asked, answered, *_ = plain
     if any(parts and parts[-5:] != [asked, answered, asked, answered, asked] for parts in (plain, with_system)):
-        raise ModelError("it writes later turns otherwise than the first")
+        raise ModelError("it writes later turns differently from the first")
     return Turns(head, (with_system[0], with_system[1]) if with_system else None, asked, answered)
 
 
 def rendered(encoder: Encoder, system: str, turns: Sequence[Turn]) -> str:
-    """A conversation's prompt without the BOS that the tokenizer puts in front.
+    """A conversation's prompt without the BOS that the tokenizer adds.
 
     Raises:
         ModelError: the format can't write it.
@@ -64,18 +64,18 @@ def rendered(encoder: Encoder, system: str, turns: Sequence[Turn]) -> str:
 
 
 def _between(encoder: Encoder, system: str, sentinels: Sequence[str]) -> list[str]:
-    """What stands before, between and behind the sentinels in a conversation of three turns."""
+    """The texts before, between and after the sentinels in a conversation of three turns."""
     parts, rest = [], rendered(encoder, system, TURNS)
     for sentinel in sentinels:
         if rest.count(sentinel) != 1:
-            raise ModelError("it changes what is said")
+            raise ModelError("it changes the messages")
         before, _, rest = rest.partition(sentinel)
         parts.append(before)
     return [*parts, rest]
 
 
 def _with_system(encoder: Encoder) -> list[str]:
-    """What stands around a system text and all that follows; [] where the format refuses one or leaves it out."""
+    """The texts around a system text and all that follows; [] if the format rejects or drops a system text."""
     try:
         if rendered(encoder, SYSTEM, TURNS) == rendered(encoder, "", TURNS):
             return []
@@ -85,9 +85,9 @@ def _with_system(encoder: Encoder) -> list[str]:
 
 
 def chat_template(encoder: Encoder, lead: str = "") -> str | None:
-    """A Jinja template over `messages` that writes an encoder's prompts: the model's own for the chat format.
+    """A Jinja template over `messages` that writes an encoder's prompts. For the chat format it is the model's own.
 
-    lead: what has to stand in front of every prompt. None where the format can't be written as one.
+    Returns None if the format can't be expressed as one. lead: text in front of every prompt.
     """
     if encoder.prompt.name == "chat":
         return (f"{{{{- {json.dumps(lead)} }}}}" if lead else "") + str(encoder.tokenizer.get_chat_template())
@@ -120,10 +120,10 @@ def _literal(text: str) -> str:
 
 
 def leading_space(encoder: Encoder) -> str:
-    """What a prompt has to begin with in llama.cpp so that SentencePiece cuts it as Transformers does: " " or "".
+    """What a prompt must begin with in llama.cpp for the token ids that Transformers gives: " " or "".
 
-    llama.cpp puts a space in front of a text and behind every special token, or nowhere. Most tokenizers put one in
-    front of the whole text alone; for them llama.cpp is told nowhere, and the prompt brings the one space along.
+    llama.cpp adds a space before the text and after every special token, or nowhere. Most SentencePiece tokenizers add
+    one only before the whole text. For these llama.cpp is set to nowhere, and the prompt contains the one space.
     """
     spec = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
     if not spec["model"].get("byte_fallback") or space_everywhere(encoder) or "first" not in _schemes(spec):
@@ -133,7 +133,7 @@ def leading_space(encoder: Encoder) -> str:
 
 
 def space_everywhere(encoder: Encoder) -> bool:
-    """Whether a SentencePiece tokenizer puts a space in front of the text and behind every special token."""
+    """Whether a SentencePiece tokenizer adds a space before the text and after every special token."""
     spec = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
     normalizer = spec.get("normalizer") or {}
     prepends = any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))

@@ -1,6 +1,6 @@
-"""The same prompts answered by the base model and by the tuned one, side by side.
+"""Answers the same prompts with the base and the tuned model, side by side.
 
-In go prompts from a file, or those that the run itself answered; out comes a table, Markdown, a page of HTML, or JSON.
+The prompts come from a file or from the run's own samples. The result is a table, Markdown, an HTML page, or JSON.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from huarizo.results.report import fenced
 from huarizo.results.verify import PROMPTS
 from huarizo.sandbox.reading import read_text
 
-LARGEST = 10_000_000  # bytes, of a file of prompts
+LARGEST = 10_000_000  # bytes of a file of prompts
 STYLE = """\
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
@@ -35,15 +35,15 @@ td { white-space: pre-wrap; overflow-wrap: anywhere; }
 
 
 def read_prompts(file: Path, data: DataRecipe) -> list[Sample]:
-    """Prompts from a text file, one a line, or from any file or folder of rows, with or without their answers.
+    """Read prompts from a text file, one a line, or from a file or folder of rows, with or without answers.
 
-    data: says what the rows' columns are called, and whether bad rows are left out.
+    data: gives the column names of the rows, and whether bad rows are skipped.
 
     Raises:
-        DataError: no such file, or nothing in it that can be asked.
+        DataError: no such file, or no prompt in it.
     """
     if not file.exists():
-        raise DataError(f"{file}: there is no such file. Give a text file with one prompt a line, or a file of rows")
+        raise DataError(f"{file}: no such file. Pass a text file with one prompt a line, or a file of rows")
     if file.is_dir() or file.suffix.lower() not in (".txt", ".md", ""):
         return list(samples_of(require_good(read_rows(file, data.columns, QUESTIONS), data.on_bad_row)))
     try:
@@ -52,7 +52,7 @@ def read_prompts(file: Path, data: DataRecipe) -> list[Sample]:
         raise DataError(f"{file}: byte {error.start} is not UTF-8. Save the file as UTF-8") from None
     except (OSError, ValueError) as error:
         said = (isinstance(error, OSError) and error.strerror) or error
-        raise DataError(f"{file}: can't be read: {said}. Write the prompts to a text file, and name that") from None
+        raise DataError(f"{file}: can't be read: {said}. Write the prompts to a text file") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{file}: no prompt in it. Write one a line")
@@ -60,12 +60,12 @@ def read_prompts(file: Path, data: DataRecipe) -> list[Sample]:
 
 
 def usual_prompts(tuned: Tuned) -> list[Sample]:
-    """The prompts that the run answered before and after; a few general ones where it answered none."""
+    """The run's own samples, or a few general prompts if it has none."""
     if tuned.run and tuned.run.samples.is_file():
         try:
             samples = samples_from_text(tuned.run.samples.read_text(encoding="utf-8"))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{tuned.run.samples}: can't be read. Give a file of prompts") from None
+            raise UserError(f"{tuned.run.samples}: can't be read. Pass a file of prompts") from None
         if samples:
             return samples
     return [Sample(prompt, "", "", None) for prompt in PROMPTS]
@@ -79,7 +79,7 @@ def compare(
     console: a terminal to show progress on.
 
     Raises:
-        MachineError: not even one prompt fits into the card's memory.
+        MachineError: not enough memory even for one prompt.
     """
     questions = [sample.question for sample in prompts]
     with assistant.untuned():
@@ -92,10 +92,10 @@ def compare(
 
 
 def write_comparison(samples: Sequence[Sample], title: str, target: Path, force: bool = False) -> None:
-    """As Markdown (.md), a page of HTML that needs nothing else (.html), or JSON lines (.jsonl).
+    """Write Markdown (.md), a self-contained HTML page (.html), or JSON lines (.jsonl).
 
     Raises:
-        UserError: another ending, or there is something at `target` already, and not `force`.
+        UserError: another suffix, or `target` exists and `force` is not set.
         MachineError: the disk is full or can't be written.
     """
     check_target(target, force)
@@ -104,18 +104,18 @@ def write_comparison(samples: Sequence[Sample], title: str, target: Path, force:
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Before answers are waited for: can they be written there?
+    """Check that a comparison can be written there, before the answers are generated.
 
     Raises:
-        UserError: another ending than those of `WRITERS`, or there is something already, and not `force`.
+        UserError: a suffix that is not in `WRITERS`, or `target` exists and `force` is not set.
     """
     if target.suffix not in WRITERS:
-        raise UserError(f"{target}: the ending has to be one of {', '.join(WRITERS)}")
+        raise UserError(f"{target}: the suffix must be one of {', '.join(WRITERS)}")
     check_file(target, force)
 
 
 def as_markdown(samples: Sequence[Sample], title: str) -> str:
-    """One section a prompt; every text stands in a block of its own, so that it can't become markup."""
+    """One section a prompt. Every text is in a code block, so that it can't become markup."""
     parts = [f"# {title}\n"]
     for number, sample in enumerate(samples, 1):
         parts.append(f"\n## {number}\n")
@@ -125,7 +125,7 @@ def as_markdown(samples: Sequence[Sample], title: str) -> str:
 
 
 def as_html(samples: Sequence[Sample], title: str) -> str:
-    """A page with a table; nothing in it comes from elsewhere, and no text of a model is markup."""
+    """A page with a table. It loads nothing from elsewhere, and every text is escaped."""
     expected = any(sample.expected for sample in samples)
     heads = ["prompt", "base", "tuned", *(["expected"] if expected else [])]
     rows = []
@@ -143,7 +143,7 @@ def as_html(samples: Sequence[Sample], title: str) -> str:
 
 
 def as_json_lines(samples: Sequence[Sample], title: str) -> str:
-    """One object a prompt: prompt, base, tuned, expected where it is known."""
+    """One object a prompt: prompt, base, tuned, and expected if known."""
     return "".join(json.dumps(dict(_columns(sample)), ensure_ascii=False) + "\n" for sample in samples)
 
 

@@ -1,8 +1,8 @@
-"""What a tuned model is worth: its losses on rows that it did not see, its answers to them, and what it forgot.
+"""Evaluates a tuned model: its loss on rows that it did not see, its answers to them, and what it forgot.
 
-In go held-out rows of the run, or rows of any file; out come a report for people and files for programs. The base model
-is measured in the same way, so that every number has its before. General text that ships with Huarizo shows whether the
-model still reads what it was not trained on.
+The rows are the run's held-out ones or any others. The result is a report and a folder of files. The base model is
+measured in the same way, so every number has a before and an after. A general text that ships with Huarizo shows
+forgetting.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -29,41 +29,42 @@ from huarizo.inference.artifact import Tuned
 from huarizo.inference.generate import Assistant, answers
 from huarizo.inference.samples import Sample, samples_of
 from huarizo.recipe import names_of
+from huarizo.results.harness import HarnessScores
 from huarizo.results.statistics import Losses, Mean, measure
 
 logger = logging.getLogger(__name__)
 
 GENERAL = Path(__file__).with_name("general_text.json")
 LONGEST_ANSWER = 200  # tokens
-FEW = 20  # rows, below which an interval is not to be relied on
-SUMMARY = "summary.json"  # a file of every evaluation's folder
+FEW = 20  # rows; with fewer, the interval is rough
+SUMMARY = "summary.json"  # every evaluation's folder has one
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How near the answers come to the expected ones. `chrf`: 0 to 100, None where sacrebleu is not installed."""
+    """How close the answers are to the expected ones. `chrf`: 0 to 100; None if sacrebleu is not installed."""
 
     chrf: float | None
     exact: float
-    """Share of the answers that equal the expected one, but for blanks."""
+    """Share of answers equal to the expected one, apart from white space."""
     finished: float
-    """Share of the answers that ended by themselves."""
+    """Share of answers that the model ended itself."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that was measured. `rows[i]` has `losses`' i-th values; `answers` are to the first rows that fit."""
+    """Everything that was measured. `losses` has a value for each of `rows`; `answers` belong to the first that fit."""
 
     rows: list[Row]
     left_out: int
-    """Rows without any response within `data.max_length`."""
+    """Number of rows without any response within `data.max_length`."""
     losses: Losses
     general: Losses
-    answers: list[dict[str, Any]]
+    answers: list[dict[str, str]]
     scores: dict[str, Scores]
 
     def worst(self, count: int = 5) -> list[int]:
-        """Rows with the highest mean loss after training, the worst first."""
+        """Indices of the rows with the highest mean loss after training, worst first."""
         means = [loss / tokens for loss, tokens in zip(self.losses.after, self.losses.tokens, strict=True)]
         sizes = [mean if math.isfinite(mean) else math.inf for mean in means]
         return sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:count]
@@ -73,10 +74,10 @@ def heldout_rows(tuned: Tuned) -> list[Row]:
     """The rows that the run held out.
 
     Raises:
-        UserError: it held out none, or its data is no longer what it was.
+        UserError: it held out none, or its data has changed.
     """
     if tuned.run is None:
-        raise UserError("an adapter from elsewhere has no held-out rows. Name rows: huarizo eval ADAPTER DATA")
+        raise UserError("an adapter from elsewhere has no held-out rows. Pass some: huarizo eval ADAPTER DATA")
     recipe = tuned.recipe
     train = [resolve_data(name) for name in names_of(recipe.data.train)]
     check_pinned("train", train, recipe.pinned.get("train", {}))
@@ -88,7 +89,7 @@ def heldout_rows(tuned: Tuned) -> list[Row]:
         tuned.encoder.tokenizer, cache_folder() / "tokens",
     )  # fmt: skip
     if not data.heldout_rows:
-        raise UserError(f"{tuned.run.path}: this run held out no rows. Name rows: huarizo eval {tuned.run.path} DATA")
+        raise UserError(f"{tuned.run.path}: this run held out no rows. Pass some: huarizo eval {tuned.run.path} DATA")
     return data.heldout_rows
 
 
@@ -96,7 +97,7 @@ def rows_of(tuned: Tuned, name: str) -> list[Row]:
     """Rows of a file, folder or data set on the hub, with the column names of the run's recipe.
 
     Raises:
-        UserError: not found, or rows that can't be used.
+        UserError: the rows are not found or can't be used.
     """
     data = tuned.recipe.data
     source = resolve_data(name, heldout=True)
@@ -105,7 +106,7 @@ def rows_of(tuned: Tuned, name: str) -> list[Row]:
     if source.note:
         logger.warning("%s", source.note)
     if read.bad_row_count:
-        logger.warning("%s: %d bad rows are left out", name, read.bad_row_count)
+        logger.warning("%s: %d bad rows are skipped", name, read.bad_row_count)
     return good
 
 
@@ -118,19 +119,20 @@ def evaluate(
 ) -> Evaluation:
     """Measure losses on all rows and on the general text, and answer the first exchange of the first `to_answer` rows.
 
-    A row whose prompt leaves no room for an answer in what the model was made for is not answered.
+    A row whose prompt leaves no room for an answer within the model's positions is not answered.
+
     console: a terminal to show progress on.
-    on_bad_row: what becomes of rows that the prompt format refuses.
+    on_bad_row: what to do with rows that the prompt format rejects.
 
     Raises:
-        DataError: no row has a response within `data.max_length`, or the prompt format refuses one.
+        DataError: no row has a response within `data.max_length`, or the prompt format rejects one.
         ModelError: the rows use a token that the model has no embedding for.
-        MachineError: out of memory even for one row.
+        MachineError: not enough memory even for one row.
     """
     encoder = assistant.encoder.limited_to(assistant.positions)
     if encoder is not assistant.encoder:
         logger.warning(
-            "rows are cut at the %d tokens that the model was made for, not at data.max_length=%d",
+            "rows are cut at the %d tokens that the model supports, not at data.max_length=%d",
             encoder.max_length, assistant.encoder.max_length,
         )  # fmt: skip
         assistant = replace(assistant, encoder=encoder)
@@ -144,32 +146,34 @@ def evaluate(
     losses = measure(assistant, examples, console).together([len(each) for _, each in found])
     measured = [row for row, _ in found]
     fitting = (sample for sample in samples_of(measured) if assistant.fits(sample.question))
-    told_answers, scores = _answered(assistant, list(itertools.islice(fitting, to_answer)), console)
+    answered, scores = _answered(assistant, list(itertools.islice(fitting, to_answer)), console)
     return Evaluation(
         measured, len(rows) - len(found), losses, measure(assistant, general_examples(assistant)),
-        told_answers, scores,
+        answered, scores,
     )  # fmt: skip
 
 
 def _examples(
     assistant: Assistant, rows: Sequence[Row], on_bad_row: Literal["fail", "skip"]
 ) -> list[tuple[Row, list[Example]]]:
-    """The rows of which something is learnt, with their examples."""
+    """The rows that have a label to learn, with their examples."""
     pairs = list(zip(rows, assistant.encoder.by_row(rows), strict=True))
     problems = [Problem(row.file, row.number, *found) for row, found in pairs if isinstance(found, Flaw)]
     good = [(row, found) for row, found in pairs if not isinstance(found, Flaw)]
     if problems:
         require_good(Rows([row for row, _ in good], problems, "", [], [], len(problems), len(problems)), on_bad_row)
-        logger.warning("%d rows are left out that the prompt format refuses, such as %s", len(problems), problems[0])
+        logger.warning(
+            "%d rows are skipped because the prompt format rejects them, such as %s", len(problems), problems[0]
+        )
     every = (token for _, found in good for example in found for token in example.input_ids)
     assistant.encoder.check_embedding(max(every, default=0), assistant.model.config.vocab_size)
     return [(row, found) for row, found in good if found]
 
 
 def general_examples(assistant: Assistant) -> list[Example]:
-    """The general text, tokenised as plain text: every token but the first is predicted.
+    """The general text as plain text: every token but the first is predicted.
 
-    It is cut at what the model was made for alone, so that runs of one base can be compared whatever their lengths.
+    It is cut only at the model's positions, so that all runs on one base can be compared, whatever their max_length.
     """
     texts = [entry["text"] for entry in json.loads(GENERAL.read_text(encoding="utf-8"))]
     every = [assistant.encoder.encode_text(text)[: assistant.positions] for text in texts]
@@ -178,7 +182,7 @@ def general_examples(assistant: Assistant) -> list[Example]:
 
 def _answered(
     assistant: Assistant, samples: Sequence[Sample], console: Console | None
-) -> tuple[list[dict[str, Any]], dict[str, Scores]]:
+) -> tuple[list[dict[str, str]], dict[str, Scores]]:
     if not samples:
         return [], {}
     questions = [sample.question for sample in samples]
@@ -202,7 +206,7 @@ def _answered(
 
 
 def chrf(given: Sequence[str], expected: Sequence[str]) -> float | None:
-    """chrF of a list of answers, 0 to 100 (Popović 2015, by sacrebleu); None where that is not installed."""
+    """chrF of a list of answers, 0 to 100 (Popović 2015, by sacrebleu); None if sacrebleu is not installed."""
     try:
         from sacrebleu.metrics.chrf import CHRF
     except ImportError:
@@ -211,7 +215,7 @@ def chrf(given: Sequence[str], expected: Sequence[str]) -> float | None:
 
 
 def show(console: Console, evaluation: Evaluation) -> None:
-    """The numbers as a table, then the rows that the tuned model is worst at."""
+    """Print the numbers as a table, then the rows with the highest loss."""
     table = Table()
     for column in ("", "before", "after", "change"):
         table.add_column(column, no_wrap=True)
@@ -229,10 +233,10 @@ def show(console: Console, evaluation: Evaluation) -> None:
     left_out = f", {evaluation.left_out} without a response within the length left out" if evaluation.left_out else ""
     console.print(
         f"{len(evaluation.rows)} rows{left_out}, {len(evaluation.answers)} answered; losses in nats a token, ± 95 % "
-        "confidence over rows; general text: what it was not trained on"
+        "confidence over rows; general text: not part of the training"
     )
     if len(evaluation.rows) < FEW:
-        console.print(f"fewer than {FEW} rows: the intervals are rough, and rather too narrow")
+        console.print(f"fewer than {FEW} rows: the intervals are rough, and tend to be too narrow")
     console.print("highest losses after training:")
     for index in evaluation.worst():
         row, losses = evaluation.rows[index], evaluation.losses
@@ -247,19 +251,19 @@ def _interval(mean: Mean) -> str:
 
 
 def _short(perplexity: float) -> str:
-    """Three digits, so that a row of the table fits a terminal."""
+    """Three digits, so that the table fits a terminal."""
     return (
         f"{perplexity:.{2 if perplexity < 9.995 else 1 if perplexity < 99.95 else 0}f}" if perplexity < 1e5 else "> 1e5"
     )
 
 
-def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:
-    """A new folder: summary.json, rows.jsonl (a loss a row), answers.jsonl. Whole or not at all.
+def save(evaluation: Evaluation, target: Path, **facts: str) -> None:
+    """Write a new folder, whole or not at all: summary.json, rows.jsonl (a loss a row), answers.jsonl.
 
-    facts: what was measured, for the summary.
+    facts: more fields of the summary.
 
     Raises:
-        MachineError: the disk is full or can't be written.
+        MachineError: the disk is full or not writable.
     """
     make_parent(target)
     with whole_folder(target) as folder:
@@ -271,18 +275,18 @@ def save(evaluation: Evaluation, target: Path, **facts: Any) -> None:
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def save_harness(scores: dict[str, Any], target: Path) -> None:
-    """A new folder with the harness's scores in summary.json. Whole or not at all.
+def save_harness(scores: HarnessScores, target: Path) -> None:
+    """Write a new folder, whole or not at all, with the harness's scores in summary.json.
 
     Raises:
-        MachineError: the disk is full or can't be written.
+        MachineError: the disk is full or not writable.
     """
     make_parent(target)
     with whole_folder(target) as folder:
         (folder / SUMMARY).write_text(json.dumps({"harness": scores}, indent=2) + "\n", encoding="utf-8")
 
 
-def _row_lines(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _row_lines(evaluation: Evaluation) -> list[dict[str, str | float | None]]:
     losses = evaluation.losses
     return [
         {"file": row.file, "row": row.number, "tokens": tokens, "loss_before": _finite(before / tokens),
@@ -291,7 +295,7 @@ def _row_lines(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
+def _summary(evaluation: Evaluation) -> dict[str, object]:
     return {
         "rows": len(evaluation.rows),
         "rows_left_out": evaluation.left_out,
@@ -302,7 +306,7 @@ def _summary(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _losses_as_json(losses: Losses) -> dict[str, Any]:
+def _losses_as_json(losses: Losses) -> dict[str, object]:
     def of(mean: Mean) -> dict[str, float | None]:
         return {name: _finite(value) for name, value in asdict(mean).items()}
 
@@ -312,5 +316,5 @@ def _losses_as_json(losses: Losses) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """None for what JSON has no number for."""
+    """None for infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None

@@ -1,7 +1,7 @@
-"""A tuned model as one GGUF file, which llama.cpp and Ollama run: written tensor by tensor with the `gguf` package.
+"""Writes a tuned model as one GGUF file for llama.cpp and Ollama, tensor by tensor, with the `gguf` package.
 
-What has gone wrong elsewhere is decided here in words or not at all: the tokenizer's kind and pre-tokenizer, the order
-of the rotated halves of q and k, whether a BOS is added, the chat template, and the token at which an answer ends.
+Everything that changes the model's answers is written explicitly, or the export fails: the tokenizer's kind and
+pre-tokenizer, the order of the rotated halves of q and k, the BOS, the chat template and the stop tokens.
 """
 
 import errno
@@ -37,16 +37,16 @@ BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # a weight
 
 
 def export_gguf(tuned: Tuned, target: Path, kind: str, force: bool = False, console: Console | None = None) -> Path:
-    """Write a tuned model as a GGUF file, which appears whole or not at all. kind: one of `TYPES`.
+    """Write a tuned model as a GGUF file, whole or not at all. kind: one of `TYPES`.
 
     Raises:
-        UserError: a type that is not written, or there is something at `target` already, and not `force`.
-        ModelError: a tokenizer or rope that llama.cpp does not have, or an adapter that does not fit the base.
-        MachineError: no space on the disk, or it can't be written.
+        UserError: an unknown type, or `target` exists and `force` is not set.
+        ModelError: llama.cpp does not support the tokenizer or rope, or the adapter does not fit the base.
+        MachineError: no space on the disk, or it is not writable.
     """
     if kind not in TYPES:
         raise UserError(
-            f"--type {kind}: {', '.join(TYPES)} can be written. K-quants are llama.cpp's own, made from an f16 file: "
+            f"--type {kind}: it must be one of {', '.join(TYPES)}. llama.cpp makes K-quants from an f16 file: "
             "llama-quantize MODEL-f16.gguf MODEL-Q4_K_M.gguf Q4_K_M"
         )
     check_file(target, force, [tuned.base, tuned.adapter])
@@ -60,10 +60,10 @@ def export_gguf(tuned: Tuned, target: Path, kind: str, force: bool = False, cons
 
 
 def layout_of(weights: MergedWeights) -> GgufLayout:
-    """How llama.cpp knows a model's architecture.
+    """How llama.cpp names and lays out a model's architecture.
 
     Raises:
-        ModelError: it does not.
+        ModelError: the architecture has no such layout here.
     """
     layout = weights.architecture.gguf
     if layout is None:
@@ -79,38 +79,38 @@ def _tensor_names(weights: MergedWeights) -> gguf.TensorNameMap:
 
 
 def is_adapter(file: Path) -> bool:
-    """Whether a GGUF file holds an adapter alone.
+    """Whether a GGUF file contains only an adapter.
 
     Raises:
-        ModelError: it is no whole GGUF file.
+        ModelError: it is not a complete GGUF file.
     """
     try:
         field = gguf.GGUFReader(file).get_field("general.type")
         return field is not None and field.contents() == "adapter"
-    except Exception as error:  # whatever a file sets off that is none
-        raise ModelError(f"{file}: not a whole GGUF file ({error}). Export it again, or remove it") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise ModelError(f"{file}: not a complete GGUF file ({error}). Export it again, or remove it") from None
 
 
 def size_of(weights: MergedWeights, kind: str) -> int:
-    """Bytes that a GGUF file takes at most, tokenizer included."""
+    """Upper bound of a GGUF file's size in bytes, including the tokenizer."""
     values = sum(math.prod(weights.shape(name)) for name in weights.names())
     return int(values * BYTES[kind]) + 20_000_000
 
 
 def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
-    """Write the adapter alone as GGUF (F32), to be put on a GGUF of its base: a few megabytes.
+    """Write only the adapter as GGUF (F32), for use with a GGUF of its base: a few megabytes.
 
     Raises:
-        UserError: there is something at `target` already, and not `force`.
-        ModelError: an adapter that is more than A and B of one rank and scale; merge it instead.
-        MachineError: no space on the disk, or it can't be written.
+        UserError: `target` exists and `force` is not set.
+        ModelError: the adapter is more than A and B of one rank and scale, so it must be merged.
+        MachineError: no space on the disk, or it is not writable.
     """
     check_file(target, force, [tuned.base, tuned.adapter])
     weights = MergedWeights(tuned.base, tuned.adapter)
     if weights.tied and weights.architecture.head in weights.changes:
         raise ModelError(
-            f"{tuned.adapter}: it changes the head, which in this base is the embedding and has no tensor of its own "
-            "in GGUF. Export the merged model: leave out --adapter"
+            f"{tuned.adapter}: it changes the head, which this base shares with the embedding, so GGUF has no tensor "
+            "for it. Export the merged model: leave out --adapter"
         )
     lora = check_adapter(tuned.adapter)
     plain = not (lora.use_dora or lora.rank_pattern or lora.alpha_pattern or isinstance(lora.init_lora_weights, str))
@@ -147,15 +147,15 @@ def write_gguf(
     name: str,
     console: Console | None = None,
 ) -> None:
-    """Write the model into a file, which the caller makes whole.
+    """Write the model to `target`, which the caller moves into place once complete.
 
-    encoder: of the run's prompt format; its stop token becomes an end of an answer.
-    name: of the model, as llama.cpp shows it.
-    console: a terminal to show on how many tensors are written.
+    encoder: of the run's prompt format. Its stop token ends an answer.
+    name: the model's name in llama.cpp.
+    console: a terminal to show progress on.
 
     Raises:
-        ModelError: a tokenizer, activation or rope that llama.cpp does not have, or weights that the type can't hold.
-        OSError: the disk is full or can't be written.
+        ModelError: llama.cpp does not support the tokenizer, activation or rope, or the type can't hold the weights.
+        OSError: the disk is full or not writable.
     """
     config, layout = weights.config, layout_of(weights)
     vocabulary = read_vocabulary(weights.base, encoder.tokenizer, config["vocab_size"], layout.splits)
@@ -186,7 +186,7 @@ def write_gguf(
 
 
 def _close(writer: gguf.GGUFWriter, file: Path) -> None:
-    """Close a file and see that all of it is there: numpy, which writes the tensors, tells no failure at the end."""
+    """Close a file and check its size, because numpy, which writes the tensors, does not report the last failure."""
     assert writer.fout is not None
     size = writer.fout[0].tell()
     writer.close()
@@ -212,14 +212,14 @@ def _describe(writer: gguf.GGUFWriter, weights: MergedWeights, kind: str, name: 
     writer.add_key_length(_head_size(config))
     writer.add_value_length(_head_size(config))
     writer.add_rope_dimension_count(_head_size(config))
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))  # Transformers' own where it is not said
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))  # the default of Transformers
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(TYPES[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def _positions(config: dict[str, Any]) -> int:
-    return config.get("max_position_embeddings", 2048)  # Transformers' own where it is not said
+    return config.get("max_position_embeddings", 2048)  # the default of Transformers
 
 
 def _head_size(config: dict[str, Any]) -> int:
@@ -227,7 +227,7 @@ def _head_size(config: dict[str, Any]) -> int:
 
 
 def _rope_factors(writer: gguf.GGUFWriter, config: dict[str, Any]) -> np.ndarray | None:
-    """Write what the rotation is; Llama 3's stretching is a factor for each frequency: float32 [head_size / 2]."""
+    """Write rope's settings. Returns Llama 3's factor for each frequency: float32 [head_size / 2]; None for others."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -251,7 +251,7 @@ def _rope_factors(writer: gguf.GGUFWriter, config: dict[str, Any]) -> np.ndarray
 
 
 def _stored_as(name: str, weights: MergedWeights, kind: str) -> gguf.GGMLQuantizationType:
-    """Vectors stay in fp32, as llama.cpp expects; so do rows that do not divide into Q8_0's blocks, in F16."""
+    """Vectors are stored in F32, as llama.cpp expects, and rows that Q8_0's blocks do not divide in F16."""
     shape = weights.shape(name)
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
@@ -270,7 +270,7 @@ def _stored(name: str, weight: torch.Tensor, stored: gguf.GGMLQuantizationType) 
 
 
 def _arranged(name: str, weight: torch.Tensor, weights: MergedWeights) -> torch.Tensor:
-    """q and k with each head's two halves interleaved: llama.cpp rotates neighbours, Transformers halves."""
+    """Interleave the two halves of each head of q and k: llama.cpp rotates neighbours, Transformers halves."""
     counted_by = layout_of(weights).interleaved.get(name.rpartition(".")[0].rpartition(".")[2])
     if counted_by is None:
         return weight

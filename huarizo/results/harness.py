@@ -1,42 +1,43 @@
-"""The tasks of EleutherAI's lm-evaluation-harness, asked of the base and of the tuned model.
+"""Runs tasks of EleutherAI's lm-evaluation-harness on the base and the tuned model.
 
-Huarizo only hands the model over: the harness (`pip install huarizo[harness]`) brings the tasks, fetches their data
-from the hub, and defines the scores. Names, paths to task files, and groups are its own.
+Huarizo only passes the model: the harness (`pip install huarizo[harness]`) has the tasks, fetches their data from the
+hub and computes the scores. It also interprets task names, groups and paths of task files.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from huarizo.errors import UserError
 from huarizo.inference.generate import Assistant, generating
 
+HarnessScores = dict[str, dict[str, dict[str, float]]]
+"""{task: {metric: {"before": ..., "after": ...}}}."""
 
-def run_harness(
-    open_model: Callable[[], Assistant], tasks: Sequence[str], limit: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """Scores by task and metric: {task: {metric: {"before": ..., "after": ...}}}.
 
-    open_model: is called when it is known that the harness is there.
-    tasks: names that the harness knows, or paths of task files. limit: questions a task, None for all.
+def run_harness(open_model: Callable[[], Assistant], tasks: Sequence[str], limit: int | None = None) -> HarnessScores:
+    """Scores by task and metric, of the base and the tuned model.
+
+    open_model: called once the harness is known to be installed.
+    tasks: task names of the harness, or paths of task files. limit: most questions a task; None for all.
 
     Raises:
-        UserError: no task, the harness is not installed, or it does not know or can't get a task.
+        UserError: no task, the harness is not installed, or a task is unknown or fails.
     """
     if not tasks:
-        raise UserError("--harness needs the names of tasks, with commas between: --harness arc_easy,hellaswag")
+        raise UserError("--harness needs the names of tasks, separated by commas: --harness arc_easy,hellaswag")
     try:
         evaluator = importlib.import_module("lm_eval.evaluator")
         wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
     except ImportError:
         raise UserError("--harness needs lm-eval: pip install lm-eval (or huarizo[harness])") from None
-    assistant, found = open_model(), {}
+    assistant = open_model()
+    found: HarnessScores = {}
     for name in ("before", "after"):
         with assistant.untuned(name == "before"), generating(assistant.model):
             model = wrapper(pretrained=assistant.model, tokenizer=assistant.encoder.tokenizer, batch_size=4)
             try:
                 results = evaluator.simple_evaluate(model, tasks=list(tasks), limit=limit, bootstrap_iters=1000)
-            except Exception as error:  # whatever a task, its data or the hub sets off there
+            except Exception as error:  # a task, its data or the hub can raise anything
                 raise UserError(f"lm-eval stopped at {', '.join(tasks)}: {error}") from error
         for task, scores in (results or {}).get("results", {}).items():
             for metric, value in scores.items():

@@ -1,4 +1,4 @@
-"""A run becomes an ordinary model folder: the base's float weights with the adapter added, and all beside them."""
+"""Writes the merged model as an ordinary model folder: the base's float weights plus the adapter, and its settings."""
 
 import copy
 import json
@@ -28,12 +28,12 @@ NUMBERS = ("temperature", "top_p", "repetition_penalty")
 def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None = None) -> Path:
     """Write the merged model as safetensors in the base's dtype, with tokenizer, template and generation settings.
 
-    The folder appears whole or not at all; one file of weights at a time stands in memory.
+    The folder is written whole or not at all. Only one file of weights is in memory at a time.
 
     Raises:
-        UserError: there is something at `out` already, and not `force`, or it is no merged model.
+        UserError: `out` exists and `force` is not set, or it is not a merged model.
         ModelError: the adapter does not fit the base.
-        MachineError: no space on the disk, or it can't be written.
+        MachineError: no space on the disk, or it is not writable.
     """
     check_folder(out, force, "config.json", spared=[tuned.base, tuned.adapter])
     weights = MergedWeights(tuned.base, tuned.adapter)
@@ -60,10 +60,10 @@ def merge(tuned: Tuned, out: Path, force: bool = False, console: Console | None 
 
 
 def _generation_settings(tuned: Tuned) -> dict[str, Any]:
-    """The base's, with the tokens at which a trained answer ends in front of its own.
+    """The base's generation settings, with the stop tokens of the training before its own.
 
     Raises:
-        ModelError: they are not such that Transformers would load the merged model.
+        ModelError: Transformers would not load a model with these settings.
     """
     from transformers import GenerationConfig
 
@@ -74,30 +74,30 @@ def _generation_settings(tuned: Tuned) -> dict[str, Any]:
         if odd:
             raise ValueError(f"{odd} is {excerpt(json.dumps(settings[odd]))}")
         GenerationConfig.from_dict(settings)
-    except Exception as error:  # whatever Transformers says of odd values
-        raise ModelError(f"{file}: can't be read as settings ({first_line(error)}). Mend or remove it") from None
-    settings.pop("_from_model_config", None)  # else Transformers may make them anew from config.json
+    except Exception as error:  # Transformers raises many kinds for odd values
+        raise ModelError(f"{file}: can't be read as settings ({first_line(error)}). Repair or remove it") from None
+    settings.pop("_from_model_config", None)  # else Transformers may rebuild them from config.json
     own = settings.get("eos_token_id")
     own = own if isinstance(own, list) else [own]
     stops = list(dict.fromkeys([*tuned.stop_ids, *(number for number in own if number is not None)]))
     return settings | ({"eos_token_id": stops} if stops else {})
 
 
-def _is_setting(name: str, value: Any) -> bool:
-    """Whether a setting of a known name has a value of its kind; Transformers itself looks at few of them."""
+def _is_setting(name: str, value: object) -> bool:
+    """Whether a known setting has a value of the right type. Transformers itself checks only a few."""
     if value is None:
         return True
     if name in COUNTS:
         return type(value) is int and value >= 0
     if name in NUMBERS:
-        return type(value) in (int, float) and value >= 0
+        return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
     if name.endswith("_token_id"):
         return all(type(number) is int and number >= 0 for number in (value if isinstance(value, list) else [value]))
     return name != "do_sample" or type(value) is bool
 
 
 def _tokenizer(tuned: Tuned) -> Any:
-    """The result's tokenizer, whose chat template writes the prompts that the run was trained on."""
+    """The result's tokenizer, with a chat template that writes the prompts of the training."""
     encoder = tuned.encoder
     tokenizer = copy.deepcopy(encoder.tokenizer)
     bos = str(encoder.tokenizer.bos_token) if encoder.adds_bos and encoder.prompt.name != "chat" else ""

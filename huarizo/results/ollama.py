@@ -1,7 +1,7 @@
-"""A Modelfile beside an exported GGUF, so that Ollama sends the model the very prompts it was trained on.
+"""Writes a Modelfile beside an exported GGUF file, so that Ollama uses the prompts of the training.
 
-In goes the prompt format of a result, out comes Ollama's template (Go's text/template over `.System` and `.Messages`,
-https://docs.ollama.com/template) and the texts at which an answer stops.
+The prompt format becomes Ollama's template (Go's text/template over `.System` and `.Messages`,
+https://docs.ollama.com/template) and the texts that end an answer.
 """
 
 import re
@@ -22,20 +22,20 @@ LONGEST_NAME = 80  # characters of a model's name in Ollama
 
 
 def modelfile(tuned: Tuned, gguf: str) -> str:
-    """The text of a Modelfile that stands in the folder of the GGUF file `gguf`.
+    """The text of a Modelfile in the same folder as the GGUF file `gguf`.
 
     Raises:
-        UserError: a file name that a Modelfile can't hold.
-        ModelError: a prompt format that changes the texts, or writes one turn otherwise than the next.
+        UserError: a Modelfile can't contain this file name.
+        ModelError: the prompt format changes the texts, or writes later turns differently from the first.
     """
     name = Path(gguf).name
     if not name.isprintable() or name != name.strip():
-        raise UserError(f"{gguf!r}: this file name can't stand in a Modelfile. Export under a plain one")
+        raise UserError(f"{gguf!r}: a Modelfile can't contain this file name. Choose a plain one")
     encoder, lead = tuned.encoder, leading_space(tuned.encoder)
     try:
         turns = turns_of(encoder)
     except ModelError as error:
-        raise ModelError(f"Ollama can't have this prompt format: {error}. {BY_HAND}") from None
+        raise ModelError(f"Ollama can't express this prompt format: {error}. {BY_HAND}") from None
     notes = [f"# {note}" for note in _notes(encoder, turns)]
     return (
         "\n".join([*notes, f"FROM ./{name}", f'TEMPLATE """{_template(turns, lead)}"""', *_stops(encoder, turns)])
@@ -47,8 +47,9 @@ def write_modelfile(tuned: Tuned, gguf: Path, force: bool = False) -> Path:
     """Write `Modelfile` beside the GGUF file, whole or not at all.
 
     Raises:
-        UserError: there is one already, and not `force`; or a prompt format that Ollama can't have (ModelError).
-        MachineError: it can't be written.
+        UserError: the Modelfile exists and `force` is not set.
+        ModelError: Ollama can't express the prompt format.
+        MachineError: the file can't be written.
     """
     target = gguf.with_name(MODELFILE)
     check_file(target, force)
@@ -57,16 +58,16 @@ def write_modelfile(tuned: Tuned, gguf: Path, force: bool = False) -> Path:
 
 
 def commands(gguf: Path, modelfile: Path) -> list[str]:
-    """What to type in a shell: make the model in Ollama, and talk to it."""
+    """The shell commands that create the model in Ollama and run it."""
     name = re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", gguf.stem.lower()))
     name = name.strip("-._")[:LONGEST_NAME].rstrip("-._") or "model"
     return [f"ollama create {name} -f {shlex.quote(str(modelfile))}", f"ollama run {name}"]
 
 
 def _template(turns: Turns, lead: str) -> str:
-    """Ollama's template. An answer stays open until the next question, so that an answer begun can be continued.
+    """Ollama's template. An answer is only closed by the next question, so a started answer can be continued.
 
-    lead: what has to stand in front of every prompt.
+    lead: text in front of every prompt.
     """
     opening = _static(lead + turns.head)
     if turns.system:
@@ -81,14 +82,14 @@ def _template(turns: Turns, lead: str) -> str:
 
 
 def _static(text: str) -> str:
-    """Text as it stands in a template in a Modelfile, which drops what is not printable and ends at three quotes."""
+    """Escape text for a Modelfile's template, which drops unprintable characters and ends at three quotes."""
     text = re.sub(r"\{(?=\{|\Z)", '{{ "{" }}', text)
     text = re.sub('"{3,}', lambda quotes: '{{ "' + r"\x22" * len(quotes[0]) + '" }}', text)
     return "".join(c if c == "\n" or c.isprintable() else f'{{{{ "\\U{ord(c):08x}" }}}}' for c in text)
 
 
 def _stops(encoder: Encoder, turns: Turns) -> list[str]:
-    """Lines for the texts that end an answer: stop token, end of sequence, and how the next Alpaca question begins."""
+    """PARAMETER lines for the texts that end an answer: stop token, end of sequence, and the next Alpaca heading."""
     stops = [encoder.prompt.stop, str(encoder.tokenizer.eos_token or "")]
     if encoder.prompt.name in ("alpaca", "stanford"):
         stops += turns.answered.removeprefix(encoder.prompt.stop).splitlines()
@@ -97,7 +98,7 @@ def _stops(encoder: Encoder, turns: Turns) -> list[str]:
 
 
 def _notes(encoder: Encoder, turns: Turns) -> list[str]:
-    """In what the prompts of Ollama differ from the format's all the same."""
+    """How Ollama's prompts still differ from the format's."""
     notes = []
     padded = f" {FIRST}\n"
     if padded not in rendered(encoder, "", [OpenExchange(padded)]):
@@ -105,5 +106,5 @@ def _notes(encoder: Encoder, turns: Turns) -> list[str]:
     if turns.system is None:
         notes.append("The model's chat template has no place for a system text; Ollama leaves it out too.")
     if encoder.prompt.name == "chat" and "strftime_now" in str(encoder.tokenizer.chat_template):
-        notes.append("The model's chat template writes today's date; here it stays that of the export.")
+        notes.append("The model's chat template writes today's date; here it is the date of the export.")
     return notes

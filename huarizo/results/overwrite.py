@@ -1,4 +1,4 @@
-"""Where a result is written: nothing that is there goes unasked, and with `--force` nothing of another kind."""
+"""Decides what may be replaced: nothing without `--force`, and with it only a result of the same kind."""
 
 import os
 from collections.abc import Sequence
@@ -8,55 +8,55 @@ from huarizo.errors import UserError
 
 
 def check_file(file: Path, force: bool, spared: Sequence[Path] = ()) -> None:
-    """Can a file be written there?
+    """Check that a file can be written there.
 
     spared: folders in which nothing may be replaced.
 
     Raises:
-        UserError: it is a folder, a device or in a spared folder, its folder is a file, or there is something already,
-            and not `force`.
+        UserError: it is a folder, a device or in a spared folder, its folder is a file, or it exists and `force` is not
+            set.
     """
     if file.is_dir():
         raise UserError(f"{file}: this is a folder. Name a file, such as {file / 'NAME'}")
     _check_free(file, force)
     if file.exists() and not file.is_file():
-        raise UserError(f"{file}: this is a device or a pipe, which no file replaces. Name another place")
+        raise UserError(f"{file}: this is a device or a pipe, which can't be replaced. Choose another path")
     if os.path.lexists(file) and any(file.resolve().is_relative_to(folder.resolve()) for folder in spared):
-        raise UserError(f"{file}: this file is a part of the model that is read. Name another place")
+        raise UserError(f"{file}: this file is part of the model being exported. Choose another path")
 
 
 def check_folder(folder: Path, force: bool, known_by: str, spared: Sequence[Path] = ()) -> None:
-    """Can a new folder stand there? With `force` it may take the place of one like it, and of an empty one.
+    """Check that a new folder can be written there. With `force` it may replace one of the same kind or an empty one.
 
-    known_by: a file that every folder of this kind has. spared: what must not go with the folder that is replaced.
+    known_by: a file that every folder of this kind has. spared: paths that must not be inside a replaced folder.
 
     Raises:
-        UserError: there is something already, and not `force`; or something that is not of this kind.
+        UserError: it exists and `force` is not set, or it is not of this kind.
     """
     if folder.name in ("", "..") and not folder.is_dir():
-        raise UserError(f"{folder}: a new folder needs a name. Name another place")
+        raise UserError(f"{folder}: a new folder needs a name. Choose another path")
     _check_free(folder, force)
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise UserError(f"{folder}: this is a file, and a folder is to be written. Name another place")
+        raise UserError(f"{folder}: this is a file, but a folder is needed. Choose another path")
     place = folder.resolve()
     if Path.cwd().is_relative_to(place):
-        raise UserError(f"{folder}: this is the folder that you are in, which can't be replaced. Name another place")
+        raise UserError(f"{folder}: this is the current folder, which can't be replaced. Choose another path")
     held = next((path for path in spared if path.resolve().is_relative_to(place)), None)
     if held is not None:
-        raise UserError(f"{folder}: {held} would be lost with this folder. Name another place")
+        raise UserError(f"{folder}: {held} is inside and would be lost. Choose another path")
     entries = list(folder.iterdir())
     if entries and (not (folder / known_by).is_file() or any(entry.is_dir() for entry in entries)):
         raise UserError(
-            f"{folder}: more than such a result is in this folder, so --force does not replace it. Name another place, "
-            "or remove it yourself"
+            f"{folder}: this folder contains more than such a result, so --force does not replace it. Choose another "
+            "path, or remove it yourself"
         )
 
 
 def _check_free(target: Path, force: bool) -> None:
     above = next(parent for parent in target.absolute().parents if parent.exists())
     if not above.is_dir():
-        raise UserError(f"{target}: {above} is a file, so nothing can stand in it. Name another place")
+        raise UserError(f"{target}: {above} is a file, not a folder. Choose another path")
     if os.path.lexists(target) and not force:
-        raise UserError(f"{target}: there is something here already. Name another place, or replace it with --force")
+        raise UserError(f"{target}: already exists. Choose another path, or replace it with --force")

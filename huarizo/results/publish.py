@@ -1,7 +1,7 @@
-"""What of a run goes to the hub: its adapter, its merged model or its GGUF files, with a model card.
+"""Selects and checks what a run sends to the hub: its adapter, merged model or GGUF files, with a model card.
 
-In goes a run, out comes the list of all that would be sent, to be shown before anything is. Only files on a list are
-taken, and none of them may tell the folders of the machine that they come from.
+The list of everything that would be sent is made first, to be shown before anything is. Only files of known names are
+taken, and local paths and secrets are removed from them.
 """
 
 import json
@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huarizo.errors import ModelError, UserError
 from huarizo.hub.model_files import INDEX, LICENCES, broken, weight_files
@@ -29,33 +28,33 @@ SENT: dict[What, tuple[str, ...]] = {
     "merged": ("config.json", "generation_config.json", "*.safetensors", INDEX, *TOKENIZER, *LICENCES),
     "gguf": ("*.gguf", "Modelfile"),
 }
-"""Patterns of the files that are sent."""
+"""Patterns of the files to send."""
 WEIGHTS_OF_A_MODEL = ("*.safetensors", INDEX)
-TEXTS = (".json", ".jinja", ".txt", ".md", "")  # endings, and none: LICENSE, Modelfile
+TEXTS = (".json", ".jinja", ".txt", ".md", "")  # suffixes of texts; none: LICENSE, Modelfile
 LOCAL_PATH = re.compile(r"/|~|\.{1,2}[\\/]|\\\\|[A-Za-z]:[\\/]|file:")
 VOCABULARY = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
-"""Parts of tokenizer.json whose texts are tokens and patterns, which may begin as a path does."""
+"""Parts of tokenizer.json whose texts are tokens and patterns, which may look like paths."""
 TOKENS = re.compile(r"content|chat_template|.*_tokens?")
 SECRETS = ("token", "auth_token", "use_auth_token", "hub_token", "api_key")
-"""Fields that are never sent, whatever they hold."""
-OWNER = "OWNER/"  # stands in a card for the user who is known only when the hub is asked
+"""Fields that are never sent."""
+OWNER = "OWNER/"  # placeholder in a card until the hub has named the user
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What would be sent to the hub: names in the repository -> files of the run, or contents made from them."""
+    """What would be sent to the hub: name in the repository -> file of the run, or content made from it."""
 
     repo_id: str
     private: bool
     files: dict[str, Path | bytes]
     replaced: tuple[str, ...] = ()
-    """Patterns of files that must not stay beside these, and go with `--force`."""
+    """Patterns of files that must not remain beside these; `--force` removes them."""
 
     def __str__(self) -> str:
-        """All that is sent, for people to look at before it is."""
+        """A listing of everything that would be sent, to review beforehand."""
         sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
         rows = [f"  {name}  {size:,} bytes" for name, size in sizes.items()]
-        seen_by = "private" if self.private else "public: everybody can see it"
+        seen_by = "private" if self.private else "public: everyone can see it"
         card = self.files.get(CARD, b"")
         text = card.decode("utf-8") if isinstance(card, bytes) else card.read_text(encoding="utf-8")
         return "\n".join([f"repository: {self.repo_id} ({seen_by})", "files:", *rows, f"{CARD}:", text])
@@ -64,14 +63,14 @@ class Publication:
 def publication(
     run: Run, repo_id: str, what: What = "adapter", public: bool = False, base_model: str | None = None
 ) -> Publication:
-    """Gather what a run has to send; the hub is not asked.
+    """Gather what a run has to send. Does not contact the hub.
 
-    base_model: folder or hub id of the base that the card names, where it is no longer where the run says.
+    base_model: folder or hub id of the base that the card names, if it has moved.
 
     Raises:
-        UserError: no name for a repository or no such base, nothing of that kind yet, a file that leads out of
-            the run's folder or tells a local path.
-        ModelError: the adapter or the merged model is not whole.
+        UserError: an invalid repository name, no such base, nothing of that kind yet, a link that leads out of the
+            run's folder, or a file that contains a local path or a token.
+        ModelError: the adapter or the merged model is incomplete.
     """
     check_id(repo_id)
     recipe = run.recipe()
@@ -91,17 +90,17 @@ def publication(
 
 
 def _known(base_model: str) -> str:
-    """A base's name, which is that of a folder here or has the form of a hub id."""
+    """A base's name, checked: a local folder, or of the form of a hub id."""
     if base_model != QUICKSTART and hub_id_of(base_model) is None and not Path(base_model).is_dir():
-        raise UserError(f"--base-model {base_model}: no such folder, and no id of the hub (owner/name)")
+        raise UserError(f"--base-model {base_model}: no such folder, and not a hub id (owner/name)")
     return base_model
 
 
 def publish(publication: Publication, force: bool = False) -> str:
-    """Send it, and return the commit's address.
+    """Send it. Returns the commit's address.
 
     Raises:
-        HubError: no token, no right, files or visibility in the way, or no answer; nothing was committed.
+        HubError: no token, no permission, conflicting files or visibility, or no response. Nothing was committed.
         MachineError: a file can't be read.
     """
     files, repo_id, card = dict(publication.files), publication.repo_id, publication.files[CARD]
@@ -113,68 +112,70 @@ def publish(publication: Publication, force: bool = False) -> str:
 
 
 def _found(run: Run, what: What) -> list[Path]:
-    """The files of a kind, after a look at whether they are whole."""
+    """The files of a kind, checked to be complete."""
     folder = {"adapter": run.adapter, "merged": run.path / "merged", "gguf": run.path}[what]
     paths = {path: None for pattern in SENT[what] for path in sorted(folder.glob(pattern))}
     found = [path for path in paths if not path.name.startswith(".") and (path.is_file() or path.is_symlink())]
     for path in found:
         _check_inside(path, folder)
         if not path.is_file():
-            raise UserError(f"{path}: this is a link to what is no file. Put the file itself in its place")
+            raise UserError(f"{path}: this link does not lead to a file. Replace it with the file itself")
     if what == "adapter":
         if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{run.path}: this run has no adapter yet. Go on with it: huarizo resume {run.path}")
+            raise UserError(f"{run.path}: this run has no adapter yet. Resume it: huarizo resume {run.path}")
         check_adapter(folder)
     elif what == "merged":
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: there is no merged model yet. Make it first: huarizo merge {run.path}")
+            raise UserError(f"{folder}: there is no merged model yet. Write it first: huarizo merge {run.path}")
         if problem := broken(folder):
             raise ModelError(f"{folder}: {problem}")
         weights = weight_files(folder)
         found = [path for path in found if path.suffix != ".safetensors" or path.name in weights]
     elif not any(path.suffix == ".gguf" for path in found):
-        raise UserError(f"{run.path}: there is no GGUF file yet. Make one first: huarizo export {run.path}")
+        raise UserError(f"{run.path}: there is no GGUF file yet. Write one first: huarizo export {run.path}")
     return found
 
 
 def _check_inside(file: Path, folder: Path) -> None:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise UserError(
-            f"{file}: this link leads out of {folder} (to {file.resolve()}), so it is not sent. Put the file itself "
-            "in its place"
+            f"{file}: this link leads out of {folder} (to {file.resolve()}), so it is not sent. Replace it "
+            "with the file itself"
         )
 
 
 def _check_no_token(files: Mapping[str, Path | bytes]) -> None:
-    """The texts that would be sent hold nothing that looks like a token of the hub."""
+    """Refuse texts that contain what looks like a hub token."""
     for name, content in files.items():
         if isinstance(content, Path) and content.suffix not in TEXTS:
             continue
         text = content if isinstance(content, bytes) else content.read_bytes()
         if TOKEN.search(text.decode("utf-8", "replace")):
             raise UserError(
-                f"{name}: there is a token of the hub in it, so nothing is sent. Take it out (a card's samples come "
-                "from samples.jsonl), and revoke it where others may have seen it"
+                f"{name}: it contains a hub token, so nothing is sent. Remove the token (a card's samples come from "
+                "samples.jsonl), and revoke it if others may have seen it"
             )
 
 
 def _without_paths(file: Path, base: str, private: Sequence[str]) -> Path | bytes:
-    """A JSON file as it is sent: without secrets and texts that are local paths; the file itself where there are none.
+    """A JSON file without secrets and local paths; the file itself if it has none.
 
-    private: folders of this machine that no text may name.
+    private: folders of this machine that no text may contain.
     """
     try:
         values = json.loads(file.read_bytes())
         cleaned = _cleaned(values, private, file.name == "tokenizer.json")
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: can't be read as JSON ({error}). Make it again, or put a whole copy there") from None
+        raise ModelError(
+            f"{file}: can't be read as JSON ({error}). Write it again, or put a whole copy there"
+        ) from None
     if file.name == CONFIG and isinstance(cleaned, dict):
         cleaned["base_model_name_or_path"] = base
     return file if cleaned == values else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _cleaned(value: Any, private: Sequence[str], keeps_vocabulary: bool = False) -> Any:
-    """Secrets, and fields and items that tell a local path, are left out; texts that are tokens stay."""
+def _cleaned(value: object, private: Sequence[str], keeps_vocabulary: bool = False) -> object:
+    """Drop secrets, and fields and items that contain a local path. Texts that are tokens stay."""
     if isinstance(value, list):
         return [_cleaned(inner, private) for inner in value if not _is_local_path(inner, private)]
     if not isinstance(value, dict):
@@ -190,7 +191,7 @@ def _cleaned(value: Any, private: Sequence[str], keeps_vocabulary: bool = False)
     return kept
 
 
-def _is_local_path(value: Any, private: Sequence[str] = ()) -> bool:
+def _is_local_path(value: object, private: Sequence[str] = ()) -> bool:
     return isinstance(value, str) and (bool(LOCAL_PATH.match(value)) or any(place in value for place in private))
 
 
@@ -198,9 +199,9 @@ def _check_modelfile(file: Path) -> None:
     for line in filter(str.strip, file.read_text(encoding="utf-8", errors="replace").splitlines()):
         word, *rest = line.split(maxsplit=1)
         place = Path(rest[0].strip(" \"'") if rest else "")
-        elsewhere = place.name != str(place) or _is_local_path(str(place))  # pathlib takes ./ off
+        elsewhere = place.name != str(place) or _is_local_path(str(place))  # pathlib strips ./
         if word.upper() in ("FROM", "ADAPTER") and elsewhere:
             raise UserError(
-                f"{file}: {line.strip()!r} names a folder of this machine, where others find nothing. Write "
+                f"{file}: {line.strip()!r} names a path on this machine, which others don't have. Write "
                 f"{word} ./FILE.gguf, the file beside it"
             )

@@ -1,8 +1,8 @@
-"""What a finished run shows: the loss curves, and the summary."""
+"""The loss curves and the summary of a run."""
 
 import io
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
@@ -11,14 +11,16 @@ from huarizo.files import write_whole
 from huarizo.inference.samples import Sample, show_samples
 from huarizo.runs import Run
 
+MetricsRow = Mapping[str, float | None]
+"""A line of metrics.jsonl; null stands for a number that is not finite."""
 
-def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
-    """loss.png: training loss by step (and its running mean), held-out loss where it was measured."""
+
+def save_loss_plot(run: Run, metrics: Sequence[MetricsRow]) -> None:
+    """Write loss.png: training loss by step, its running mean, and the held-out loss where measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    training = [(row["step"], row["loss"]) for row in metrics if row.get("loss") is not None]
-    heldout = [(row["step"], row["eval_loss"]) for row in metrics if row.get("eval_loss") is not None]
+    training, heldout = _curve(metrics, "loss"), _curve(metrics, "eval_loss")
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss", title=run.path.name)
@@ -39,8 +41,14 @@ def save_loss_plot(run: Run, metrics: list[dict[str, Any]]) -> None:
     write_whole(run.loss_plot, image.getvalue())
 
 
-def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
-    """Held-out loss before the first and after the last step, where it was measured and is a number."""
+def _curve(metrics: Sequence[MetricsRow], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have this value."""
+    pairs = ((row.get("step"), row.get(name)) for row in metrics)
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def heldout_change(metrics: Sequence[MetricsRow]) -> tuple[float, float] | None:
+    """Held-out loss before the first and after the last step; None if one was not measured or is not finite."""
     losses = [row["eval_loss"] for row in metrics if "eval_loss" in row]
     if len(losses) < 2 or losses[0] is None or losses[-1] is None:
         return None
@@ -48,14 +56,14 @@ def heldout_change(metrics: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 
 def fenced(text: str) -> str:
-    """A text as a code block that nothing in the text can end: its fence is longer than any run of backticks in it."""
+    """A text as a Markdown code block. Its fence is longer than any run of backticks in it, so no text ends it."""
     text = without_controls(text)
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
     return f"{fence}text\n{text}\n{fence}"
 
 
-def show_summary(console: Console, run: Run, metrics: list[dict[str, Any]], samples: list[Sample]) -> None:
-    """The end of a run: losses, speed, answers, files, and what to do next."""
+def show_summary(console: Console, run: Run, metrics: Sequence[MetricsRow], samples: list[Sample]) -> None:
+    """Print answers, losses, speed and files of a finished run, and what to do next."""
     if samples:
         show_samples(console, samples)
     change = heldout_change(metrics)
@@ -66,14 +74,14 @@ def show_summary(console: Console, run: Run, metrics: list[dict[str, Any]], samp
         last = steps[-1]
         console.print(
             f"{last['step']} steps, {last['tokens']:,} tokens, {last['tokens_per_second']:.0f} tokens/s, "
-            f"{last['memory_gb']:.1f} GB at most",
+            f"{last['memory_gb']:.1f} GB peak memory",
             soft_wrap=True,
         )
     console.print(f"adapter {run.adapter}, curves {run.loss_plot}, answers {run.samples}", soft_wrap=True)
     console.print("next:")
     for arguments, what in (
-        (f"chat {run.path}", "talk with it"),
-        (f"eval {run.path}", "what it is worth, and what it forgot"),
-        (f"export {run.path} --ollama --verify", "a file for llama.cpp and Ollama, tried"),
+        (f"chat {run.path}", "chat with it"),
+        (f"eval {run.path}", "how good it is, and what it forgot"),
+        (f"export {run.path} --ollama --verify", "a verified file for llama.cpp and Ollama"),
     ):
         console.print(f"  {program()} {arguments}    {what}", soft_wrap=True)

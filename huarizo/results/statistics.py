@@ -1,7 +1,7 @@
-"""Losses of rows and texts, before and after training, with what they say and what they don't.
+"""Losses of rows before and after training, with confidence intervals.
 
-The mean over tokens is a ratio of two sums over rows, and rows differ; so its confidence interval comes from the spread
-of the rows, not of the tokens, and a change is judged row by row, before against after.
+The mean over tokens is a ratio of two sums over rows. Its interval therefore comes from the spread of the rows, not of
+the tokens, and a change is computed row by row.
 """
 
 import functools
@@ -26,13 +26,13 @@ from huarizo.model.loss import PackedLoss
 
 # Shapes: n examples of a batch, L labelled tokens in it.
 
-LARGEST = 700  # nats, whose power of e a float still holds
+LARGEST = 700  # nats; exp of more overflows a float
 BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean loss over tokens, in nats, with its 95 % confidence interval; `low` and `high` are NaN for one row."""
+    """A mean loss a token, in nats, with its 95 % confidence interval. `low` and `high` are NaN for one row."""
 
     value: float
     low: float
@@ -50,7 +50,7 @@ class Mean:
 
 @functools.cache
 def student_t975(freedom: int) -> float:
-    """Student's t: 97.5 % quantile by degrees of freedom.
+    """The 97.5 % quantile of Student's t by degrees of freedom.
 
     The t at which both tails together, I_x(freedom / 2, 1 / 2) with x = freedom / (freedom + t^2), hold 5 %: Abramowitz
     and Stegun, Handbook of Mathematical Functions (1964), 26.7.1 with 26.5.27. It lies between the normal
@@ -64,13 +64,13 @@ def student_t975(freedom: int) -> float:
 
 
 def mean_loss(sums: Sequence[float], tokens: Sequence[int]) -> Mean:
-    """The mean over all tokens of rows with these summed losses and numbers of tokens.
+    """The mean over all tokens of rows, from the rows' summed losses and numbers of tokens.
 
     The interval is that of a ratio estimator over clusters, by linearisation (Cochran, Sampling Techniques, 3rd
     edition, 1977, section 6.3): variance = n / (n - 1) * sum_i (s_i - r t_i)^2 / (sum_i t_i)^2, with Student's t on
-    n - 1 degrees of freedom. Below some 20 rows it is still too narrow where rows differ much.
+    n - 1 degrees of freedom. Below about 20 rows it is too narrow if the rows differ much.
 
-    The difference of two means over the same rows is had by giving the differences of the sums.
+    For the difference of two means over the same rows, pass the differences of the sums.
     """
     total, rows = sum(tokens), len(sums)
     mean = math.fsum(sums) / total
@@ -99,11 +99,11 @@ class Losses:
 
     @property
     def change(self) -> Mean:
-        """After less before, by the same rows: narrower than either interval where rows move together."""
+        """After minus before, row by row. Its interval is narrower than either mean's if rows change alike."""
         return mean_loss([after - before for before, after in zip(self.before, self.after, strict=True)], self.tokens)
 
     def together(self, counts: Sequence[int]) -> "Losses":
-        """The same with neighbours made one row: so many of them for each, as one row's examples belong together."""
+        """The same by row, where row i consists of the next `counts[i]` examples."""
         ends = list(itertools.accumulate(counts))
         spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
         before, after = ([math.fsum(each[span]) for span in spans] for each in (self.before, self.after))
@@ -113,7 +113,7 @@ class Losses:
 def measure(assistant: Assistant, examples: Sequence[Example], console: Console | None = None) -> Losses:
     """Losses of tokenised examples, without and with the adapter.
 
-    console: a terminal to show on how many are measured.
+    console: a terminal to show progress on.
 
     Raises:
         MachineError: the longest example does not fit into memory.
@@ -129,7 +129,7 @@ def measure(assistant: Assistant, examples: Sequence[Example], console: Console 
 
 
 def _row_losses(model: Any, examples: Sequence[Example]) -> Iterator[tuple[float, int]]:
-    """(summed loss, labelled tokens) of each example, packed into batches that get smaller where memory is short."""
+    """(summed loss, labelled tokens) of each example. Halves the batch when memory runs out."""
     losses = PackedLoss(model.get_base_model())
     model.eval()
     done, budget = 0, BATCH_TOKENS
@@ -141,9 +141,7 @@ def _row_losses(model: Any, examples: Sequence[Example]) -> Iterator[tuple[float
             if not is_out_of_memory(error):
                 raise
             if batch.num_examples == 1:
-                raise MachineError(
-                    "there is not enough memory for the longest row. Use a smaller data.max_length"
-                ) from None
+                raise MachineError("not enough memory for the longest row. Use a smaller data.max_length") from None
             budget //= 2
             torch.cuda.empty_cache()
             continue

@@ -1,7 +1,7 @@
-"""A GGUF file is loaded in llama.cpp itself and compared with Transformers: token ids, and the next token's likelihood.
+"""Compares a GGUF file in llama.cpp with Transformers: token ids, and log-probabilities of the next token.
 
-Generated texts are not compared: where two tokens are nearly as likely, a rounding decides. llama.cpp comes prebuilt
-with the package xllamacpp (`pip install huarizo[verify]`), and is spoken with over 127.0.0.1.
+Generated texts are not compared, because rounding decides between two tokens that are about equally likely. llama.cpp
+comes prebuilt in the package xllamacpp (`pip install huarizo[verify]`) and is reached over 127.0.0.1.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,38 +37,38 @@ PROMPTS = (
     "Sort these numbers: 3, 1, 2.",
     "Explain what LoRA is in one sentence.",
 )
-ADAPTERS_BASE = "f16"  # type of the base that an adapter is tried on
-TOP = 5  # likeliest tokens that are compared
-DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy leads to this machine itself
+ADAPTERS_BASE = "f16"  # type of the base for verifying an adapter
+TOP = 5  # number of likeliest tokens compared
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy, to this machine itself
 ROUNDING = {"f32": 0.01, "f16": 0.03, "bf16": 0.1, "q8_0": 0.3}
-"""Nats: a larger mean difference is no rounding of a type, but another model. Measured: 0.0001, 0.003, 0.02, 0.1."""
+"""Nats. A larger mean difference is not rounding but another model. Measured: 0.0001, 0.003, 0.02, 0.1."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a GGUF file with Transformers in fp32, over a number of prompts."""
+    """How a GGUF file compares with Transformers in fp32, over a number of prompts."""
 
     prompts: int
     compared: int
-    """Prompts whose likelihoods could be compared: llama.cpp tells none of a token that is a part of a character."""
+    """Prompts whose log-probabilities were compared. llama.cpp returns none for a token that is part of a character."""
     other_tokens: list[str]
-    """Prompts that llama.cpp cuts into other tokens."""
+    """Prompts that have other token ids in llama.cpp."""
     largest_difference: float
-    """Of a log-probability among the TOP likeliest tokens, in nats."""
+    """Largest difference of a log-probability among the TOP likeliest tokens, in nats."""
     mean_difference: float
     same_likeliest: int
-    """Of all prompts."""
+    """Number of prompts with the same likeliest next token."""
     mean_difference_from_base: float
-    """As `mean_difference`, from what the untuned model expects."""
+    """Like `mean_difference`, but from the untuned model."""
 
     def agrees(self, kind: str) -> bool:
-        """Whether it is the same model, but for the rounding of a type, and not the untuned one."""
+        """Whether it is the same model, up to the rounding of its type, and not the untuned one."""
         untuned = self.mean_difference > 2 * self.mean_difference_from_base
         return not self.other_tokens and self.compared > 0 and self.mean_difference < ROUNDING[kind] and not untuned
 
     def __str__(self) -> str:
         other = len(self.other_tokens)
-        tokens = f"OTHER TOKEN IDS in {other} prompts" if other else "token ids identical"
+        tokens = f"DIFFERENT TOKEN IDS in {other} prompts" if other else "token ids identical"
         return (
             f"llama.cpp against Transformers, {self.prompts} prompts: {tokens}; likeliest next token the same in "
             f"{self.same_likeliest} of {self.prompts}, largest difference of a log-probability "
@@ -77,7 +77,7 @@ class Comparison:
 
 
 def llama_cpp() -> Any:
-    """The package that llama.cpp comes in.
+    """The package with llama.cpp.
 
     Raises:
         UserError: it is not installed.
@@ -89,7 +89,7 @@ def llama_cpp() -> Any:
 
 
 class LlamaCpp:
-    """A GGUF file loaded in llama.cpp, with the GGUF of an adapter if given, asked over a loopback address.
+    """A GGUF file loaded in llama.cpp, with the GGUF of an adapter if given, served on a loopback address.
 
     Raises:
         UserError: xllamacpp is not installed.
@@ -102,7 +102,7 @@ class LlamaCpp:
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.n_gpu_layers = context, 1, False, -1, 0
         params.cpuparams.n_threads = torch.get_num_threads()
-        # llama.cpp's flash attention and 16-bit cache round by themselves, more than the file does
+        # llama.cpp's flash attention and 16-bit cache round more than the file does
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if adapter is not None:
@@ -112,7 +112,7 @@ class LlamaCpp:
         except RuntimeError as error:
             raise ModelError(f"{file}: llama.cpp can't load this file: {error}") from None
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
         request = urllib.request.Request(
             self._server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -120,17 +120,17 @@ class LlamaCpp:
             return json.load(answer)
 
     def tokens(self, text: str, add_special: bool = False) -> list[int]:
-        """Ids of a text in which special tokens are written out; `add_special`: with what begins every prompt."""
+        """Ids of a text in which special tokens are written out. add_special: with those that begin every prompt."""
         return self._post("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})["tokens"]
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
-        """The text that the file's own chat template makes of messages (`role`, `content`)."""
+        """The prompt that the file's chat template makes of messages (`role`, `content`)."""
         return self._post("/apply-template", {"messages": list(messages)})["prompt"]
 
     def likeliest(self, ids: Sequence[int], top: int = TOP) -> tuple[int, dict[int, float | None]]:
         """The likeliest next token, and the log-probabilities of the `top` likeliest.
 
-        There are none where the token's bytes are only a part of a character: llama.cpp then waits for the rest of it.
+        There are none if the token's bytes are only part of a character: llama.cpp then waits for the rest.
         """
         options = {"n_predict": 1, "n_probs": top, "temperature": 0.0, "cache_prompt": False, "return_tokens": True}
         answer = self._post("/completion", {"prompt": list(ids), **options})
@@ -138,16 +138,16 @@ class LlamaCpp:
         return answer["tokens"][0], {entry["id"]: entry["logprob"] for entry in found[0]["top_logprobs"]}
 
     def complete(self, ids: Sequence[int], n_predict: int = 80) -> dict[str, Any]:
-        """A greedy answer; `content` is its text, `stop_type` is `eos` where it ended by itself."""
+        """A greedy answer. `content` is its text; `stop_type` is `eos` if the model ended it."""
         return self._post("/completion", {"prompt": list(ids), "n_predict": n_predict, "temperature": 0.0})
 
 
 def compare_with_transformers(tuned: Tuned, file: Path, adapter: Path | None = None) -> Comparison:
-    """Load both and compare them on prompts in the run's format: how llama.cpp cuts them, and what it expects next.
+    """Compare token ids and next-token log-probabilities on prompts in the run's format.
 
-    llama.cpp writes the prompts by the chat template in the file, where the format can be had as one.
+    llama.cpp writes the prompts with the file's chat template, if the format can be expressed as one.
 
-    file: a GGUF of the tuned model; or of its base, with `adapter` on it.
+    file: a GGUF of the tuned model, or of its base if `adapter` is given.
 
     Raises:
         UserError: xllamacpp is not installed.
@@ -169,15 +169,15 @@ def compare_with_transformers(tuned: Tuned, file: Path, adapter: Path | None = N
 
 
 def compare_adapter(tuned: Tuned, adapter: Path, console: Console | None = None) -> Comparison:
-    """As `compare_with_transformers`, for the GGUF of an adapter: on a GGUF (F16) of its base, which does not stay.
+    """Like `compare_with_transformers`, for the GGUF of an adapter on a temporary GGUF (F16) of its base.
 
     Raises:
         UserError: xllamacpp is not installed.
         ModelError: llama.cpp can't load the files.
-        MachineError: no space for the base beside the adapter.
+        MachineError: no disk space for the base beside the adapter.
     """
     weights = MergedWeights(tuned.base, None)
-    require_space(adapter.parent, size_of(weights, ADAPTERS_BASE), "a GGUF of the base, to put the adapter on,")
+    require_space(adapter.parent, size_of(weights, ADAPTERS_BASE), "a temporary GGUF of the base")
     with tempfile.TemporaryDirectory(prefix=".", dir=adapter.parent) as folder:
         base = Path(folder) / "base.gguf"
         write_gguf(weights, tuned.encoder, base, ADAPTERS_BASE, adapter.stem, console)
@@ -185,9 +185,9 @@ def compare_adapter(tuned: Tuned, adapter: Path, console: Console | None = None)
 
 
 def expectations(tuned: Tuned, contexts: Sequence[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What Transformers expects next after each list of token ids, in fp32: by the tuned model and by its base.
+    """Log-probabilities of the next token after each list of token ids, by Transformers in fp32.
 
-    Log-probabilities, float32 [vocabulary] each.
+    Each is a pair of float32 [vocabulary]: of the tuned model and of its base.
     """
     assistant = open_assistant(tuned, "fp32", torch.device("cpu"))
 
@@ -204,7 +204,7 @@ def expectations(tuned: Tuned, contexts: Sequence[list[int]]) -> list[tuple[torc
 def compare_contexts(
     other: LlamaCpp, contexts: Sequence[list[int]], expected: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> Comparison:
-    """Compare what llama.cpp expects next after each of these lists of token ids with `expectations` of the same."""
+    """Compare llama.cpp's log-probabilities after each list of token ids with the `expectations` for it."""
     differences: list[float] = []
     from_base: list[float] = []
     same = compared = 0
@@ -219,7 +219,7 @@ def compare_contexts(
 
 
 def _difference(found: float | None, expected: torch.Tensor) -> float:
-    """Infinite where one of the two is no number; llama.cpp then tells none."""
+    """Infinite if either is NaN; llama.cpp then returns none."""
     difference = math.nan if found is None else abs(found - float(expected))
     return math.inf if math.isnan(difference) else difference
 

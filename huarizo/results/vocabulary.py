@@ -1,6 +1,6 @@
-"""A tokenizer as GGUF has it: tokens, their kinds, scores or merges, and how llama.cpp splits a text.
+"""Writes a tokenizer into a GGUF file: tokens, their types, scores or merges, and the name of the pre-tokenizer.
 
-What llama.cpp would cut otherwise is refused in words: a file whose prompts have other token ids is another model.
+A tokenizer that would give other token ids in llama.cpp is an error, because the model would see other prompts.
 """
 
 import json
@@ -20,7 +20,7 @@ SENTENCEPIECE = "llama"  # as llama.cpp calls it, whatever the model
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as GGUF has it. `scores` are SentencePiece's, `merges` byte-level BPE's."""
+    """A tokenizer in GGUF's terms. SentencePiece has `scores`, byte-level BPE has `merges`."""
 
     kind: Literal["llama", "gpt2"]  # llama.cpp's names of the two
     pre: str
@@ -31,21 +31,22 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, tokenizer: Any, size: int, splits: Mapping[str, str]) -> Vocabulary:
-    """The tokenizer of a model, SentencePiece or byte-level BPE, with as many tokens as the embedding has rows.
+    """Read a model's tokenizer, SentencePiece or byte-level BPE, padded to the embedding's rows.
 
-    folder: the model's, for messages; splits: patterns by which a text is split before BPE, each with llama.cpp's name
-    of it.
+    folder: the model's, for messages.
+    size: rows of the embedding.
+    splits: patterns that split a text before BPE -> llama.cpp's names for them.
 
     Raises:
-        ModelError: a tokenizer of another kind, or one whose pre-tokenizer llama.cpp does not have.
+        ModelError: another kind of tokenizer, or a pre-tokenizer that llama.cpp does not have.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = spec["model"], {token["id"]: token for token in spec["added_tokens"]}
     if model["type"] != "BPE":
-        raise ModelError(f"{folder}: a tokenizer of the kind {model['type']} can't be written as GGUF")
+        raise ModelError(f"{folder}: a tokenizer of type {model['type']} can't be written as GGUF")
     odd = [token["content"] for token in added.values() if token["lstrip"] or token["rstrip"] or token["single_word"]]
     if odd:
-        raise ModelError(f"{folder}: llama.cpp would cut {odd[0]!r} out of a text otherwise (lstrip, rstrip)")
+        raise ModelError(f"{folder}: llama.cpp would split a text with {odd[0]!r} differently (lstrip, rstrip)")
     ids = {number: text for text, number in model["vocab"].items()} | {n: t["content"] for n, t in added.items()}
     is_sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = [], []
@@ -74,28 +75,28 @@ def _type(number: int, text: str, added: dict[int, Any], is_sentencepiece: bool,
 
 
 def _pre_tokenizer(folder: Path, spec: dict[str, Any], splits: Mapping[str, str]) -> str:
-    """llama.cpp's name of how a text is split before BPE, from what the tokenizer does."""
+    """llama.cpp's name for the way the tokenizer splits a text before BPE."""
     pre = spec.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
     kinds = [step.get("type") for step in steps]
     if spec.get("normalizer") or any(step.get("add_prefix_space") for step in steps):
-        raise ModelError(f"{folder}: this tokenizer rewrites texts before it cuts them, which llama.cpp does not")
+        raise ModelError(f"{folder}: this tokenizer rewrites texts before it splits them, which llama.cpp does not")
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and (name := splits.get(steps[0].get("pattern", {}).get("Regex"))):
         return name
-    raise ModelError(f"{folder}: llama.cpp's name of this tokenizer's pre-tokenizer is not known ({kinds})")
+    raise ModelError(f"{folder}: llama.cpp has no known name for this tokenizer's pre-tokenizer ({kinds})")
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, encoder: Encoder) -> None:
     """Write tokens, special tokens and the chat template.
 
-    An answer ends at `eos_token_id` and at `eot_token_id`, the prompt format's stop token where that is another one.
+    An answer ends at `eos_token_id`, and at `eot_token_id`: the prompt format's stop token if it is another one.
 
     Raises:
-        UserError: there is no token that ends an answer.
+        UserError: no token ends an answer.
     """
     tokenizer = encoder.tokenizer
     writer.add_tokenizer_model(vocabulary.kind)

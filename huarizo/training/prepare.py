@@ -14,10 +14,10 @@ import torch
 from huarizo.data.dataset import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
-from huarizo.host import cache_folder, rank, world_size
+from huarizo.host import cache_folder, world_size
 from huarizo.hub.names import check_pinned, files_of, pins, resolve_data, resolve_model
 from huarizo.hub.sources import Source
-from huarizo.machine import as_first, device, float_precision, name_of
+from huarizo.machine import device, float_precision, from_first, name_of
 from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
 from huarizo.model.compile import why_not
 from huarizo.model.frozen.measure import int8_gain
@@ -135,17 +135,18 @@ def _earlier_plan(resumed: Run | None) -> Plan | None:
 
 def _first_choice(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None) -> Choice:
     """The precision, chosen by the first process for all."""
-    text = "" if rank() else json.dumps(_choose(recipe, on, resumed, before).to_values())
-    return Choice.from_values(json.loads(as_first(text, on)))
+    text = from_first(lambda: json.dumps(_choose(recipe, on, resumed, before).to_values()), on)
+    return Choice.from_values(json.loads(text))
 
 
 def _first_plan(recipe: Recipe, choice: Choice, size: ModelSize, on: torch.device, before: Plan | None) -> Plan:
     """The plan, made by the first process for all."""
-    text = ""
-    if rank() == 0:
+
+    def make() -> str:
         compilation = why_not(on) if recipe.training.compile else "as the recipe asks"
-        text = make_plan(recipe, choice, size, on, compilation or "", before).to_json()
-    return Plan.from_json(as_first(text, on))
+        return make_plan(recipe, choice, size, on, compilation or "", before).to_json()
+
+    return Plan.from_json(from_first(make, on))
 
 
 def _size(config: dict[str, Any], choice: Choice, trained: int) -> ModelSize:

@@ -43,7 +43,7 @@ def check_trainer_settings(recipe: Recipe, choice: Choice, on: torch.device) -> 
         return
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         run = Run(Path(folder))
-        with _told("trainer"):
+        with _mistakes_in("trainer"):
             args = training_arguments(recipe, run, choice, on)
         _check_trackers(args.report_to)
         optim, schedule = (str(getattr(name, "value", name)) for name in (args.optim, args.lr_scheduler_type))
@@ -52,13 +52,13 @@ def check_trainer_settings(recipe: Recipe, choice: Choice, on: torch.device) -> 
                 f"trainer.optim: {optim} changes weights during the backward pass, but a step here has several "
                 "micro-batches. Use another, such as adamw_torch"
             )
-        with _told("trainer"):
+        with _mistakes_in("trainer"):
             trainer = LoraTrainer(_small_model(), args, [], [], recipe, 64)
-        with _told(f"trainer.optim={optim}"):
+        with _mistakes_in(f"trainer.optim={optim}"):
             trainer.create_optimizer()
-        with _told(f"trainer.lr_scheduler_type={schedule}"):
+        with _mistakes_in(f"trainer.lr_scheduler_type={schedule}"):
             trainer.create_scheduler(10, trainer.optimizer)
-        with _told(f"trainer.optim={optim}"):
+        with _mistakes_in(f"trainer.optim={optim}"):
             _step_and_restore(trainer)
 
 
@@ -95,7 +95,7 @@ def _step_and_restore(trainer: LoraTrainer) -> None:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _mistakes_in(what: str) -> Iterator[None]:
     """Turn any error of a library into a RecipeError about `what`."""
     try:
         yield

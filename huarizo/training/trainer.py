@@ -8,7 +8,7 @@ callbacks, trackers and mixed precision are the Trainer's own. `huarizo.training
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from huarizo.data.packing import PackedBatch, Step, StepCollator, StepLoader, StepSampler, pack_within
-from huarizo.data.tokens import Example
+from huarizo.data.tokens import Example, TokenisedRow
 from huarizo.errors import MachineError
 from huarizo.events import Events, OutOfMemory
 from huarizo.host import rank, world_size
@@ -230,7 +230,7 @@ class LoraTrainer(Trainer):
             loss = self.packed_loss(model, inputs.to(self.args.device))
         return loss * world_size() / num_items_in_batch
 
-    def heldout_batches(self, rows: Any) -> Iterator[PackedBatch]:
+    def heldout_batches(self, rows: Sequence[TokenisedRow]) -> Iterator[PackedBatch]:
         """This process's share of rows, packed."""
         mine = [Example.from_row(rows[index]) for index in range(rank(), len(rows), world_size())]
         return pack_within(self.budget, mine)

@@ -452,7 +452,7 @@ def test_an_invalid_token_is_told_before_anything_is_fetched(online: Outcome, hu
     assert "Public models need no token" in said
     assert hub_server.url in said
     assert not hub_server.files_sent("public, bad token")
-    online.failure("blank in token", "HubError", "HF_TOKEN", "blank")
+    online.failure("blank in token", "HubError", "HF_TOKEN", "no token has")
     assert hub_server.asked_in("blank in token") == []
 
 
@@ -470,10 +470,10 @@ def test_private_models(online: Outcome, hub_server: HubServer) -> None:
 
 
 def test_fine_grained_tokens_are_asked_for_their_right_to_read(online: Outcome, hub_server: HubServer) -> None:
-    online.failure("private, no right", "HubError", "bob/own", "valid, but has no right to read", "Read access")
-    online.failure("private, gated right only", "HubError", "valid, but has no right to read")
+    online.failure("private, no right", "HubError", "bob/own", "valid, but has no permission to read", "Read access")
+    online.failure("private, gated right only", "HubError", "valid, but has no permission to read")
     assert online.ok("private, right")["pinned"].startswith("bob/own@")
-    online.failure("gated, no right", "HubError", "alpaca/gated", "no right to read", "public gated repos")
+    online.failure("gated, no right", "HubError", "alpaca/gated", "no permission to read", "public gated repos")
     assert online.ok("gated, granted")["pinned"].startswith("alpaca/gated@")
     assert online.ok("public, token without rights")["revision"] == commit_of("alpaca/tiny dev")
     for refused in ("private, no right", "private, gated right only", "gated, no right"):
@@ -562,17 +562,19 @@ def test_a_full_disk(online: Outcome, hub_server: HubServer, home: Path) -> None
 
 
 def test_a_hub_in_trouble(online: Outcome, hub_server: HubServer) -> None:
-    online.failure("down", "HubError", "alpaca/down", "is in trouble", "503", "Try again later")
+    online.failure("down", "HubError", "alpaca/down", "has a server error", "503", "Try again later")
     online.failure("busy", "HubError", "alpaca/busy", "too many requests")
-    online.failure("portal", "HubError", "alpaca/portal", "what answers there is no hub", hub_server.url)
+    online.failure("portal", "HubError", "alpaca/portal", "the response is not a hub's", hub_server.url)
 
 
 def test_an_interrupted_download_goes_on(online: Outcome, hub_server: HubServer) -> None:
     assert online.ok("shaky")["revision"] == commit_of("alpaca/shaky main")
-    online.failure("broken", "HubError", "alpaca/broken", "broke off", "Run the same command again", "are kept")
+    online.failure(
+        "broken", "HubError", "alpaca/broken", "the download failed", "Run the same command again", "are kept"
+    )
     assert online.ok("broken, again")["revision"] == commit_of("alpaca/broken main")
     assert hub_server.files_sent("broken, again") == {"model.safetensors"}
-    online.failure("cut", "HubError", "alpaca/cut", "broke off", "Run the same command again")
+    online.failure("cut", "HubError", "alpaca/cut", "the download failed", "Run the same command again")
 
 
 def test_damaged_files_are_found(online: Outcome, hub_server: HubServer, home: Path) -> None:
@@ -593,7 +595,7 @@ def test_offline_mode_uses_the_cache_and_asks_nobody(
         found = offline.ok(f"offline, {name}")
         assert found == online.ok(as_online) | {"case": found["case"]}
     for name in ("half", "half without a list", "never seen"):
-        offline.failure(f"offline, {name}", "HubError", "no whole copy is in the cache", "HF_HUB_OFFLINE")
+        offline.failure(f"offline, {name}", "HubError", "has no complete copy", "HF_HUB_OFFLINE")
     offline.failure("offline, damaged", "HubError", "model.safetensors is not the file that the hub publishes")
     assert offline.ok("offline, local")["pinned"] == str(tiny_model)
     assert len(hub_server.asked) == asked

@@ -193,18 +193,18 @@ def test_no_token_is_ever_written(online: Outcome) -> None:
 
 
 REFUSED = {
-    "no token": ("needs a token", "with write right", "HF_TOKEN"),
-    "unknown token": ("is not valid", "HF_TOKEN", "write right"),
-    "blank in token": ("holds a blank",),
-    "read token": ("no right to write", "type Write"),
-    "fine-grained, elsewhere": ("ann/other", "no right to write", "Write access"),
+    "no token": ("needs a token", "token of the type Write", "HF_TOKEN"),
+    "unknown token": ("is not valid", "HF_TOKEN", "type Write"),
+    "blank in token": ("contains a character that no token has",),
+    "read token": ("no permission to write", "type Write"),
+    "fine-grained, elsewhere": ("ann/other", "no permission to write", "Write access"),
     "somebody's": ("bob is neither you (ann", "herd"),
     "no id": ("owner/name",),
     "no id, address": ("owner/name",),
-    "public": ("everybody can see it", "--public", "/ann/shown/settings"),
+    "public": ("repository is public", "--public", "/ann/shown/settings"),
     "taken": ("README.md", "--force"),
-    "down": ("is in trouble", "Run again later"),
-    "no hub": ("no hub", "HF_ENDPOINT"),
+    "down": ("has a server error", "Run again later"),
+    "no hub": ("not a hub's", "HF_ENDPOINT"),
 }
 
 
@@ -217,8 +217,8 @@ def test_what_can_be_known_before_is_told_before_anything_is_sent(
 
 
 FAILED = {
-    "broken": ("ann/broken", "HubError", ("broke off", "nothing was committed", "Run the same command again")),
-    "trouble": ("ann/trouble", "HubError", ("in trouble", "500", "nothing was committed", "***")),
+    "broken": ("ann/broken", "HubError", ("the upload failed", "nothing was committed", "Run the same command again")),
+    "trouble": ("ann/trouble", "HubError", ("server error", "500", "nothing was committed", "***")),
     "hangs up": ("ann/hangs-up", "HubError", ("connection broke", "run again", "whole or not at all")),
     "moved": ("ann/moved", "HubError", ("someone else changed it", "Run again")),
     "forbidden": ("ann/forbidden", "HubError", ("refuses", "type Write")),
@@ -253,7 +253,7 @@ def test_a_repository_that_is_taken_is_unchanged_unless_forced(online: Outcome, 
 
 
 def test_old_weights_do_not_stay_beside_new_ones(online: Outcome, server: HubServer) -> None:
-    online.failure("old weights", "HubError", "holds part-1.safetensors, model.safetensors.index.json", "--force")
+    online.failure("old weights", "HubError", "contains part-1.safetensors, model.safetensors.index.json", "--force")
     assert online.ok("old weights, force")
     assert server.repos["ann/parts"].files == {".gitattributes": b"", "notes.txt": b"kept", "w.safetensors": WEIGHTS}
 

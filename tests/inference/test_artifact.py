@@ -10,8 +10,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from huarizo.data.prompts import OpenExchange
-from huarizo.errors import HuarizoError, HubError, ModelError, UserError
-from huarizo.inference.artifact import find_tuned
+from huarizo.errors import HuarizoError, HubError, ModelError, RecipeError, UserError
+from huarizo.inference.artifact import find_tuned, read_otherwise
+from huarizo.inference.generate import open_assistant
 from huarizo.model.load import default_template, load_tokenizer
 from huarizo.recipe import make_recipe, to_yaml
 from huarizo.results.model_folder import merge
@@ -86,7 +87,6 @@ def test_what_is_not_there_is_told(name: str) -> None:
 
 
 def test_an_adapter_of_another_model_is_refused_with_both_names(tmp_path: Path, foreign: Path) -> None:
-    from huarizo.inference.generate import open_assistant
 
     other = tmp_path / "wider"
     make_model(hidden_size=128).save_pretrained(other)
@@ -167,3 +167,11 @@ def test_templates_by_name_in_a_tokenizers_settings() -> None:
     assert default_template(pair) == default_template({"rag": "b", "default": "a"}) == default_template("a") == "a"
     assert default_template({"rag": "b"}) == "b"
     assert default_template({"rag": "b", "tool_use": "c"}) is default_template(None) is None
+
+
+@pytest.mark.parametrize(
+    "word", ["data.prompt=alpaca", "lora.r=3", "data.max_lengthy=3", "data.max_length=0", "data.on_bad_row=x"]
+)
+def test_nothing_else_of_a_run_can_be_other(tmp_path: Path, word: str) -> None:
+    with pytest.raises(RecipeError, match=word.partition("=")[0]):
+        read_otherwise(make_tuned(tmp_path), [word])

@@ -1,37 +1,19 @@
 """A conversation: who answers, what is remembered, what a person may type, and that Ctrl-C stops an answer only."""
 
-import errno
-import io
-import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from transformers import GenerationConfig, LlamaForCausalLM
 
-from huarizo.commands import talk as commands
-from huarizo.console import write as write_to_terminal
-from huarizo.data.packing import pack
-from huarizo.data.prompts import ChatFormat, OpenExchange, Question
-from huarizo.data.tokens import Encoder, Example
+from huarizo.data.prompts import ChatFormat, OpenExchange
+from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
-from huarizo.inference import generate
 from huarizo.inference.chat import Conversation, checked, converse
-from huarizo.inference.generate import Assistant, Sampling, answers, open_assistant, stream_answer
-from huarizo.model.frozen.load import load_quantised_base
+from huarizo.inference.generate import Assistant, Sampling, open_assistant, stream_answer
+from tests.inference.make import NO_MEMORY, failing
 from tests.results.make import make_tuned
 from tests.tiny import CHATML, make_tokenizer
-
-NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
-PROMPTS = ["Hi", "What is the capital of France, and why?", "Sing!", "One two three four five six seven", "?"]
-
-
-@pytest.fixture(scope="module")
-def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
-    return open_assistant(make_tuned(tmp_path_factory.mktemp("tuned"), max_position_embeddings=256), "fp32")
 
 
 def talk(assistant: Assistant, *lines: str, **options: Any) -> list[str]:
@@ -77,7 +59,7 @@ def test_a_system_message_that_the_template_does_not_take_is_told(
     tokenizer = make_tokenizer(template)
     deaf = replace(assistant, encoder=Encoder(tokenizer, ChatFormat(tokenizer)))
     assert said in talk(deaf, "/system Be rude.")[0]
-    assert talk(deaf, "/system") == ["a new conversation without one\n"]
+    assert talk(deaf, "/system") == ["new conversation without a system message\n"]
     written: list[str] = []
     converse(Conversation(deaf, written.append, "Be rude."), lambda _: "/exit")
     assert said in written[0]
@@ -86,7 +68,7 @@ def test_a_system_message_that_the_template_does_not_take_is_told(
 
 def test_what_is_no_text_is_told_and_nothing_is_lost(assistant: Assistant) -> None:
     good, broken, _ = talk(assistant, "Hi", "Hi \udcff", "Hi")
-    assert "not text in UTF-8" in broken and good
+    assert "not UTF-8 text" in broken and good
     lines: list[Any] = ["Hi", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), EOFError()]
 
     def read(_: str) -> str:
@@ -97,33 +79,23 @@ def test_what_is_no_text_is_told_and_nothing_is_lost(assistant: Assistant) -> No
 
     written: list[str] = []
     converse(Conversation(assistant, written.append, sampling=Sampling(max_new_tokens=2)), read)
-    assert not lines and "not text in UTF-8" in "".join(written)
+    assert not lines and "not UTF-8 text" in "".join(written)
 
 
 def test_old_turns_make_room_for_new_ones(assistant: Assistant) -> None:
     said = talk(assistant, *["Tell me more about llamas"] * 12)
-    assert "old turns are forgotten" in said[-1]
+    assert "old turns are dropped" in said[-1]
     (said,) = talk(assistant, "x?" * 400)
-    assert "the model was made for 256" in said
+    assert "the model supports at most 256" in said
     *_, refused, third = talk(assistant, "Hi", "You?", "x?" * 400, "And?")
-    assert "forgotten" not in refused and third == talk(assistant, "Hi", "You?", "And?")[-1]
-
-
-def test_a_list_of_prompts_keeps_within_what_the_model_was_made_for(assistant: Assistant) -> None:
-    length = len(assistant.encoder.encode_prompt("", [OpenExchange("x?" * 50)]))
-    long = Question(OpenExchange("x?" * (50 + (256 - length - 8) // 2)))
-    given = answers(assistant, [Question(OpenExchange("Hi")), long], 40)
-    room = 256 - len(assistant.encoder.encode_prompt("", [long.turn]))
-    assert given[1].tokens <= room < 40 and given[0].tokens > room
-    with pytest.raises(UserError, match="the model was made for 256"):
-        answers(assistant, [Question(OpenExchange("Hi")), Question(OpenExchange("x?" * 400))])
+    assert "dropped" not in refused and third == talk(assistant, "Hi", "You?", "And?")[-1]
 
 
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
         ("/nope", "/nope: no such command"), ("/help", "/system TEXT"), ("/set", "/set takes one of max_new_tokens"),
-        ("/set temperature hot", "and a number"), ("/set top_p 2", "top_p is 2.0, but has to be above 0"),
+        ("/set temperature hot", "and a number"), ("/set top_p 2", "top_p is 2.0; it must be above 0"),
         ("/set top_k 5", "top_k is 5"), ("/set seed 3", "seed is 3"), ("", ""),
     ],
 )  # fmt: skip
@@ -150,18 +122,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(assistant: Assistant) -> No
 
     conversation = Conversation(assistant, write, sampling=Sampling(max_new_tokens=40))
     converse(conversation, read)
-    assert "(stopped; this turn is forgotten)" in "".join(written)
+    assert "(stopped; this turn is dropped)" in "".join(written)
     assert [turn.instruction for turn in conversation.turns] == ["Hi"]
-
-
-def test_a_seed_draws_the_same_answer(assistant: Assistant) -> None:
-    def drawn(seed: int, **options: Any) -> str:
-        sampling = Sampling(12, temperature=1.5, top_p=1.0, seed=seed, **options)
-        return stream_answer(assistant, [OpenExchange("Hi")], lambda _: None, "", sampling).text
-
-    assert drawn(1) == drawn(1) and len({drawn(seed) for seed in range(5)}) > 1
-    greedy = stream_answer(assistant, [OpenExchange("Hi")], lambda _: None, "", Sampling(12)).text
-    assert drawn(1, top_k=1) == greedy
 
 
 @pytest.mark.parametrize(
@@ -174,148 +136,6 @@ def test_a_seed_draws_the_same_answer(assistant: Assistant) -> None:
 def test_values_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         checked(Sampling(**wrong))
-
-
-def test_answers_in_batches_are_those_given_one_by_one(assistant: Assistant) -> None:
-    questions = [Question(OpenExchange(prompt)) for prompt in PROMPTS]
-    assert answers(assistant, questions, 12, at_once=5) == [answers(assistant, [each], 12)[0] for each in questions]
-
-
-def test_a_question_is_asked_with_its_system_text(assistant: Assistant) -> None:
-    turn, systems = OpenExchange("Hi"), ("", "Be rude.", "Be kind.")
-    single = [stream_answer(assistant, [turn], lambda _: None, system, Sampling(12)) for system in systems]
-    assert answers(assistant, [Question(turn, system) for system in systems], 12) == single
-    assert len({answer.text for answer in single}) == 3
-
-
-STREAMED = [
-    "Here is the code:\n\ndef f(x):\n    if x:\n\t\treturn [1,  2]\n    return None\n\n\nf(1)",
-    "뷁쀍은 낱말이 아니다.\n  훈민정음 🦙👩🏽‍🚀 끝\n",
-    "  two spaces , and a blank before a comma . Isn't it ?\n",
-    "🏔️",
-    "half a letter \ufffd stays",
-]
-
-
-def stream(tokenizer: Any, ids: list[int], stops: list[int]) -> tuple[list[str], str]:
-    """What is written while a model says these tokens, and the text of its answer."""
-    written: list[str] = []
-    config = GenerationConfig(eos_token_id=stops)
-    streamer = generate._Streamer(tokenizer, config, written.append)
-    streamer.put(torch.tensor([[1, 2, 3]]))
-    for each in ids:
-        streamer.put(torch.tensor([each]))
-    streamer.end()
-    assistant: Any = SimpleNamespace(encoder=SimpleNamespace(tokenizer=tokenizer))
-    return written, generate._answer(assistant, ids, config).text
-
-
-@pytest.mark.parametrize("text", STREAMED)
-@pytest.mark.parametrize("name", ["sentencepiece", "bytes"])
-def test_what_is_written_as_it_comes_is_the_answer(name: str, text: str, request: pytest.FixtureRequest) -> None:
-    tokenizer = request.getfixturevalue("tinyllama_tokenizer" if name == "sentencepiece" else "tiny_tokenizer")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    written, answer = stream(tokenizer, [*ids, tokenizer.eos_token_id], [tokenizer.eos_token_id])
-    assert "".join(written) == answer == text.strip()
-    assert "".join(written).count("\ufffd") == text.count("\ufffd")
-    assert len(written) > len(text.split()) / 2
-
-
-def test_a_letter_that_is_never_finished_is_written_at_the_end(tiny_tokenizer: Any) -> None:
-    ids = tiny_tokenizer("ab 라", add_special_tokens=False)["input_ids"][:-1]
-    written, answer = stream(tiny_tokenizer, ids, [])
-    assert "".join(written) == answer == "ab \ufffd" and "\ufffd" in written[-1]
-
-
-def test_a_byte_that_spoils_the_letter_before_it_does_not_silence_the_rest(tinyllama_tokenizer: Any) -> None:
-    letter, rest = (
-        tinyllama_tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A 뷁", "hello and more")
-    )
-    ids = [*letter, tinyllama_tokenizer.convert_tokens_to_ids("<0xE3>"), *rest]
-    written, _ = stream(tinyllama_tokenizer, ids, [])
-    assert "".join(written).endswith("hello and more")
-
-
-def test_a_stop_that_is_an_ordinary_token_is_not_written(tiny_tokenizer: Any) -> None:
-    *ids, stop = tiny_tokenizer("One.\nTwo#", add_special_tokens=False)["input_ids"]
-    written, answer = stream(tiny_tokenizer, [*ids, stop], [stop])
-    assert "".join(written) == answer == "One.\nTwo"
-
-
-def test_a_streamed_answer_is_that_of_a_batch(assistant: Assistant) -> None:
-    for prompt in PROMPTS:
-        written: list[str] = []
-        streamed = stream_answer(assistant, [OpenExchange(prompt)], written.append, "", Sampling(40))
-        assert "".join(written) == streamed.text
-        assert answers(assistant, [Question(OpenExchange(prompt))], 40) == [streamed]
-
-
-def test_settings_of_generation_that_a_base_brings_have_no_say(tmp_path: Path) -> None:
-    tuned, questions = make_tuned(tmp_path), [Question(OpenExchange(prompt)) for prompt in PROMPTS]
-    expected = answers(open_assistant(tuned, "fp32"), questions, 12)
-    likely = tuned.encoder.tokenizer(expected[0].text, add_special_tokens=False)["input_ids"]
-    settings = {
-        "num_beams": 4, "suppress_tokens": likely, "stop_strings": [expected[1].text[:2]], "min_new_tokens": 11, "top_k": 3,
-        "repetition_penalty": 9.0, "do_sample": True, "temperature": 2.0, "forced_eos_token_id": 5, "max_length": 20,
-    }  # fmt: skip
-    (tuned.base / "generation_config.json").write_text(json.dumps(settings))
-    assistant = open_assistant(tuned, "fp32")
-    assert answers(assistant, questions, 12) == expected
-    for question, answer in zip(questions, expected, strict=True):
-        assert stream_answer(assistant, [question.turn], lambda _: None, "", Sampling(12)) == answer
-
-
-@pytest.mark.parametrize("settings", ["[]", '{"num_beams": "x", "max_new_tokens": {}}', '{"to_dict": 1}'])
-def test_odd_settings_of_generation_are_not_even_read(tmp_path: Path, settings: str) -> None:
-    tuned = make_tuned(tmp_path)
-    (tuned.base / "generation_config.json").write_text(settings)
-    assert answers(open_assistant(tuned, "fp32"), [Question(OpenExchange("Say it"))], 3)
-    rows = pack([Example([1], [1])])
-    model = load_quantised_base(tuned.base, "int8", torch.float32, torch.device("cpu"), rows)
-    assert model.generation_config.to_diff_dict().keys() <= {"transformers_version"}
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", True])
-def test_the_untuned_model_is_the_base_as_it_was(tmp_path: Path, init: Any) -> None:
-    tuned = make_tuned(tmp_path, options={"init_lora_weights": init})
-    plain = LlamaForCausalLM.from_pretrained(tuned.base)
-    model = (assistant := open_assistant(tuned, "fp32")).model
-    model.get_base_model().set_attn_implementation("sdpa")
-    ids = torch.arange(20, 40)[None]
-
-    @torch.no_grad()
-    def logits() -> torch.Tensor:
-        return model(input_ids=ids).logits
-
-    before, expected = logits(), plain(input_ids=ids).logits.detach()
-    with assistant.untuned():
-        torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-5)
-    assert torch.equal(logits(), before) and float((before - expected).abs().max()) > 0.1
-    with pytest.raises(KeyboardInterrupt), assistant.untuned():
-        raise KeyboardInterrupt
-    with assistant.untuned(False):
-        assert torch.equal(logits(), before)
-
-
-def test_a_layer_that_was_trained_whole_is_the_bases_own_in_the_untuned_model(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    tuned = make_tuned(tmp_path)
-    plain, adapted = (LlamaForCausalLM.from_pretrained(tuned.base) for _ in range(2))
-    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    peft = get_peft_model(adapted, config)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "modules_to_save" in name or "lora_B" in name:
-                parameter += 0.1
-    peft.save_pretrained(str(tuned.adapter), save_embedding_layers=False)
-    assistant = open_assistant(tuned, "fp32")
-    assistant.model.get_base_model().set_attn_implementation("sdpa")
-    ids = torch.arange(20, 40)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(assistant.model(input_ids=ids).logits, peft(input_ids=ids).logits)
-        with assistant.untuned():
-            torch.testing.assert_close(assistant.model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_a_template_that_strips_reasoning_is_asked_again(tmp_path: Path) -> None:
@@ -331,33 +151,6 @@ def test_a_template_that_strips_reasoning_is_asked_again(tmp_path: Path) -> None
     assert len(conversation.turns) == 2 and "template" not in "".join(written)
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("no memory"), NO_MEMORY, MemoryError()])
-def test_where_memory_is_short_batches_get_smaller(
-    assistant: Assistant, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    questions = [Question(OpenExchange(prompt)) for prompt in PROMPTS]
-    expected, answered, sizes, fitting = answers(assistant, questions, 8), generate._answered, [], 2
-
-    def short_of_memory(assistant: Assistant, prompts: Any, config: Any) -> Any:
-        sizes.append(len(prompts))
-        if len(prompts) > fitting:
-            raise error
-        return answered(assistant, prompts, config)
-
-    monkeypatch.setattr(generate, "_answered", short_of_memory)
-    assert answers(assistant, questions, 8, at_once=5) == expected and sizes == [5, 2, 2, 1]
-    fitting = 0
-    with pytest.raises(MachineError, match="not enough memory"):
-        answers(assistant, questions, 8)
-
-
-def failing(error: BaseException) -> Any:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-
-    return fail
-
-
 def test_a_chat_goes_on_where_memory_gave_out(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(type(assistant.model), "generate", failing(NO_MEMORY))
@@ -365,89 +158,6 @@ def test_a_chat_goes_on_where_memory_gave_out(assistant: Assistant, monkeypatch:
             stream_answer(assistant, [OpenExchange("Hi")], lambda _: None)
         written: list[str] = []
         conversation = Conversation(assistant, written.append, sampling=Sampling(8))
-        assert conversation.hear("Hi") and "(there is not enough memory" in "".join(written) and not conversation.turns
+        assert conversation.hear("Hi") and "(not enough memory" in "".join(written) and not conversation.turns
     written.clear()
     assert conversation.hear("Hi") and "".join(written) == talk(assistant, "Hi")[0]
-
-
-def test_another_error_is_not_taken_for_a_lack_of_memory(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(assistant.model), "generate", failing(RuntimeError("shapes differ")))
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        stream_answer(assistant, [OpenExchange("Hi")], lambda _: None)
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        answers(assistant, [Question(OpenExchange("Hi"))] * 2)
-
-
-@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")])
-def test_a_model_that_memory_does_not_hold_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    tuned = make_tuned(tmp_path)
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", failing(error))
-    with pytest.raises(MachineError, match="not enough memory for this model"):
-        open_assistant(tuned, "fp32")
-
-
-def test_no_answer_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    write_to_terminal("a\x1b[2Jb\x9b2Jc\x07d\re\x00f\x7fg\u2028h\n\ti 안녕 🦙")
-    assert capsys.readouterr().out == "a [2Jb 2Jc d e f g h\n\ti 안녕 🦙"
-
-
-def test_a_batch_takes_no_more_than_its_share_of_memory(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    answered, questions = generate._answered, [Question(OpenExchange(prompt)) for prompt in PROMPTS]
-    monkeypatch.setattr(generate, "_answered", lambda a, p, c: sizes.append(len(p)) or answered(a, p, c))
-    answers(assistant, questions, 20)
-    assert sizes == [len(PROMPTS)]
-    config = assistant.model.config
-    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    monkeypatch.setattr(generate, "available_memory", lambda on: 100 * keys_and_values)
-    sizes.clear()
-    answers(assistant, questions, 20)
-    assert max(sizes) <= 100 / 20 and sum(sizes) == len(PROMPTS)
-
-
-@pytest.mark.parametrize("prompt", ["chat", "alpaca"])
-def test_an_answer_ends_at_the_stop_token(tmp_path: Path, prompt: str) -> None:
-    tuned = make_tuned(tmp_path, prompt=prompt)
-    assistant = open_assistant(tuned, "fp32")
-    prompt_length = len(tuned.encoder.encode_prompt("", [OpenExchange("Hi")]))
-    seen: list[int] = []
-
-    def ends_after_three(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
-        seen.append(len(seen))
-        stop = torch.zeros(logits.shape[-1])
-        stop[tuned.encoder.stop_id] = 1e4 if len(seen) > 3 else -1e4
-        return logits + stop
-
-    assistant.model.get_base_model().lm_head.register_forward_hook(ends_after_three)
-    (answer,) = answers(assistant, [Question(OpenExchange("Hi"))], 8)
-    assert answer.finished and answer.tokens == 3 and prompt_length > 3
-
-
-@pytest.mark.parametrize("read", [commands._standard_input, lambda: commands._line("> ")])
-def test_an_input_without_end_or_that_can_not_be_read_is_told(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Path("/dev/zero").open(encoding="utf-8") as endless:
-        monkeypatch.setattr("sys.stdin", endless)
-        with pytest.raises(UserError, match="standard input has more than"):
-            read()
-
-    class Folder(io.StringIO):
-        def read(self, *_: Any) -> str:
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
-
-        readline = read
-
-    monkeypatch.setattr("sys.stdin", Folder())
-    with pytest.raises(UserError, match="standard input can't be read: Is a directory"):
-        read()
-
-
-def test_lines_of_a_conversation_come_from_a_pipe_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\nlast"))
-    assert [commands._line("> ") for _ in range(3)] == ["one", "", "last"]
-    assert capsys.readouterr().out == "> > > "
-    with pytest.raises(EOFError):
-        commands._line("> ")

@@ -1,22 +1,18 @@
 """Prompts from every kind of file, and answers side by side in which no text becomes markup."""
 
 import dataclasses
-import io
 import json
 import os
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from huarizo.console import PlainConsole
 from huarizo.data.prompts import OpenExchange
 from huarizo.errors import DataError, UserError
 from huarizo.inference.generate import Sampling, open_assistant, stream_answer
-from huarizo.inference.samples import Sample, samples_as_text, samples_from_text, show_samples
+from huarizo.inference.samples import Sample, samples_as_text, samples_from_text
 from huarizo.recipe import DataRecipe
 from huarizo.results.compare import compare, read_prompts, usual_prompts, write_comparison
-from huarizo.results.report import fenced
 from huarizo.runs import Run
 from tests.results.make import make_tuned
 
@@ -103,21 +99,6 @@ def test_a_prompt_is_answered_under_its_system_text(tmp_path: Path) -> None:
     assert spoken.after == alone.text != plain.after and spoken.before != plain.before
     (read,) = samples_from_text(samples_as_text([spoken]))
     assert read == spoken
-
-
-def test_a_long_word_is_shown_whole() -> None:
-    console = Console(width=40, file=(shown := io.StringIO()))
-    show_samples(console, [Sample("0123456789" * 5, "", "가나다라마바사아자차" * 4, "abcdefghij" * 6)])
-    lines = [line.split("│") for line in shown.getvalue().splitlines() if "│" in line]
-    columns = ["".join(cells[place].strip() for cells in lines) for place in (1, 2, 3)]
-    assert columns == ["0123456789" * 5, "가나다라마바사아자차" * 4, "abcdefghij" * 6]
-
-
-def test_no_sample_commands_the_terminal() -> None:
-    console = PlainConsole(width=80, file=(shown := io.StringIO()))
-    show_samples(console, [Sample("\x1b[2Ja", "b\x9b2J", "c\x07", "d\x1b]0;e\n\tf")])
-    assert not any(bad in shown.getvalue() for bad in "\x1b\x9b\x07") and "f" in shown.getvalue()
-    assert fenced("a\x1b[2J\n\tb") == "```text\na [2J\n\tb\n```"
 
 
 def test_no_text_becomes_markup(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from huarizo.data.prompts import OpenExchange, prompt_format
-from huarizo.data.tokens import Encoder
+from huarizo.data.prompts import OpenExchange
 from huarizo.errors import MachineError, ModelError, UserError
 from huarizo.inference.artifact import Tuned
 from huarizo.model.merge import MergedWeights
@@ -93,35 +91,6 @@ def test_the_adapter_alone_on_its_base_is_the_merged_model(tmp_path: Path, optio
     verified = compare_adapter(tuned, tmp_path / "adapter.gguf")
     assert verified.agrees("f16") and verified.compared >= 4 and verified.largest_difference < 0.04, verified
     assert not list(tmp_path.glob(".*"))
-
-
-def test_a_proxy_is_not_asked_for_the_way_to_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "")
-    tuned = make_tuned(tmp_path)
-    assert compare_with_transformers(tuned, export_gguf(tuned, tmp_path / "model.gguf", "f16")).agrees("f16")
-
-
-def test_a_file_that_is_another_model_does_not_agree(tmp_path: Path) -> None:
-    tuned = make_tuned(tmp_path)
-    weights = MergedWeights(tuned.base, None)
-    write_gguf(weights, tuned.encoder, tmp_path / "base.gguf", "f32", "base")
-    untuned = compare_with_transformers(tuned, tmp_path / "base.gguf")
-    assert not untuned.other_tokens and untuned.mean_difference_from_base < 0.01 and not untuned.agrees("f32")
-    near = dataclasses.replace(untuned, mean_difference=0.01)
-    assert not near.agrees("f32")  # as near as a type's rounding, but nearer to the untuned model
-    same = dataclasses.replace(untuned, mean_difference=0.001, mean_difference_from_base=0.5)
-    assert same.agrees("f32")
-    for wrong in ({"other_tokens": ["Hi"]}, {"compared": 0}, {"mean_difference": 0.1}, {"mean_difference": math.inf}):
-        assert not dataclasses.replace(same, **wrong).agrees("f32")
-
-
-def test_a_file_with_the_prompts_of_another_format_does_not_agree(tmp_path: Path) -> None:
-    tuned = make_tuned(tmp_path)
-    tokenizer = tuned.encoder.tokenizer
-    alpaca = dataclasses.replace(tuned, encoder=Encoder(tokenizer, prompt_format("alpaca", tokenizer)))
-    found = compare_with_transformers(tuned, export_gguf(alpaca, tmp_path / "model.gguf", "f32"))
-    assert found.other_tokens == list(PROMPTS) and found.mean_difference < 0.01 and not found.agrees("f32")
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
@@ -215,5 +184,5 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
         try:
             is_adapter(tmp_path / "damaged.gguf")
         except ModelError as error:
-            told += "not a whole GGUF file" in str(error)
+            told += "not a complete GGUF file" in str(error)
     assert told > 150

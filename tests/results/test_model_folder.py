@@ -53,7 +53,7 @@ def test_the_merged_folder_answers_as_the_adapter_does_and_stops(tmp_path: Path)
 def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     tuned = make_tuned(tmp_path)
     folder = merge(tuned, tmp_path / "merged")
-    with pytest.raises(UserError, match="something here already"):
+    with pytest.raises(UserError, match="already exists"):
         merge(tuned, folder)
     assert merge(tuned, folder, force=True) == folder
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

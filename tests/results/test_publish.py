@@ -1,112 +1,26 @@
 """What of a run is sent to the hub, looked at before it is sent, and as it lies on a small hub on 127.0.0.1."""
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-import yaml
 
 from huarizo.errors import ModelError, UserError
 from huarizo.inference.samples import Sample, samples_as_text
 from huarizo.model.adapter import check_adapter
-from huarizo.model.lora import add_lora
-from huarizo.recipe import make_recipe, to_yaml
 from huarizo.results.publish import CARD, Publication, publication, publish
 from huarizo.runs import Run
-from tests.hub.server import HubServer, Repo, User
-from tests.tiny import make_model, make_tokenizer
+from tests.hub.server import HubServer, User
+from tests.results.finished import SECRET, TOKEN, change_json, content, front_matter, with_hub
+from tests.tiny import make_model
 
-TOKEN = "hf_annsSecretTokenAnnsSecretToken"
-SECRET = "what only the owner of the run may read"
-BROKEN_ANSWER = "````\n---\nlicense: mit\n---\n# Title\n<script>| a | b |\n```text\n\ud800"
-SAMPLES = [
-    Sample("Say hello.", "", "Hm.", "Hello!", "Hello!"),
-    Sample("Break out", "of it", "```", BROKEN_ANSWER),
-    Sample("Never answered", "", "x", None),
-    Sample("Third", "", "c" * 5000, "C"),
-    Sample("Fourth", "", "d", "D"),
-]
 ADAPTER_FILES = {
     *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("chat_template.jinja", CARD),
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on a local base, with much in it that is nobody else's business."""
-    root = tmp_path_factory.mktemp("somewhere")
-    base, run = root / "my-llama", Run(root / "runs" / "hello")
-    model = make_model()
-    model.save_pretrained(base)
-    make_tokenizer().save_pretrained(base)
-    recipe = make_recipe(
-        model=str(base),
-        data={"train": str(root / "letters.json"), "prompt": "chat"},
-        lora={"r": 4, "target_modules": ["q_proj", "v_proj"]},
-    )
-    run.path.mkdir(parents=True)
-    tuned = add_lora(model.requires_grad_(False), recipe.lora, 0)
-    tuned.save_pretrained(str(run.adapter), save_embedding_layers=False)
-    make_tokenizer().save_pretrained(run.adapter)
-    change_json(run.adapter / "adapter_config.json", base_model_name_or_path=str(base))
-    change_json(run.adapter / "tokenizer_config.json", name_or_path=str(base), deep=[{"cache": "~/models", "kept": 1}])
-    (run.adapter / CARD).write_text(f"trained in {root}")
-    for name in (".env", "adapter/.env", "adapter/optimizer.pt", "adapter/training_args.bin", "adapter/rows.json"):
-        (run.path / name).write_text(SECRET)
-    run.recipe_file.write_text(to_yaml(recipe))
-    run.metrics.write_text('{"step": 0, "eval_loss": 3.5}\n{"step": 1, "loss": 3.0}\n{"step": 2, "eval_loss": 1.25}\n')
-    lines = samples_as_text([s for s in SAMPLES if s.after != BROKEN_ANSWER])
-    surrogate = json.dumps({"prompt": "", "instruction": "Break out", "input": "of it", "before": "```", "after": BROKEN_ANSWER, "expected": ""})  # fmt: skip
-    run.samples.write_text(surrogate + "\n" + lines)
-    write_gguf(run.path / "hello-f16.gguf")
-    shutil.copytree(base, run.path / "merged")
-    change_json(run.path / "merged" / "config.json", _name_or_path=str(base))
-    for name in ("LICENSE.txt", "USE_POLICY.md", "NOTICE"):
-        (run.path / "merged" / name).write_text("terms")
-    for name in ("notes.txt", "pytorch_model.bin", ".env"):
-        (run.path / "merged" / name).write_text(SECRET)
-    return root
-
-
-def write_gguf(file: Path, kind: str = "model") -> None:
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_type(kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-
-
-@pytest.fixture
-def run(made: Path, tmp_path: Path) -> Run:
-    """A copy of that run, to be changed; its base is where it was."""
-    shutil.copytree(made / "runs", tmp_path / "runs", symlinks=True)
-    return Run(tmp_path / "runs" / "hello")
-
-
-def change_json(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values))
-
-
-def change_recipe(run: Run, **values: Any) -> None:
-    run.recipe_file.write_text(to_yaml(make_recipe(**(run.recipe().model_dump() | values))))
-
-
-def content(found: Publication, name: str) -> bytes:
-    value = found.files[name]
-    return value if isinstance(value, bytes) else value.read_bytes()
-
-
-def front_matter(found: Publication) -> dict[str, Any]:
-    return yaml.safe_load(content(found, CARD).decode().split("---\n")[1])
 
 
 @pytest.mark.parametrize("what", ["adapter", "merged", "gguf"])
@@ -147,81 +61,15 @@ def test_it_is_shown_before_it_is_sent(made: Path) -> None:
     assert "ann/hello (private)" in shown and content(found, CARD).decode() in shown
     size = (made / "runs" / "hello" / "adapter" / "adapter_model.safetensors").stat().st_size
     assert f"adapter_model.safetensors  {size:,} bytes" in shown
-    assert "everybody can see it" in str(publication(Run(made / "runs" / "hello"), "ann/hello", public=True))
-
-
-def test_the_card_says_what_the_run_was(made: Path) -> None:
-    found = publication(Run(made / "runs" / "hello"), "ann/hello")
-    card = content(found, CARD).decode()
-    assert front_matter(found) == {
-        "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "huarizo"]
-    }  # fmt: skip
-    for said in ("`my-llama`", "`letters.json`", "`chat`", "r=4", "held-out loss: 3.5000 before, 1.2500 after"):
-        assert said in card
-    assert 'PeftModel.from_pretrained(base, "ann/hello")' in card and "path/to/my-llama" in card
-    assert "Say hello." in card and "Never answered" not in card and "Third" in card and "Fourth" not in card
-    assert "c" * 1500 + "…" in card
-
-
-def test_no_sample_can_break_out_of_its_block(made: Path) -> None:
-    card = content(publication(Run(made / "runs" / "hello"), "ann/hello"), CARD).decode()
-    assert "license" not in yaml.safe_load(card.split("---\n")[1])
-    fence, outside = "", []
-    for line in card.splitlines():
-        opens = re.match(r"`{3,}", line)
-        if not fence and opens:
-            fence = opens[0]
-        elif fence and re.fullmatch(f"`{{{len(fence)},}}", line):
-            fence = ""
-        elif not fence:
-            outside.append(line)
-    assert not fence and not any("Title" in line or "script" in line for line in outside)
-    assert [line for line in outside if line.startswith("#")] == [
-        "# hello: LoRA adapter", "## Before and after training", "## Use", "## Licence"
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("model", "base", "licence"),
-    [
-        ("quickstart", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
-        ("llamas/small@0123456789012345678901234567890123456789", "llamas/small", None),
-    ],
-)
-def test_a_base_that_others_can_find_is_named(run: Run, model: str, base: str, licence: str | None) -> None:
-    change_recipe(run, model=model)
-    for what, relation in (("adapter", "adapter"), ("merged", "finetune"), ("gguf", "quantized")):
-        front = front_matter(publication(run, "ann/hello", what))
-        assert (front["base_model"], front["base_model_relation"], front.get("license")) == (base, relation, licence)
-    config = json.loads(content(publication(run, "ann/hello"), "adapter_config.json"))
-    assert config["base_model_name_or_path"] == base
+    assert "everyone can see it" in str(publication(Run(made / "runs" / "hello"), "ann/hello", public=True))
 
 
 def test_a_base_that_has_moved_is_named_as_it_is_now(run: Run, tmp_path: Path) -> None:
     moved = publication(run, "ann/hello", base_model="llamas/small")
     assert front_matter(moved)["base_model"] == "llamas/small"
     assert json.loads(content(moved, "adapter_config.json"))["base_model_name_or_path"] == "llamas/small"
-    with pytest.raises(UserError, match=r"--base-model \./nowhere: no such folder, and no id of the hub"):
+    with pytest.raises(UserError, match=r"--base-model \./nowhere: no such folder, and not a hub id"):
         publication(run, "ann/hello", base_model="./nowhere")
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "licence"),
-    [
-        ("README.md", "---\nlicense: llama3.2\n---\n# x", "llama3.2"),
-        ("README.md", "---\nlicense: [oh, no]\n---\n", None),
-        ("README.md", "---\n: {\n---\n", None),
-        ("LICENSE", "   Apache License\n   Version 2.0, January 2004", "apache-2.0"),
-        ("LICENSE.txt", "You may not.", "other"),
-    ],
-)
-def test_the_licence_of_a_local_base(run: Run, tmp_path: Path, file: str, text: str, licence: str | None) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / file).write_text(text)
-    change_recipe(run, model=str(tmp_path / "base"))
-    found = publication(run, "ann/hello")
-    assert front_matter(found).get("license") == licence
-    assert "whose terms apply" in content(found, CARD).decode()
 
 
 def test_merged_and_gguf(run: Run) -> None:
@@ -249,16 +97,6 @@ def test_weights_that_the_model_does_not_name_are_not_sent(run: Run) -> None:
     assert {name for name in publication(run, "ann/hello", "merged").files if name.endswith(".safetensors")} == {
         "model.safetensors"
     }
-
-
-def test_an_adapter_is_known_by_what_it_is_and_not_by_its_name(run: Run) -> None:
-    (run.path / "hello-f16.gguf").unlink()
-    write_gguf(run.path / "it's mine; rm.gguf", "adapter")
-    card = content(publication(run, "ann/hello", "gguf"), CARD).decode()
-    assert "--lora 'it'\"'\"'s mine; rm.gguf'" in card and "--hf-file" not in card
-    write_gguf(run.path / "the $(whole)-adapter.gguf")
-    card = content(publication(run, "ann/hello", "gguf"), CARD).decode()
-    assert "--hf-file 'the $(whole)-adapter.gguf'\n" in card and "--lora" not in card
 
 
 @pytest.mark.parametrize("damage", [b"", b"GGUF", b"GGUF" + bytes(100), b"PK\x03\x04" * 20])
@@ -291,7 +129,7 @@ def test_a_path_anywhere_in_a_text_is_left_out(run: Run, tmp_path: Path) -> None
 @pytest.mark.parametrize("what", ["adapter", "merged", "gguf"])
 def test_a_token_in_a_sample_is_never_sent(run: Run, what: Any) -> None:
     run.samples.write_text(samples_as_text([Sample(f"My token is {TOKEN}.", "", "Oh.", "Thanks.")]))
-    with pytest.raises(UserError, match="token of the hub") as error:
+    with pytest.raises(UserError, match="hub token") as error:
         publication(run, "ann/hello", what)
     assert TOKEN not in str(error.value) and CARD in str(error.value)
 
@@ -299,14 +137,14 @@ def test_a_token_in_a_sample_is_never_sent(run: Run, what: Any) -> None:
 @pytest.mark.parametrize("name", ["chat_template.jinja", "LICENSE", "NOTICE.md", "vocab.json", "merges.txt"])
 def test_a_token_in_a_text_file_is_never_sent(run: Run, name: str) -> None:
     (run.path / "merged" / name).write_text(json.dumps({"x": f"y {TOKEN}"}))
-    with pytest.raises(UserError, match=f"{name}: there is a token") as error:
+    with pytest.raises(UserError, match=f"{name}: it contains a hub token") as error:
         publication(run, "ann/hello", "merged")
     assert TOKEN not in str(error.value)
 
 
 def test_a_token_in_a_modelfile_is_never_sent(run: Run) -> None:
     (run.path / "Modelfile").write_text(f"FROM ./hello-f16.gguf\nSYSTEM {TOKEN}\n")
-    with pytest.raises(UserError, match="Modelfile: there is a token"):
+    with pytest.raises(UserError, match="Modelfile: it contains a hub token"):
         publication(run, "ann/hello", "gguf")
 
 
@@ -409,42 +247,6 @@ run = Run(Path(sys.argv[1]))
 print(publish(publication(run, "hello")))
 print(publish(publication(run, "ann/hello-merged", "merged", public=True)))
 """
-
-
-def with_hub(server: HubServer, code: str, *arguments: str, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Python code in a child process that knows no other hub."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-    settings = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HOME": str(home), "PYTHONPATH": str(Path.cwd())}
-    settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
-    command = [sys.executable, "-c", code, *arguments]
-    child = subprocess.run(
-        command, env=kept | settings | env, cwd=home, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    return child
-
-
-LICENCE_CHILD = """
-import sys
-from pathlib import Path
-from huarizo.hub.names import resolve_model
-from huarizo.recipe import to_yaml
-from huarizo.results.publish import publication
-from huarizo.runs import Run
-run = Run(Path(sys.argv[1]))
-source = resolve_model("llamas/small")
-for name in ("llamas/small", source.pinned):
-    run.recipe_file.write_text(to_yaml(run.recipe().model_copy(update={"model": name})))
-    print(publication(run, "ann/hello").files["README.md"].decode())
-"""
-
-
-def test_the_licence_of_a_base_on_the_hub(made: Path, run: Run, tmp_path: Path) -> None:
-    base = {file.name: file.read_bytes() for file in (made / "my-llama").iterdir()}
-    base |= {"README.md": b"---\nlicense: apache-2.0\n---\n# Small\n", "LICENSE": b"Apache License\nVersion 2.0"}
-    with HubServer({"llamas/small": Repo(base)}, {}) as server:
-        cards = with_hub(server, LICENCE_CHILD, str(run.path), home=tmp_path).stdout
-    assert cards.count("license: apache-2.0") == 2 and cards.count("base_model: llamas/small\n") == 2
 
 
 def test_a_run_as_it_lies_on_the_hub(made: Path, tmp_path: Path) -> None:

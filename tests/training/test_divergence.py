@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from huarizo.data.packing import PackedBatch
 from huarizo.recipe import make_recipe
 from huarizo.results.report import heldout_change
 from huarizo.training.checkpoint import Trained, contents, newest_first, newest_valid, save
@@ -32,19 +33,17 @@ def trainer_with(
     """A trainer whose loss or gradients are not finite in some steps."""
     training = {"epochs": 20, "save_every": save_every, "keep": 99, "max_steps": steps}
     recipe = make_recipe(trainer=arguments, training=training)
-    plain = LoraTrainer._accumulate
+    trainer = make_trainer(lora_model(recipe), recipe, random_examples([20, 30, 40, 50] * 4), tmp_path)
+    plain = trainer.packed_loss
 
-    def accumulate(self: Any, model: Any, step: Any) -> torch.Tensor:
-        loss = plain(self, model, step)
-        kind = bad.get(self.state.global_step + 1)
-        if kind == "loss":
-            return loss * math.inf
+    def loss_of(model: Any, batch: PackedBatch) -> torch.Tensor:
+        loss, kind = plain(model, batch), bad.get(trainer.state.global_step + 1)
         if kind == "gradient":
-            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan
-        return loss
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss * math.inf if kind == "loss" else loss
 
-    monkeypatch.setattr(LoraTrainer, "_accumulate", accumulate)
-    return make_trainer(lora_model(recipe), recipe, random_examples([20, 30, 40, 50] * 4), tmp_path)
+    monkeypatch.setattr(trainer, "packed_loss", loss_of)
+    return trainer
 
 
 def with_scaler(trainer: LoraTrainer, monkeypatch: pytest.MonkeyPatch) -> torch.amp.GradScaler:

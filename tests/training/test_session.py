@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import huarizo.training.session
 from huarizo.errors import Interrupted, MachineError
-from huarizo.events import Done, Event, Noted, Saved, Started, Step, Stopped
+from huarizo.events import Done, Event, Noted, OutOfMemory, Saved, Started, Step, Stopped
 from huarizo.plan import Plan
 from huarizo.recipe import Recipe, make_recipe
 from huarizo.runs import Run
 from huarizo.training.finetune import fine_tune, resume
 from huarizo.training.lock import LockLostError
-from huarizo.training.trainer import LoraTrainer
+from huarizo.training.prepare import Prepared
 from tests.training.make import edit_recipe, printed
 from tests.training.test_lock import OTHER
 
@@ -112,32 +113,37 @@ def test_a_run_that_was_taken_over_stops_and_writes_no_more(
     assert json.loads((run.path / ".lock").read_text()) == OTHER
 
 
-@pytest.mark.parametrize(("planned_now", "used"), [(None, 64), (128, 128)])
+@pytest.mark.parametrize("planned_now", [None, 2048])
 def test_micro_batches_that_memory_made_smaller_stay_so(
-    recipe: Recipe, console: Console, planned_now: int | None, used: int
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, planned_now: int | None
 ) -> None:
     assert recipe.output is not None
-    run, budgets = Run(Path(recipe.output)), []
-    recipe.training.micro_batch_tokens, recipe.training.max_minutes = 256, 1e-6
-    accumulate = LoraTrainer._accumulate
+    run, sizes, room = Run(Path(recipe.output)), list[int](), [100]
+    recipe.training.micro_batch_tokens, recipe.training.max_minutes = 1024, 1e-6
+    load = huarizo.training.session.load_model
 
-    def no_memory(self: Any, model: Any, step: Any) -> Any:
-        budgets.append(self.budget)
-        if self.budget > 64:
-            raise MemoryError
-        return accumulate(self, model, step)
+    def allocate(module: torch.nn.Module, args: Any, inputs: dict[str, torch.Tensor]) -> None:
+        if module.training:
+            sizes.append(inputs["input_ids"].shape[1])
+            if sizes[-1] > room[0]:
+                raise MemoryError
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LoraTrainer, "_accumulate", no_memory)
-        with pytest.raises(Interrupted):
-            fine_tune(recipe, console=console)
-    assert budgets[0] == 256 and budgets[-1] == 64
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            LoraTrainer, "_accumulate", lambda self, *step: budgets.append(self.budget) or accumulate(self, *step)
-        )
-        edit_recipe(run, "training.max_minutes", None)
-        if planned_now:
-            edit_recipe(run, "training.micro_batch_tokens", planned_now)
-        resume(run, console)
-    assert budgets[-1] == used
+    def load_with_little_memory(prepared: Prepared) -> Any:
+        model = load(prepared)
+        model.get_base_model().register_forward_pre_hook(allocate, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(huarizo.training.session, "load_model", load_with_little_memory)
+    heard = list[Event]()
+    with pytest.raises(Interrupted):
+        fine_tune(recipe, console=Console(quiet=True), listeners=[heard.append])
+    assert sizes[0] > 100 >= max(sizes[1:]), "one attempt of the whole step, and then its parts"
+    (event,) = [event for event in heard if isinstance(event, OutOfMemory)]
+    assert event.step == 1 and event.micro_batch_tokens < 100
+    edit_recipe(run, "training.max_minutes", None)
+    if planned_now:
+        edit_recipe(run, "training.micro_batch_tokens", planned_now)
+    sizes.clear()
+    room[0] = 10**9
+    resume(run, Console(quiet=True))
+    assert (max(sizes) > 100) == bool(planned_now)

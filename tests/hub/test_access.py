@@ -1,4 +1,4 @@
-"""What answers in a hub's place may say anything: the message names the repository and says that it is no hub."""
+"""Whatever a server answers in a hub's place, the message names the repository and says that it is not a hub."""
 
 import json
 import os
