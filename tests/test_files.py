@@ -141,7 +141,7 @@ def test_nothing_is_written_through_what_stands_in_a_files_place(tmp_path: Path,
     run.mkdir()
     for name in (".lock", "metrics.jsonl", "samples.jsonl", "adapter"):
         in_place_of(run / name, kind, treasure)
-    with pytest.raises(MachineError, match=r"lock: could not be written.*(remove it|Remove what|Choose)"), RunLock(run):
+    with pytest.raises(MachineError, match=r"lock: could not be written.*(remove it|Remove it|Choose)"), RunLock(run):
         pass
     with pytest.raises(MachineError), writing(run / "metrics.jsonl"):
         append_line(run / "metrics.jsonl", "{}")

@@ -59,7 +59,7 @@ def test_an_evaluation_outlives_its_output(run: Path, tmp_path: Path) -> None:
     [
         ("eval", ["--harness", ""], "--harness needs the names of tasks"),
         ("eval", ["lora.r=3"], "lora.r=3"),
-        ("compare", ["a.txt", "b.txt"], "b.txt: one file"),
+        ("compare", ["a.txt", "b.txt"], "b.txt: only one file"),
         ("export", ["--type", "q4_k_m"], "llama-quantize"),
         ("export", ["--to", "onnx"], "gguf is the only format"),
     ],

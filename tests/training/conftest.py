@@ -14,7 +14,7 @@ from huarizo.training.finetune import fine_tune
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing of ours catches it."""
+    """Stands for a kill: our code does not catch it."""
 
 
 @pytest.fixture

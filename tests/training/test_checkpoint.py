@@ -118,7 +118,7 @@ def test_a_changed_manifest_is_damage(tmp_path: Path, change: tuple[str, Any]) -
 
 def test_a_checkpoint_under_another_name_is_not_taken(tmp_path: Path) -> None:
     save(tmp_path, 4, FILES, {}, keep=9).rename(tmp_path / "step-000400")
-    assert newest_valid(tmp_path) == (None, ["step-000400: its manifest is that of step 4"])
+    assert newest_valid(tmp_path) == (None, ["step-000400: its manifest belongs to step 4"])
 
 
 def test_older_ones_are_deleted_by_step_but_not_the_best(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run can be resumed, by whom, when it stops, and that resuming is offered."""
+"""What may change before a run is resumed, and what is refused or reported."""
 
 import json
 import re
@@ -60,7 +60,7 @@ REFUSED = {
     "trainer.optim": "sgd", "trainer.optim_args": "momentum=0.9", "trainer.lr_scheduler_type": "cosine",
     "trainer.lr_scheduler_kwargs": {"num_cycles": 2}, "trainer.warmup_steps": 3, "trainer.neftune_noise_alpha": 5,
 }  # fmt: skip
-"""Settings that the state of the checkpoint would override, or that only a run from its first step can have."""
+"""Settings that the checkpoint would override, or that must not change after the first step."""
 USED = {
     "training.epochs": 3, "training.max_steps": 5, "training.eval_every": 3, "training.save_every": 1,
     "training.save_minutes": None, "training.keep": 1, "training.max_minutes": 30, "training.micro_batch_tokens": 64,
@@ -70,7 +70,7 @@ USED = {
 
 
 def test_every_setting_is_used_or_refused() -> None:
-    """Whoever adds a setting says here what becomes of it when a run goes on."""
+    """A new setting must be listed with its effect on a resumed run."""
     known = {key for key, _ in fields(Recipe) if key.startswith(("training.", "lora."))}
     assert known <= REFUSED.keys() | USED.keys(), known - REFUSED.keys() - USED.keys()
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite never reach the weights; a run that went wrong ends, and says why."""
+"""Values that are not finite never reach the weights; a run that diverges ends with the reason."""
 
 import json
 import math
@@ -165,7 +165,7 @@ def test_the_watch_goes_on_from_a_checkpoint() -> None:
 def test_loss_scaling_may_skip_at_first() -> None:
     watch = LossWatch()
     assert all(watch.add(step, 1.0, skipped=True, scaled=True) is None for step in range(1, MAX_SKIPPED + 10))
-    assert "too large for fp16" in likely_cause(watch, 2e-4, "fp16", 100)
+    assert "overflow fp16" in likely_cause(watch, 2e-4, "fp16", 100)
 
 
 def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path: Path) -> None:

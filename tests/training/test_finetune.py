@@ -1,4 +1,4 @@
-"""Resuming is offered where a run is unfinished, and never touches what is not its own."""
+"""An unfinished run is offered to be resumed, and resuming touches only the run's own files."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from huarizo.training.finetune import fine_tune, resume
 from tests.training.make import printed
 
 
-def test_the_same_command_offers_to_go_on(stopped: Run, recipe: Recipe, console: Console) -> None:
+def test_the_same_command_offers_to_resume(stopped: Run, recipe: Recipe, console: Console) -> None:
     asked: list[Run] = []
 
     def no(run: Run) -> bool:

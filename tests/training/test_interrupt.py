@@ -1,4 +1,4 @@
-"""Signals are noted once, and then act at once."""
+"""The first signal is noted, the second takes effect at once."""
 
 import os
 import signal

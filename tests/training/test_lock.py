@@ -1,4 +1,4 @@
-"""One process at a time trains in a run's folder, on one machine and on several that share it."""
+"""One process at a time trains in a run folder, on one machine or on several that share the folder."""
 
 import json
 import os

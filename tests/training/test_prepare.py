@@ -1,4 +1,4 @@
-"""What is found, decided and refused before a model loads; several data sets are pinned and read like one."""
+"""What is found, decided and refused before a model loads. Several data sets are pinned and read like one."""
 
 import datetime
 import json
@@ -84,8 +84,8 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused_where_the_data_uses_it
     data = prepare(make_recipe(**values, data={"train": str(other), "eval": 0})).data
     assert data.train.largest < 260
     assert data.notes == [
-        "the tokenizer has 262 tokens, and the model's embedding 260. The rows use none beyond it; a prompt that does "
-        "is refused"
+        "the tokenizer has 262 tokens, and the model's embedding 260. No row uses the others; a prompt that "
+        "does is refused"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints come by time, within their share of it, and a run stops before its session ends."""
+"""Checkpoints are written by time, within their share of it, and a run stops at its time limit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Settings of `trainer:` that can't work are told before rows are read or a run folder is made; the others train."""
+"""Settings of `trainer:` that can't work are refused before rows are read or a run folder is made; the others train."""
 
 import re
 from pathlib import Path

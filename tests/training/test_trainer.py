@@ -162,7 +162,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path, tiny_model_folder:
     assert max(float((weights_two[name] - tensor).abs().max()) for name, tensor in weights_one.items()) < 1e-4
 
 
-def test_two_processes_stop_together_and_go_on_bit_identically(
+def test_two_processes_stop_together_and_resume_bit_identically(
     tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path
 ) -> None:
     recipe = {
