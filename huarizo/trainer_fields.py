@@ -1,7 +1,7 @@
-"""The recipe's `trainer:`, as far as it can be judged by itself: fields of transformers.TrainingArguments.
+"""Checks the recipe's `trainer:` section, the fields of transformers.TrainingArguments, without a model or data.
 
-In go field names and values, out come the values in the fields' types, or one ValueError with every mistake. A field
-that the recipe, or Huarizo's own loop, already decides is a mistake too, and the message says what to use instead.
+Returns the values in the fields' types, or raises one ValueError with every mistake. A field that the recipe or
+Huarizo's own loop already decides is a mistake too, and the message says what to use instead.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ DECIDED_ELSEWHERE = {
     "save_strategy": "`training.save_every` and `training.save_minutes`",
     "save_total_limit": "`training.keep`",
     "save_only_model": "nothing: a checkpoint holds all that the next step depends on",
-    "logging_nan_inf_filter": "nothing: what is not a number is shown",
+    "logging_nan_inf_filter": "nothing: losses that are not finite are always shown",
     "save_steps": "`training.save_every`",
     "resume_from_checkpoint": "`huarizo resume RUN`",
     "load_best_model_at_end": "nothing: checkpoints stay in the run folder",
@@ -46,22 +46,22 @@ DECIDED_ELSEWHERE = {
     "torch_compile": "`training.compile`",
     "torch_compile_backend": "`training.compile`",
     "torch_compile_mode": "`training.compile`",
-    "use_cpu": "nothing: a card is used where there is one, unless CUDA_VISIBLE_DEVICES is empty",
+    "use_cpu": "nothing: a GPU is used if there is one, unless CUDA_VISIBLE_DEVICES is empty",
     "bf16_full_eval": "`precision`",
     "fp16_full_eval": "`precision`",
     "average_tokens_across_devices": "nothing: the loss is the mean over all labelled tokens of a step",
     "include_num_input_tokens_seen": "nothing: tokens are always counted",
-    "ignore_data_skip": "nothing: a run goes on with the row after its last one",
-    "metric_for_best_model": "nothing: the held-out loss tells which checkpoint is the best",
-    "greater_is_better": "nothing: the held-out loss tells which checkpoint is the best",
+    "ignore_data_skip": "nothing: a resumed run continues with the next row",
+    "metric_for_best_model": "nothing: the best checkpoint is the one with the lowest held-out loss",
+    "greater_is_better": "nothing: the best checkpoint is the one with the lowest held-out loss",
     "local_rank": "nothing: torchrun sets it",
     **dict.fromkeys(
         ("use_liger_kernel", "liger_kernel_config"),
-        "nothing: logits are made at labelled positions only, in chunks, which is what Liger's loss is for",
+        "nothing: logits are computed at labelled positions only, in chunks, which makes Liger's loss unnecessary",
     ),
     **dict.fromkeys(
         ("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config"),
-        "torchrun, where each card holds the frozen model; `precision: int8` halves it",
+        "torchrun, with the frozen model on each GPU; `precision: int8` halves its memory",
     ),
     **dict.fromkeys(
         (
@@ -69,14 +69,14 @@ DECIDED_ELSEWHERE = {
             *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
             *("label_names", "length_column_name"),
         ),
-        "nothing: tokenised rows are read from a file in memory, and packed, without workers",
+        "nothing: tokenised rows are read from a memory-mapped file and packed without workers",
     ),
     **dict.fromkeys(
         (
             *("do_predict", "prediction_loss_only", "eval_delay", "eval_do_concat_batches", "eval_use_gather_object"),
             *("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
         ),
-        "nothing: the held-out loss is all that is measured; `huarizo eval RUN` does the rest",
+        "nothing: training measures only the held-out loss; `huarizo eval RUN` does the rest",
     ),
     **dict.fromkeys(
         ("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), "`huarizo push RUN`"
@@ -85,16 +85,16 @@ DECIDED_ELSEWHERE = {
         ("save_on_each_node", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
         "nothing: Huarizo writes its own checkpoints",
     ),
-    "use_cache": "nothing: training has no use for it",
+    "use_cache": "nothing: training doesn't use it",
 }
 """Field -> what to use instead."""
 
 
 def check_trainer_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as the fields take them.
+    """Check the values and convert them to the fields' types.
 
     Raises:
-        ValueError: a field that does not exist, is decided elsewhere, or has another type.
+        ValueError: a field does not exist, is decided elsewhere, or has another type.
     """
     from transformers import TrainingArguments
 
@@ -117,10 +117,10 @@ def check_trainer_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_kind(kind: Any, value: Any) -> Any:
-    """A value as a field of this type takes it: text becomes a number where one is wanted, and nothing else changes.
+    """Convert a value for a field of this type: text becomes a number if the field is one; nothing else changes.
 
     Raises:
-        ValidationError: it is of another type.
+        ValidationError: the value is of another type.
     """
-    taken = TypeAdapter(kind).validate_python(value)
-    return taken if isinstance(value, str) and isinstance(taken, int | float) else value
+    converted = TypeAdapter(kind).validate_python(value)
+    return converted if isinstance(value, str) and isinstance(converted, int | float) else value

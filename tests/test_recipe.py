@@ -39,7 +39,7 @@ MISTAKES = {
     "trainer: {hub_token: x}": ["a recipe never holds a token"],
     "trainer: {warmup_stps: 3}": ["Did you mean 'warmup_steps'?"],
     "samples: -1": ["samples: input should be greater than or equal to 0"],
-    "model: a\nmodel: b": ["the key 'model' stands twice"],
+    "model: a\nmodel: b": ["the key 'model' appears twice"],
     "model: [": ["not valid YAML"],
     "- a": ["a recipe is a mapping"],
     "model: !!python/object/apply:os.system [true]": ["not valid YAML"],
