@@ -82,7 +82,7 @@ class DataRecipe(Section):
 
     @field_validator("eval", mode="before")
     @classmethod
-    def _eval_is_share_or_count(cls, value: Any) -> Any:
+    def _eval_is_share_or_count(cls, value: object) -> object:
         if isinstance(value, bool) or value is None:
             raise ValueError("write a share (0.02), a number of rows (100), a file, or 0 for none")
         if isinstance(value, int | float) and (
@@ -145,7 +145,7 @@ class LoraRecipe(Section):
 
     @field_validator("target_modules", mode="before")
     @classmethod
-    def _split_names(cls, value: Any) -> Any:
+    def _split_names(cls, value: object) -> object:
         if isinstance(value, str) and value != "all-linear":
             return [name.strip() for name in value.split(",") if name.strip()]
         return value
@@ -219,14 +219,14 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_token(cls, values: Any) -> Any:
+    def _no_token(cls, values: object) -> object:
         if TOKEN.search(repr(values)):
             raise ValueError("a recipe never holds a hub token: use HF_TOKEN or `hf auth login`, and revoke this token")
         return values
 
     @field_validator("trainer")
     @classmethod
-    def _trainer_fields_exist(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _trainer_fields_exist(cls, value: dict[str, object]) -> dict[str, object]:
         return check_trainer_fields(value) if value else value
 
     @field_validator("lora")
@@ -273,7 +273,7 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _validated(values, "overrides", problems)
 
 
-def make_recipe(**values: Any) -> Recipe:
+def make_recipe(**values: object) -> Recipe:
     """Make a recipe in Python, with the same keys and checks as in a file.
 
     Raises:
@@ -282,7 +282,7 @@ def make_recipe(**values: Any) -> Recipe:
     return _validated(values, "recipe", [])
 
 
-def _validated(values: dict[str, Any], name: str, problems: list[str]) -> Recipe:
+def _validated(values: dict[str, object], name: str, problems: list[str]) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:

@@ -4,7 +4,7 @@ It turns pydantic's models, fields and validation errors into what `huarizo reci
 setting is defined here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
@@ -41,12 +41,12 @@ def _type_in_words(kind: Any) -> str:
     return " or ".join(_type_in_words(argument) for argument in arguments if not isinstance(argument, FieldInfo))
 
 
-def _range_in_words(limit: Any) -> str:
+def _range_in_words(limit: object) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     return "".join(f", {sign} {getattr(limit, name)}" for name, sign in signs.items() if hasattr(limit, name))
 
 
-def mistake_in_words(mistake: Any, known: Sequence[str]) -> str:
+def mistake_in_words(mistake: Mapping[str, Any], known: Sequence[str]) -> str:
     """One validation error as `key: what is wrong`, with a suggestion for an unknown key.
 
     known: all dotted keys.

@@ -91,7 +91,7 @@ DECIDED_ELSEWHERE = {
 """Field -> what to use instead, or why there is nothing to set."""
 
 
-def check_trainer_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+def check_trainer_fields(values: Mapping[str, object]) -> dict[str, object]:
     """Check the values and convert them to the fields' types.
 
     Raises:
@@ -117,7 +117,7 @@ def check_trainer_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _of_kind(kind: Any, value: Any) -> Any:
+def _of_kind(kind: Any, value: object) -> object:
     """Convert a value for a field of this type: text becomes a number if the field is one; nothing else changes.
 
     Raises:

@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 logger = logging.getLogger(__name__)
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
@@ -31,7 +30,7 @@ def excerpt(text: str, limit: int = 40) -> str:
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
 
 
-def excerpt_of(value: Any) -> str:
+def excerpt_of(value: object) -> str:
     """A value for a message: short, and with tokens masked."""
     text = TOKEN.sub("hf_***", repr(value))
     return text if len(text) <= 60 else text[:57] + "..."

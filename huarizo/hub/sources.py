@@ -76,8 +76,8 @@ class Kind:
 
     def used(self, names: Iterable[str]) -> list[str]:
         """The used files among `names` (relative, with /)."""
-        kept = filter_repo_objects(names, allow_patterns=list(self.files), ignore_patterns=list(self.except_files))
-        return sorted(kept)
+        used = filter_repo_objects(names, allow_patterns=list(self.files), ignore_patterns=list(self.except_files))
+        return sorted(used)
 
     def used_in(self, folder: Path) -> list[str]:
         return self.used(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())

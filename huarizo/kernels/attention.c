@@ -7,19 +7,19 @@
  *     S = Q K' scale    P = exp(S - lse)    O = P V
  *     dV = P' dO        dP = dO V'          dS = P * (dP - rowsum(dO * O))        dQ = dS K scale    dK = dS' Q scale
  *
- * Every product uses the same small kernel, `product`: ROWS rows times up to COLUMNS columns, with the sums in registers.
- * Its left operand is read 32 bits at a time and broadcast to a vector, its right operand 16 columns at a time. These 32
- * bits, a `word`, are two neighbours along the summed dimension in bf16 (vdpbf16ps) and one number in fp32 (fma), so the
- * same code serves both; `pair` is the number of elements in a word. Sums, softmax and partial gradients are fp32.
+ * Every product uses the same small kernel, `product`: ROWS rows times up to COLUMNS columns, summed in registers. Its
+ * left operand is read 32 bits at a time and broadcast to a vector, its right operand 16 columns at a time. These 32
+ * bits, a `word`, are two neighbours along the summed dimension in bf16 (vdpbf16ps) and one number in fp32 (fma), so
+ * the same code serves both; `pair` is the number of elements in a word. Sums, softmax and partial gradients are fp32.
  *
  * Right operands are packed once per example and key/value head, and serve all the query heads that share it:
  *     columns  [panel of COLUMNS tokens][D / pair][COLUMNS]  words along D, for Q K' and dO V'
  *     pairs    [tokens / pair][D]                            words along the tokens, for P V, dS K, P' dO and dS' Q
  * P' and dS' need no transposition: a left operand has one stride for its rows and one for its depth.
  *
- * Each product ends at the diagonal, rounded up to ROWS x 16 scores. One thread computes all of one example and key/value
- * head, in a fixed order, on blocks counted from the example's first token. So results are bit-identical for any number
- * of threads and don't depend on the rest of the row. Padding is zeros, never a neighbour's tokens.
+ * Each product ends at the diagonal, rounded up to ROWS x 16 scores. One thread computes all of one example and
+ * key/value head, in a fixed order, on blocks counted from the example's first token. So results are bit-identical for
+ * any number of threads and don't depend on the rest of the row. Padding is zeros, never a neighbour's tokens.
  */
 
 #include "vectors.h"
@@ -120,7 +120,8 @@ static __attribute__((noinline)) void product(int bf16, int64_t columns, int64_t
 
 /* ---------------------------------------------------------------------------------------------- vectors and packing */
 
-/* 2^x to 3 units in the last place, for x up to about 0: 2^round(x) times a Taylor polynomial of the rest, in [-.5, .5]. */
+/* 2^x to 3 units in the last place, for x up to about 0: 2^round(x) times a Taylor polynomial of the rest, which is in
+ * [-.5, .5]. */
 INLINE __m512 power_of_2(__m512 x)
 {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* in this order a NaN stays a NaN */

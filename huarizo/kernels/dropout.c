@@ -8,10 +8,10 @@
  * seed. It is rounds of xor-shift and multiply modulo 2^32; the constants are from C. Wellons' hash prospector. The
  * reference in plain torch is huarizo/model/dropout.py.
  *
- * x is [T, K], A [r, K]. The products never store the whole mask or dropout(x). Products sum over `words`: two neighbours
- * along the sum in bf16 (vdpbf16ps), one number in fp32 (fma). Threads share the rows in the forward pass and the columns
- * in the backward pass, and every number is computed in a fixed order, so results are bit-identical for any number of
- * threads.
+ * x is [T, K], A [r, K]. The products never store the whole mask or dropout(x). They sum over `words`: two neighbours
+ * along the sum in bf16 (vdpbf16ps), one number in fp32 (fma). Threads share the rows in the forward pass and the
+ * columns in the backward pass, and every number is computed in a fixed order, so results are bit-identical for any
+ * number of threads.
  */
 #include "vectors.h"
 

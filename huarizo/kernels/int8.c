@@ -4,9 +4,9 @@
  *     forward   y = rotate((q W') * s * scale) + x_F F' + bias
  *     backward  g_x = rotate((q W) * s) * factor, with q and s of z = rotate(g) * scale, rounded stochastically
  *
- * W is int8 [N, K], one copy for both directions; F, the float weight, is [N, k]; rotate multiplies each block of BLOCK
- * neighbours in a row by the Hadamard matrix, computed as sums and differences of pairs. The reference in plain torch is
- * huarizo/model/frozen/int8.py.
+ * W is int8 [N, K], one copy for both directions; F, the float weight, is [N, k]; rotate multiplies each block of
+ * BLOCK neighbours in a row by the Hadamard matrix, computed as sums and differences of pairs. The reference in plain
+ * torch is huarizo/model/frozen/int8.py.
  *
  * vpdpbusd adds to each of 16 int32 the dot product of four unsigned and four signed bytes. The weight is therefore
  * stored as unsigned bytes, with 128 added, and every sum starts from -128 times the sum of the quantised row.
@@ -72,7 +72,7 @@ INLINE __mmask32 first32(int64_t count) { return count >= 32 ? ~0u : count <= 0 
 
 typedef struct { char *data; int64_t size; } Space;
 
-/* Kept between calls by the calling thread: page faults on fresh memory cost more than writing to it. */
+/* Kept between calls by the calling thread: page faults on new memory cost more than writing to it. */
 static _Thread_local Space kept;
 
 static char *workspace(int64_t size)
@@ -149,10 +149,10 @@ INLINE void rotate(__m512 *a, __m512 *b)
     *b = _mm512_sub_ps(low, high);
 }
 
-/* Quantises one row of `count` elements, padded with zeros to `stride` bytes, a multiple of 64, and writes its scale and
- * the initial value of its sums. An input is multiplied by `factor` [count], rotated, and rounded to nearest, ties to
- * even. A gradient is rotated, multiplied by `factor` [count padded], and rounded stochastically, with noise that starts
- * from a hash of the scale and the signs. scratch: [stride]. */
+/* Quantises one row of `count` elements, padded with zeros to `stride` bytes, a multiple of 64, and writes its scale
+ * and the initial value of its sums. An input is multiplied by `factor` [count], rotated, and rounded to nearest, ties
+ * to even. A gradient is rotated, multiplied by `factor` [count padded], and rounded stochastically, with noise that
+ * starts from a hash of the scale and the signs. scratch: [stride]. */
 INLINE void quantise_row(const int bf16, const int gradient, const char *x, const float *factor,
                          int64_t count, float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
 {
@@ -303,7 +303,7 @@ INLINE void multiply_floats(const int bf16, const int rows, int64_t words, const
     }
 }
 
-/* sum += left * right. Inline assembly, because with the intrinsic gcc 12 spills the sums of a tile to memory. */
+/* sum += left * right. Inline assembly, because with the intrinsic gcc 12 moves and spills the sums of a tile. */
 INLINE void add_products(__m512i *sum, __m512i left, __m512i right)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(right), "v"(left));

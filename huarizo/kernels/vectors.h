@@ -1,6 +1,6 @@
 /* Shared by the kernels: vectors of 16 fp32 lanes, and elements that are bf16 or fp32.
  *
- * A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So the same code serves both.
+ * A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code serves both.
  */
 #ifndef VECTORS_H
 #define VECTORS_H

@@ -5,9 +5,9 @@ The adapter is an ordinary PEFT adapter: stock `peft` loads it on the stock mode
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -113,7 +113,7 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
     return peft_model.num_parameters(only_trainable=True)
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _check_options(options: Mapping[str, object]) -> None:
     from peft import LoraConfig
 
     defaults, problems = dataclasses.asdict(LoraConfig()), []

@@ -55,7 +55,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         hidden: torch.Tensor,
-        head: Any,
+        head: torch.nn.Module,
         targets: torch.Tensor,
         gradient: Gradient,
         places: torch.Tensor,

@@ -48,7 +48,7 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
-    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> None:
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: object) -> None:
         if config.lora_bias:
             raise ValueError(f"lora_bias is not supported with precision {self._storage}. Use precision=bf16 or fp32")
         try:
@@ -67,7 +67,7 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
         else:
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of x."""
         result = self.base_layer(x)
         if self.disable_adapters:
@@ -82,7 +82,7 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
                 result = result + F.linear(h, b)
         return result
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, *args: object, **kwargs: object) -> None:
         raise ValueError(
             f"an adapter can't be merged into {self._storage} weights. Load the float base and merge it there"
         )
