@@ -363,7 +363,7 @@ typedef struct {
     const char *left, *left_end;               /* quantised rows; their last unit, padded */
     int64_t left_stride;
     const float *row_scale;
-    const float *before, *after; /* the rotation: column scales of forward; of backward; else NULL */
+    const float *before, *after; /* factors per column: before the rotation in forward, after it in backward; else NULL */
     const int32_t *row_start;
     const char *floats; /* the float channels, [T in units, float_words] */
     const char *bias;   /* NULL in backward and without a bias */

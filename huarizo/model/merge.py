@@ -71,7 +71,7 @@ class MergedWeights:
         self.base_tensors: dict[str, torch.Tensor] = {}
         if adapter is not None:
             self._lora: LoraConfig = check_adapter(adapter)
-            self._ids, self._lora.trainable_token_indices = trained_rows(self._lora), None  # not for PEFT
+            self._ids, self._lora.trainable_token_indices = trained_rows(self._lora), None  # `_added` leaves them out
             self.config["vocab_size"] = rows_with(adapter, self.config["vocab_size"])
             self._read_adapter(adapter)
         if self._changes_one_of_the_tied():
