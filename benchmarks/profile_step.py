@@ -19,7 +19,6 @@ from summary import machine, versions
 
 from huarizo.data.packing import num_labels, pack
 from huarizo.data.tokens import Example
-from huarizo.machine import device
 from huarizo.model.compile import compile_layers
 from huarizo.model.dropout import DropoutMasks
 from huarizo.model.load import read_config
@@ -60,8 +59,9 @@ def profiled(recipe: Any) -> tuple[dict[str, float], int, int, float]:
     prepared = prepare(recipe)
     model = load_model(prepared).train()
     masks = DropoutMasks(model, seed=0)
-    reason = compile_layers(model, device())
-    loss = PackedLoss(model.get_base_model(), compiled=reason is None)
+    if prepared.plan.compiled:
+        compile_layers(model)
+    loss = PackedLoss(model.get_base_model(), compiled=prepared.plan.compiled)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     rows = prepared.data.train.dataset
     examples = [Example.from_row(rows[index]) for index in range((WARM_UP + STEPS) * ROWS_A_STEP)]

@@ -170,6 +170,8 @@ class Events:
             except UnwrittenError as error:
                 failures += [error] if place not in self._failed else []
                 self._failed.add(place)
+        if isinstance(event, Stopped | Done):
+            return  # the run is over: a file that can't be written no longer matters
         for failure in failures:
             self.warn(f"{failure}. Continuing without it")
 

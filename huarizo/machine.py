@@ -99,14 +99,14 @@ def spread(needed: int, on: torch.device) -> bool:
     return several and needed > ROOM * available_memory(on)
 
 
-def as_first(text: str, on: torch.device) -> str:
-    """Broadcast the first process's text. All processes must call this; the text of the others is ignored."""
+def from_first(make: Callable[[], str], on: torch.device) -> str:
+    """The text that `make` returns in the first process, in all processes. Only the first one calls it."""
     if world_size() == 1:
-        return text
+        return make()
     from accelerate import PartialState
 
     PartialState(cpu=on.type != "cuda")
-    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(on)
+    content = torch.tensor(list(make().encode() if rank() == 0 else b""), dtype=torch.uint8, device=on)
     length = torch.tensor(len(content), device=on)
     torch.distributed.broadcast(length, 0)
     content = content if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=on)

@@ -8,7 +8,8 @@ that the result stays bit-identical, and one for the new machine elsewhere.
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import get_args
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -16,6 +17,7 @@ from huarizo.errors import RecipeError
 from huarizo.host import int8_instructions, world_size
 from huarizo.machine import DTYPES, FixedPrecision, available_memory, float_precision, name_of, spread
 from huarizo.recipe import Recipe
+from huarizo.sandbox.reading import read_text
 
 Gain = Callable[[torch.device, torch.dtype], float]
 INT8_GAIN = 1.1  # speedup of an int8 layer over a float one that is worth its rounding error
@@ -78,6 +80,8 @@ class Plan:
     """Tokens computed at once, at most."""
     activation_checkpointing: bool
     """Whether activations are recomputed in the backward pass to save memory."""
+    spread: bool
+    """Whether the base is spread over all GPUs, because one can't hold it."""
     compiled: bool
     """Whether the decoder layers are compiled."""
     compilation: str
@@ -96,12 +100,19 @@ class Plan:
         Raises:
             ValueError: the text is not that of a plan.
         """
-        values = json.loads(text)
         try:
+            values = json.loads(text)
             own = {field.name: values[field.name] for field in fields(cls) if field.name not in ("choice", "memory")}
-            return cls(**own, choice=Choice.from_values(values), memory=Memory(**values["memory"]))
-        except (KeyError, TypeError, AttributeError) as error:
+            plan = cls(**own, choice=Choice.from_values(values), memory=Memory(**values["memory"]))
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a plan: {error}") from None
+        for part in (plan, plan.memory):
+            for name, kind in get_type_hints(type(part)).items():
+                if kind in (str, int, bool) and type(getattr(part, name)) is not kind:
+                    raise ValueError(f"not a plan: {name} is not of type {kind.__name__}")
+        if plan.micro_batch_tokens < 1:
+            raise ValueError("not a plan: micro_batch_tokens is below 1")
+        return plan
 
     def is_for(self, device: str, world_size: int) -> bool:
         """Whether it was made for this device and number of processes."""
@@ -173,6 +184,14 @@ class ModelSize:
     """The same with activation checkpointing."""
 
 
+def read_plan(path: Path) -> Plan | None:
+    """The plan in a run folder's plan.json; None if there is none, or none that can be read."""
+    try:
+        return Plan.from_json(read_text(path))
+    except (OSError, ValueError):
+        return None
+
+
 def make_plan(
     recipe: Recipe, choice: Choice, size: ModelSize, on: torch.device, compilation: str, before: Plan | None = None
 ) -> Plan:
@@ -202,6 +221,7 @@ def make_plan(
         choice=choice,
         micro_batch_tokens=tokens,
         activation_checkpointing=checkpointing,
+        spread=everywhere,
         compiled=not compilation,
         compilation=compilation,
         memory=Memory(weights=size.weights, adapter=16 * size.trained, activations=tokens * kept, available=available),

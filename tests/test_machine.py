@@ -1,5 +1,8 @@
 """What is known of the device: its name, its memory, and how fast its number formats are."""
 
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -75,3 +78,19 @@ def test_a_slow_format_is_measured_by_one_small_product(monkeypatch: pytest.Monk
     machine.gemm_rate.cache_clear()
     assert len(calls) == len(rates) == 3
     assert rates["int8"] == pytest.approx(2e-9 * 32 * 2048**2 / 10)
+
+
+def test_all_processes_get_the_text_of_the_first(tmp_path: Path) -> None:
+    (tmp_path / "ask.py").write_text(
+        "import torch\n"
+        "from huarizo.host import rank\n"
+        "from huarizo.machine import from_first\n"
+        "texts = [from_first(lambda: text * (rank() == 0), torch.device('cpu')) for text in ('', 'llama 라마')]\n"
+        f"open(f'{tmp_path}/{{rank()}}', 'w').write('|'.join(texts))\n"
+    )
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ask.py"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / name).read_text() for name in "01"] == ["|llama 라마"] * 2

@@ -1,6 +1,8 @@
 """What the machine makes of a recipe: precision, micro-batches and activation checkpointing, with the reasons."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from huarizo import host, machine
 from huarizo.errors import RecipeError
-from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision
+from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
 from huarizo.recipe import make_recipe
 from tests.test_machine import CPU, CUDA, MPS, with_card
 
@@ -129,10 +131,24 @@ def test_a_plan_is_read_back_as_it_was_written() -> None:
     assert not plan.is_for(plan.device, 2) and not plan.is_for("cpu: another", 1)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"dtype": "float32", "precision": "fp32"}'])
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"dtype": "float32", "precision": "fp32"}', "[" * 100_000])
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("micro_batch_tokens", "abc"), ("micro_batch_tokens", None), ("micro_batch_tokens", 0), ("compiled", 1),
+     ("precision", "fp8"), ("dtype", ["float32"]), ("memory", {"weights": 1}), ("world_size", True)],
+)  # fmt: skip
+def test_a_plan_with_a_damaged_field_is_none(field: str, value: Any, tmp_path: Path) -> None:
+    text = make_plan(make_recipe(), INT8, SIZE, CPU, "").to_json()
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    assert read_plan(file) is not None
+    file.write_text(json.dumps(json.loads(text) | {field: value}))
+    assert read_plan(file) is None and read_plan(tmp_path / "absent") is None
 
 
 def test_a_model_that_is_spread_over_cards_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

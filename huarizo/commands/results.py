@@ -72,7 +72,7 @@ def evaluate(
     ] = None,
     to_answer: Annotated[int, typer.Option("--answers", min=0, help="number of rows to answer as well")] = 32,
     precision: Annotated[
-        str | None, typer.Option(help="bf16 | fp16 | fp32; default: the fastest of these here")
+        str | None, typer.Option(help="bf16 | fp16 | fp32; default: as trained, or the fastest here for int8")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="output folder; default: RUN/evaluations/TIME")] = None,
     harness: Annotated[

@@ -24,7 +24,7 @@ from huarizo.machine import available_memory, device, float_precision, is_out_of
 from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.compile import uncompiled
 from huarizo.model.load import load_base, positions
-from huarizo.plan import choose_precision, nearest_precision
+from huarizo.plan import choose_precision, nearest_precision, read_plan
 from huarizo.wording import excerpt
 
 SHARE = 0.25  # of the free memory, for a batch of answers
@@ -104,7 +104,7 @@ class Answer:
 def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device | None = None) -> Assistant:
     """Load the base model with its adapter.
 
-    precision: bf16, fp16 or fp32. None: the recipe's, or the fastest of these if it trained in int8.
+    precision: bf16, fp16 or fp32. None: the one that it was trained in, or the fastest of these if that was int8.
     on: the device; default: this machine's best one.
 
     Raises:
@@ -117,7 +117,8 @@ def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device 
     if precision is not None:
         choice = choose_precision(precision, on)
     else:
-        wanted = tuned.recipe.precision
+        plan = read_plan(tuned.run.plan_file) if tuned.run and tuned.recipe.precision == "auto" else None
+        wanted = plan.choice.precision if plan else tuned.recipe.precision
         choice = nearest_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on)
         if choice.precision != wanted and wanted not in ("int8", "auto"):
             logging.getLogger(__name__).warning("precision %s: %s", choice.precision, choice.reason)

@@ -133,11 +133,13 @@ def default_template(found: object) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
+def load_base(
+    folder: Path, dtype: torch.dtype, device: torch.device, over_all: bool | None = None
+) -> "PreTrainedModel":
     """Load the frozen base model in `dtype` on `device`, with packed attention.
 
-    generation_config.json is not read, so that the base's beams, penalties and stop strings have no effect. If there
-    are several GPUs and one can't hold the model, it is spread over them (Accelerate's `device_map="auto"`).
+    generation_config.json is not read, so that the base's beams, penalties and stop strings have no effect.
+    over_all: whether to spread it over all GPUs (Accelerate's `device_map="auto"`); None: if one can't hold it.
 
     Raises:
         MachineError: there is not enough memory for it.
@@ -146,15 +148,17 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device) -> "PreTra
     """
     from transformers import GenerationConfig
 
-    needed = weight_bytes(read_config(folder), "float", dtype)
+    config_json = read_config(folder)
     check_weights(folder)
+    if over_all is None:
+        over_all = spread(weight_bytes(config_json, "float", dtype), device)
     config = config_of(folder)
     with within_memory(folder, OR_INT8), reading(folder):
         model = class_of(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            device_map="auto" if spread(needed, device) else {"": device},
+            device_map="auto" if over_all else {"": device},
             attn_implementation=PACKED_ATTENTION,
             use_safetensors=True,
             generation_config=GenerationConfig(),

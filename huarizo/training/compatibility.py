@@ -95,6 +95,15 @@ class Facts(TypedDict):
     versions: dict[str, str]
 
 
+SHOWN_BY = {
+    "precision": "precision",
+    "training.micro_batch_tokens": "micro_batch_tokens",
+    "training.compile": "compiled",
+    "trainer.gradient_checkpointing": "activation_checkpointing",
+}
+"""Settings that a plan is made from, each with the fact that shows the outcome. Older checkpoints lack some facts."""
+
+
 def effect_of(key: str) -> Effect:
     """The effect of a setting, by its dotted key."""
     while key and key not in EFFECTS:
@@ -173,7 +182,8 @@ def changes_since(checkpoint: Checkpoint, recipe: Recipe, now: Facts) -> list[st
             f"{checkpoint.path}: can't be resumed: {'; '.join(reasons)}. Undo the change, or start a new run "
             "with huarizo train"
         )
-    used = [key for key in changed if effect_of(key) is Effect.FROM_HERE]
+    unseen = {key for key, fact in SHOWN_BY.items() if fact not in then}
+    used = [key for key in changed if effect_of(key) is Effect.FROM_HERE or key in unseen]
     found = [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in used]
     for key, name in REPORTED.items():
         if key in then and then[key] != facts[key]:

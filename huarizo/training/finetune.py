@@ -40,7 +40,7 @@ def fine_tune(
 
     name: the recipe's name, used for the run folder.
     resume_instead: called with each unfinished run of the same training; if it returns True, that run is resumed.
-    listeners: called with each event, in addition to the terminal.
+    listeners: called with each event, in addition to the terminal; under torchrun, in the first process only.
 
     Raises:
         UserError: a mistake in recipe, data or names; nothing was changed.
@@ -56,7 +56,7 @@ def fine_tune(
         prepared = prepare(recipe)
         for old in unfinished:
             if resume_instead and same_training(old.recipe(), prepared.recipe) and resume_instead(old):
-                return _resume(old, _terminal(console), listeners, signals, began)
+                return _resume(old, _terminal(console), listeners, signals, time.monotonic())
         run = new_run(recipe.output, name) if rank() == 0 else Run(Path(recipe.output or "runs"))
         prepared.recipe.output = str(run.path)
         with _locked(run, signals) as lock:

@@ -20,13 +20,14 @@ from huarizo.training.prepare import Prepared
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; from the training rows
 
 
-def load_frozen(folder: Path, choice: Choice, rows: Dataset) -> PreTrainedModel:
+def load_frozen(folder: Path, choice: Choice, rows: Dataset, over_all: bool | None = None) -> PreTrainedModel:
     """Load the frozen base onto this device, in the chosen precision.
 
     rows: the tokenised training rows. A quantised base is calibrated on the first few: they show its outlier channels.
+    over_all: whether a float base is spread over all GPUs; None: if one can't hold it.
     """
     if choice.precision not in STORAGES:
-        return load_base(folder, choice.dtype, device())
+        return load_base(folder, choice.dtype, device(), over_all)
     first = rows.select(range(min(CALIBRATION_ROWS, len(rows)))).to_list()
     examples = [Example.from_row(row) for row in first]
     return load_quantised_base(
@@ -37,7 +38,8 @@ def load_frozen(folder: Path, choice: Choice, rows: Dataset) -> PreTrainedModel:
 def load_model(prepared: Prepared) -> PeftModel:
     """Load the frozen base and add a new LoRA."""
     recipe, tokenizer = prepared.recipe, prepared.data.encoder.tokenizer
-    model = load_frozen(prepared.model_source.path, prepared.plan.choice, prepared.data.train.dataset)
+    plan = prepared.plan
+    model = load_frozen(prepared.model_source.path, plan.choice, prepared.data.train.dataset, plan.spread)
     tokens = rows_to_train(tokenizer, recipe.data.special_tokens or [], model.config.vocab_size)
     lengthen(model, max(tokens, default=-1) + 1)
     model = add_lora(model, recipe.lora, recipe.training.seed, tokens)

@@ -59,7 +59,7 @@ class StepClock:
 
 
 class Loop(TrainerCallback):
-    """The only callback of a LoraTrainer. All processes of a run take the same decisions.
+    """Huarizo's only callback of a LoraTrainer. All processes of a run take the same decisions.
 
     Raises:
         DivergedError: the loss diverged; the message names the last checkpoint from before.

@@ -14,10 +14,10 @@ import torch
 from huarizo.data.dataset import Data, prepare_data
 from huarizo.errors import DataError
 from huarizo.files import sha256_of
-from huarizo.host import cache_folder, rank, world_size
+from huarizo.host import cache_folder, world_size
 from huarizo.hub.names import check_pinned, files_of, pins, resolve_data, resolve_model
 from huarizo.hub.sources import Source
-from huarizo.machine import as_first, device, float_precision, name_of
+from huarizo.machine import device, float_precision, from_first, name_of
 from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
 from huarizo.model.compile import why_not
 from huarizo.model.frozen.measure import int8_gain
@@ -31,10 +31,9 @@ from huarizo.model.load import (
 )
 from huarizo.model.lora import check_lora
 from huarizo.model.weights import check_weights
-from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision
+from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
 from huarizo.recipe import Recipe, names_of
 from huarizo.runs import Run
-from huarizo.sandbox.reading import read_text
 from huarizo.training.settings import check_trainer_settings
 
 
@@ -123,29 +122,25 @@ def _within_positions(recipe: Recipe, config: dict[str, Any]) -> tuple[Recipe, l
 
 
 def _earlier_plan(resumed: Run | None) -> Plan | None:
-    """The plan of the resumed run, if it was made for this machine."""
-    if resumed is None:
-        return None
-    try:
-        plan = Plan.from_json(read_text(resumed.plan_file))
-    except (OSError, ValueError):  # missing or unreadable: a new one is made
-        return None
-    return plan if plan.is_for(name_of(device()), world_size()) else None
+    """The plan of the run to be resumed, if it was made for this machine."""
+    plan = read_plan(resumed.plan_file) if resumed else None
+    return plan if plan is not None and plan.is_for(name_of(device()), world_size()) else None
 
 
 def _first_choice(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None) -> Choice:
     """The precision, chosen by the first process for all."""
-    text = "" if rank() else json.dumps(_choose(recipe, on, resumed, before).to_values())
-    return Choice.from_values(json.loads(as_first(text, on)))
+    text = from_first(lambda: json.dumps(_choose(recipe, on, resumed, before).to_values()), on)
+    return Choice.from_values(json.loads(text))
 
 
 def _first_plan(recipe: Recipe, choice: Choice, size: ModelSize, on: torch.device, before: Plan | None) -> Plan:
     """The plan, made by the first process for all."""
-    text = ""
-    if rank() == 0:
+
+    def make() -> str:
         compilation = why_not(on) if recipe.training.compile else "as the recipe asks"
-        text = make_plan(recipe, choice, size, on, compilation or "", before).to_json()
-    return Plan.from_json(as_first(text, on))
+        return make_plan(recipe, choice, size, on, compilation or "", before).to_json()
+
+    return Plan.from_json(from_first(make, on))
 
 
 def _size(config: dict[str, Any], choice: Choice, trained: int) -> ModelSize:

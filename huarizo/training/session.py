@@ -32,7 +32,7 @@ from huarizo.training.checkpoint import Checkpoint, space_needed
 from huarizo.training.compatibility import Facts, facts_of
 from huarizo.training.interrupt import Signals, Stopped
 from huarizo.training.loading import load_model
-from huarizo.training.lock import RunLock
+from huarizo.training.lock import LockLostError, RunLock
 from huarizo.training.metrics import Metrics, Row
 from huarizo.training.prepare import Prepared, changed_files
 from huarizo.training.progress import Terminal
@@ -50,9 +50,8 @@ class Result:
 
 
 def events_of(run: Run, terminal: Terminal, listeners: Sequence[Listener] = ()) -> Events:
-    """Events that go to the terminal and the listeners and, in the first process, to the run's events.jsonl."""
-    files = [EventFile(run.events)] if rank() == 0 else []
-    return Events([*files, terminal, *listeners])
+    """The events of a run. In the first process, the run folder keeps them and `listeners` are called."""
+    return Events([terminal] if rank() else [EventFile(run.events), terminal, *listeners])
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ class Session:
         """If the block ends the run early, report it as an event."""
         try:
             yield
+        except LockLostError:  # the folder, and what is written in it, belong to another process now
+            raise
         except (HuarizoError, Stopped) as error:
             self.events.add(happened.Stopped(reason=str(error) or f"by {self.signals.received}"))
             raise
@@ -194,10 +195,10 @@ class Session:
         result = dataclasses.replace(result, samples=samples)
         write_whole(run.samples, samples_as_text(samples))
         saver.metrics.complete()
-        self.events.add(happened.Done(adapter=str(run.adapter)))
         remove_leftovers(run.path)
         remove_leftovers(run.checkpoints)
         save_loss_plot(run, result.metrics)
+        self.events.add(happened.Done(adapter=str(run.adapter)))
         return result
 
     def _save_adapter(self, target: Path, assistant: Assistant, metrics: list[Row]) -> None:

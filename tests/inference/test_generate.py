@@ -1,6 +1,7 @@
 """Answers in batches and streamed: their text, their end, the settings that hold, and memory that runs short."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ from huarizo.errors import MachineError, UserError
 from huarizo.inference import generate
 from huarizo.inference.generate import Assistant, Sampling, answers, open_assistant, stream_answer
 from huarizo.model.frozen.load import load_quantised_base
+from huarizo.plan import ModelSize, choose_precision, make_plan
+from huarizo.runs import Run
 from tests.inference.make import NO_MEMORY, PROMPTS, failing
 from tests.results.make import make_tuned
 
@@ -256,3 +259,16 @@ def test_an_answer_ends_at_the_stop_token(tmp_path: Path, prompt: str) -> None:
 def test_only_float_formats_are_measured_in(tmp_path: Path, precision: str) -> None:
     with pytest.raises(UserError, match="bf16, fp16 or fp32"):
         open_assistant(make_tuned(tmp_path), precision)
+
+
+def test_an_automatic_precision_is_the_one_that_was_trained_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "float_precision", lambda on: "bf16")
+    tuned = replace(make_tuned(tmp_path), run=Run(tmp_path))
+    assert tuned.recipe.precision == "auto" and open_assistant(tuned).model.dtype == torch.bfloat16
+    cpu = torch.device("cpu")
+    size = ModelSize(weights=1, trained=1, activations=1, checkpoints=1)
+    for trained_in, dtype in (("fp32", torch.float32), ("int8", torch.bfloat16)):
+        plan = make_plan(tuned.recipe, choose_precision(trained_in, cpu), size, cpu, "")
+        (tmp_path / "plan.json").write_text(plan.to_json())
+        assert open_assistant(tuned).model.dtype == dtype
+    assert open_assistant(tuned, "fp32").model.dtype == torch.float32

@@ -131,5 +131,5 @@ def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_fi
         return data
 
     monkeypatch.setattr(huarizo.training.prepare, "prepare_data", changing)
-    with pytest.raises(HuarizoError, match="changed while it was read"):
+    with pytest.raises(HuarizoError, match="changed while it was being read"):
         fine_tune(recipe)

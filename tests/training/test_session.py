@@ -1,5 +1,6 @@
 """A run from a recipe to the adapter, and what it leaves."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 
 import huarizo.training.session
 from huarizo.errors import Interrupted, MachineError
-from huarizo.events import Done, Event, Noted, OutOfMemory, Saved, Started, Step, Stopped
+from huarizo.events import Done, Event, Noted, OutOfMemory, Saved, Started, Step, Stopped, Warned
 from huarizo.plan import Plan
 from huarizo.recipe import Recipe, make_recipe
 from huarizo.runs import Run
@@ -106,8 +107,10 @@ def test_a_run_that_was_taken_over_stops_and_writes_no_more(
         if isinstance(event, Step) and event.step == 3:
             (run.path / ".lock").write_text(json.dumps(OTHER))
 
-    with pytest.raises(LockLostError, match="writes no more"):
+    with pytest.raises(LockLostError, match="writes nothing more"):
         fine_tune(recipe, console=console, listeners=[taken_over])
+    last = json.loads((run.path / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["step"]) == (Step.kind, 3), "not even how the run ended for this process"
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-000002"]
     assert "Training continues" not in printed(console) and not run.adapter.exists()
     assert json.loads((run.path / ".lock").read_text()) == OTHER
@@ -147,3 +150,27 @@ def test_micro_batches_that_memory_made_smaller_stay_so(
     room[0] = 10**9
     resume(run, Console(quiet=True))
     assert (max(sizes) > 100) == bool(planned_now)
+
+
+def test_a_run_without_a_plan_is_resumed_as_its_recipe_says(recipe: Recipe, tmp_path: Path) -> None:
+    """A run of an older version: its recipe holds what the machine chose, and its checkpoints do not say all of it."""
+    recipe.training.micro_batch_tokens = 128
+    fine_tune(recipe, console=Console(quiet=True))
+    expected = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    recipe.output, recipe.training.max_minutes = str(tmp_path / "older"), 1e-6
+    with pytest.raises(Interrupted):
+        fine_tune(recipe, console=Console(quiet=True))
+    run = Run(Path(recipe.output))
+    run.plan_file.unlink()
+    run.events.unlink()
+    (checkpoint,) = run.checkpoints.iterdir()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["sha256"], manifest["micro_batch_tokens"], manifest["activation_checkpointing"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    edit_recipe(run, "training.max_minutes", None)
+    heard = list[Event]()
+    resume(run, Console(quiet=True), listeners=[heard.append])
+    assert not [event for event in heard if isinstance(event, Warned)]
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == expected
+    assert Plan.from_json(run.plan_file.read_text()).micro_batch_tokens == 128
