@@ -61,7 +61,7 @@ def main(model_name: str, data_name: str) -> None:
     arguments = training_arguments(recipe, run, precision, device())
     events = Events([Terminal(Console())])
     LoraTrainer(model, arguments, data, [], recipe, budget=2048, events=events).train()
-    model.save_pretrained(run.adapter)
+    model.save_pretrained(str(run.adapter))
     tokenizer.save_pretrained(run.adapter)
     print(f"done: {run.adapter}")
 

@@ -1,7 +1,7 @@
-"""The one typed description of a run, read from YAML with `key=value` overrides.
+"""The typed description of a run, read from YAML with `key=value` overrides.
 
-Every setting of Huarizo stands here with its type, range, default and a line of help, and all mistakes of a recipe
-are reported at once, before anything loads. Nothing else in the package defines settings.
+Every setting of Huarizo is defined here, with its type, range, default and a line of help, and nowhere else. All
+mistakes in a recipe are reported at once, before anything loads.
 """
 
 import datetime
@@ -23,7 +23,7 @@ PROMPT_NAMES = ("auto", "chat", "alpaca", "stanford")
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are mistakes."""
+    """A part of the recipe. Unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -33,7 +33,7 @@ Names = Annotated[list[Name], Field(min_length=1)]
 
 
 def names_of(value: object) -> list[str]:
-    """The data sets that `data.train` or `data.eval` names; none where it is a share or a number of rows."""
+    """The data sets that `data.train` or `data.eval` names; [] for a share or a number of rows."""
     return [value] if isinstance(value, str) else list(value) if isinstance(value, list) else []
 
 
@@ -82,13 +82,13 @@ class DataRecipe(Section):
 
     @field_validator("eval", mode="before")
     @classmethod
-    def _eval_is_share_or_count(cls, value: Any) -> Any:
+    def _eval_is_share_or_count(cls, value: object) -> object:
         if isinstance(value, bool) or value is None:
             raise ValueError("write a share (0.02), a number of rows (100), a file, or 0 for none")
         if isinstance(value, int | float) and (
             value < 0 or (value > 1 and value != int(value)) or value == float("inf")
         ):
-            raise ValueError("a share lies between 0 and 1, a number of rows is whole")
+            raise ValueError("a share lies between 0 and 1, and a number of rows is a whole number")
         return value
 
     @field_validator("prompt")
@@ -106,9 +106,9 @@ class DataRecipe(Section):
     def _tokens_are_texts(cls, value: list[str] | None) -> list[str] | None:
         odd = [text for text in value or [] if text != text.strip() or not text.isprintable()]
         if odd:
-            raise ValueError(f"{odd[0]!r} begins or ends with a space, or holds what can't be seen")
+            raise ValueError(f"{odd[0]!r} begins or ends with a space, or has characters that can't be printed")
         if len(set(value or [])) < len(value or []):
-            raise ValueError("a text stands there twice")
+            raise ValueError("a text is listed twice")
         return value
 
     @field_validator("date")
@@ -145,7 +145,7 @@ class LoraRecipe(Section):
 
     @field_validator("target_modules", mode="before")
     @classmethod
-    def _split_names(cls, value: Any) -> Any:
+    def _split_names(cls, value: object) -> object:
         if isinstance(value, str) and value != "all-linear":
             return [name.strip() for name in value.split(",") if name.strip()]
         return value
@@ -192,7 +192,7 @@ class TrainingRecipe(Section):
 
 
 class Recipe(Section):
-    """What is trained. The machine changes only how fast."""
+    """What is trained. The machine changes only the speed."""
 
     model: str = Field(
         default="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -219,14 +219,14 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_token(cls, values: Any) -> Any:
+    def _no_token(cls, values: object) -> object:
         if TOKEN.search(repr(values)):
-            raise ValueError("a recipe never holds a token of the hub: use HF_TOKEN or `hf auth login`, and revoke it")
+            raise ValueError("a recipe never holds a hub token: use HF_TOKEN or `hf auth login`, and revoke this token")
         return values
 
     @field_validator("trainer")
     @classmethod
-    def _trainer_fields_exist(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _trainer_fields_exist(cls, value: dict[str, object]) -> dict[str, object]:
         return check_trainer_fields(value) if value else value
 
     @field_validator("lora")
@@ -239,11 +239,11 @@ class Recipe(Section):
         imports = {"megatron_config", "megatron_core", "auto_mapping"} & value.options.keys()
         if imports:
             raise ValueError(f"options: {', '.join(sorted(imports))} would import other code; leave it out")
-        taken = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"}
-        taken |= {"target_modules": "lora.target_modules"}
+        settings = {"r": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"}
+        settings |= {"target_modules": "lora.target_modules"}
         for name in value.options:
-            if name in taken:
-                raise ValueError(f"options: {name!r} is set by `{taken[name]}`")
+            if name in settings:
+                raise ValueError(f"options: {name!r} is set by `{settings[name]}`")
             if name not in LoraConfig.__dataclass_fields__:
                 near = did_you_mean(name, LoraConfig.__dataclass_fields__)
                 raise ValueError(f"options: {name!r} is not a field of LoraConfig{near}")
@@ -254,7 +254,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `key=value` overrides.
 
     Raises:
-        RecipeError: with every mistake found in the file and the overrides, each with its dotted key.
+        RecipeError: there are mistakes; the message lists all in the file and the overrides, each with its dotted key.
     """
     path = Path(path)
     values = read_yaml(path)
@@ -273,8 +273,8 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _validated(values, "overrides", problems)
 
 
-def make_recipe(**values: Any) -> Recipe:
-    """A recipe from Python: the same keys and checks as in a file.
+def make_recipe(**values: object) -> Recipe:
+    """Make a recipe in Python, with the same keys and checks as in a file.
 
     Raises:
         RecipeError: as `load_recipe`.
@@ -282,7 +282,7 @@ def make_recipe(**values: Any) -> Recipe:
     return _validated(values, "recipe", [])
 
 
-def _validated(values: dict[str, Any], name: str, problems: list[str]) -> Recipe:
+def _validated(values: dict[str, object], name: str, problems: list[str]) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -297,5 +297,5 @@ def _validated(values: dict[str, Any], name: str, problems: list[str]) -> Recipe
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe with every default written out, as YAML that `load_recipe` reads back to the same recipe."""
+    """The recipe as YAML with every default, which `load_recipe` reads back to the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,6 +1,6 @@
 """Reads a recipe file and `key=value` overrides into plain nested values, without validating them.
 
-Safe YAML with stricter rules: no duplicate keys, no tags, no aliases that expand to more than a recipe can hold.
+The YAML is safe YAML with stricter rules: no duplicate keys, no tags, no aliases that expand beyond a limit.
 """
 
 import re
@@ -12,7 +12,7 @@ import yaml
 from huarizo.errors import RecipeError
 from huarizo.sandbox.reading import read_text
 
-MAX_BYTES = 100_000  # a recipe with every setting has 5,000
+MAX_BYTES = 100_000  # a recipe with every setting has about 5,000
 MAX_VALUES = 20_000  # with aliases expanded
 
 
@@ -27,7 +27,7 @@ def _mapping_without_doubles(loader: yaml.SafeLoader, node: yaml.MappingNode, de
             raise yaml.constructor.ConstructorError(None, None, "a key is a list or mapping", key_node.start_mark)
         key = key_node.value
         if key in seen and key != "<<":
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
@@ -72,7 +72,7 @@ def _unfolded(node: yaml.Node, known: dict[int, float]) -> float:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a recipe file.
+    """Read the mapping in a recipe file, {} if it is empty.
 
     Raises:
         RecipeError: the file is missing, can't be read, or holds no mapping.
@@ -96,7 +96,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_override(values: dict[str, Any], override: str) -> str | None:
-    """Set one `key=value` in the nested mapping. Returns a description of what is wrong with it, or None."""
+    """Set one `key=value` in the nested mapping. Returns what is wrong with it, or None."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

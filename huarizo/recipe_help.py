@@ -1,10 +1,10 @@
-"""A recipe in words: its settings with their types and ranges, and the mistakes in it.
+"""Describes a recipe's settings, their types and ranges, and the mistakes in a recipe.
 
-In go pydantic's models, fields and validation errors, out comes what `huarizo recipe` prints and what a RecipeError
-lists. No setting is defined here.
+It turns pydantic's models, fields and validation errors into what `huarizo recipe` prints and a RecipeError lists. No
+setting is defined here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
@@ -24,7 +24,7 @@ def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fi
 
 
 def type_of(field: FieldInfo) -> str:
-    """A field's type and range in words: `integer, >= 1, <= 4096`."""
+    """A field's type and range as text: `integer, >= 1, <= 4096`."""
     return _type_in_words(field.annotation) + "".join(_range_in_words(m) for m in field.metadata)
 
 
@@ -41,15 +41,15 @@ def _type_in_words(kind: Any) -> str:
     return " or ".join(_type_in_words(argument) for argument in arguments if not isinstance(argument, FieldInfo))
 
 
-def _range_in_words(limit: Any) -> str:
+def _range_in_words(limit: object) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     return "".join(f", {sign} {getattr(limit, name)}" for name, sign in signs.items() if hasattr(limit, name))
 
 
-def mistake_in_words(mistake: Any, known: Sequence[str]) -> str:
+def mistake_in_words(mistake: Mapping[str, Any], known: Sequence[str]) -> str:
     """One validation error as `key: what is wrong`, with a suggestion for an unknown key.
 
-    known: every dotted key.
+    known: all dotted keys.
     """
     location = [str(part) for part in mistake["loc"]]
     key = ".".join(location)

@@ -1,8 +1,8 @@
-"""A hub id -> the files of one commit, in the hub's cache: fetched where they are not there, and checked.
+"""Fetches the files of one commit of a hub id into the hub's cache, and checks them.
 
-In go an id with an optional @revision and a kind, out comes a `Source`. A token is looked for, checked and sent only
-here, where the hub is asked. Before anything large is fetched, everything is judged that rules it out: the list of
-files, the rights, the card, the configuration, the room on the disk.
+An id with an optional @revision becomes a `Source`. Files already in the cache are not fetched again. A token is looked
+for, checked and sent only here. Everything that can rule a download out is checked before anything large is fetched:
+the list of files, access, the card, the configuration and the space on disk.
 """
 
 import hashlib
@@ -45,16 +45,16 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA1_OR_SHA256 = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 TIMEOUT = 20.0  # seconds, for the hub's list of files
 Check = Callable[[Iterable[str], str], object]
-"""Takes the names of the files on the hub and the text of the card there; raises where they are not as they should."""
+"""Takes the names of the files on the hub and the text of the card; raises if something is wrong with them."""
 
 
 def fetch(name: str, kind: Kind, check: Check | None = None) -> Source:
-    """The files that a hub id means. What is not in the cache is fetched.
+    """The source that a hub id names. Files that are not in the cache are fetched.
 
     Raises:
-        HubError: no such name, no access, no network and no complete copy, or damaged on the way.
-        MachineError: no space on the disk.
-        UserError: of the kind's type, or from `check`; the files are not what they should be.
+        HubError: no such name, no access, no network and no complete copy in the cache, or the download is damaged.
+        MachineError: there is no space on the disk.
+        UserError: something is wrong with the files; the error is of the kind's type, or from `check`.
     """
     repo_id, _, revision = name.partition("@")
     repository = Repository(repo_id, revision or None, kind.repo_type)
@@ -86,7 +86,7 @@ def fetch(name: str, kind: Kind, check: Check | None = None) -> Source:
 
 
 def _check_listing(info: Any) -> None:
-    """Raises ValueError: what the hub says of a repository's files is not in the form of a hub's answer."""
+    """Raise ValueError if the hub's list of a repository's files is malformed."""
     files = info.siblings or []
     texts = [info.sha, *(file.rfilename for file in files), *(file.lfs.sha256 for file in files if file.lfs)]
     numbers = [file.size for file in files if file.size is not None]
@@ -95,7 +95,7 @@ def _check_listing(info: Any) -> None:
 
 
 def _from_cache(name: str, repository: Repository, kind: Kind) -> Source | None:
-    """The snapshot in the hub's cache, where the revision is there with all the files that are used."""
+    """The snapshot in the hub's cache, if it has this revision with all used files."""
     try:
         folder = _snapshot(repository, kind, local_files_only=True)
     except LocalEntryNotFoundError:
@@ -108,7 +108,7 @@ def _from_cache(name: str, repository: Repository, kind: Kind) -> Source | None:
 
 
 def _snapshot(repository: Repository, kind: Kind, token: str | bool = False, local_files_only: bool = False) -> Path:
-    """The folder of one commit in the hub's cache. Unless `local_files_only`, the files that lack there are fetched."""
+    """The folder of one commit in the hub's cache. Unless `local_files_only`, missing files are fetched."""
     folder = snapshot_download(
         repository.repo_id,
         repo_type=repository.kind,
@@ -158,7 +158,7 @@ def _fetch_missing(
 def _published_card(
     name: str, repository: Repository, sibling: RepoSibling | None, commit: str | None, login: Login | None
 ) -> str:
-    """The text of the card on the hub, which from then on lies in the cache too; "" where there is none."""
+    """The text of the card on the hub, which is then in the cache too; "" if there is none."""
     if sibling is None or (sibling.size or 0) > LARGEST_CARD:
         return ""
     token = login.token if login else False
@@ -169,7 +169,7 @@ def _published_card(
 def _look_first(
     name: str, repository: Repository, kind: Kind, info: ModelInfo | DatasetInfo, login: Login | None
 ) -> None:
-    """Fetch the few small files that can rule out the rest, and judge by them."""
+    """Fetch the few small files that can rule out the rest, and check them."""
     there = {sibling.rfilename for sibling in info.siblings or []}
     token = login.token if login else False
     for file in (file for file in reversed(kind.first) if file in there):
@@ -183,9 +183,9 @@ def _in_cache(repository: Repository, commit: str | None, file: str) -> bool:
 
 
 def _verify(source: Source, published: dict[str, RepoSibling]) -> None:
-    """Compare files from the hub with the digests that it publishes: sha256 for large ones, git's sha1 for the others.
+    """Compare files from the hub with the digests that it publishes: sha256 for large files, git's sha1 for the others.
 
-    Where the hub was not asked (`published` is empty) the cache itself knows them: its files are named by digest.
+    If the hub was not asked (`published` is empty), the digests come from the cache, whose files are named by them.
 
     Raises:
         HubError: a file is not what the hub publishes.
@@ -202,5 +202,5 @@ def _verify(source: Source, published: dict[str, RepoSibling]) -> None:
         if SHA1_OR_SHA256.fullmatch(digest) and digest != found:
             raise HubError(
                 f"{source.name}: {file} is not the file that the hub publishes (its digest should be {digest}): it was "
-                f"damaged on the way or on this disk. Delete {path} and run again to fetch it anew"
+                f"damaged in transit or on this disk. Delete {path} and run again to fetch it again"
             )

@@ -1,8 +1,8 @@
-"""Names in a recipe -> local files: a hub id with an optional @revision, a local folder or file, or `quickstart`.
+"""Resolves names in a recipe to local files: a hub id with an optional @revision, a local path, or `quickstart`.
 
-In goes the name of a model or data set, out comes a `Source`: where its files lie, and the commit and digests by which
-the same files are found again. The hub is asked only where the name is neither a path nor `quickstart`, because with
-local files everything has to work without a network.
+The name of a model, adapter or data set becomes a `Source`: the location of its files, and the commit and digests that
+identify them. The hub is asked only if the name is neither a path nor `quickstart`, so that local files work without a
+network.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,12 +25,12 @@ QUICKSTART_DATA = Path(__file__).parents[1] / "data" / "quickstart"
 
 
 def resolve_model(name: str) -> Source:
-    """Find a model's folder, fetching it where it is not on this machine.
+    """Find a model's folder, fetching it if it is not on this machine.
 
     Raises:
-        HubError: no such name, no access, no network, or damaged on the way.
-        ModelError: not a model in safetensors with its tokenizer, or one that is quantised already.
-        MachineError: no space on the disk.
+        HubError: no such name, no access, no network, or the download is damaged.
+        ModelError: it is not a model in safetensors with its tokenizer, or it is already quantised.
+        MachineError: there is no space on the disk.
     """
     if name == QUICKSTART:
         folder = quickstart_model()
@@ -42,27 +42,27 @@ def resolve_model(name: str) -> Source:
 
 
 def resolve_adapter(name: str) -> Source:
-    """Find the folder of a PEFT adapter that the hub has, fetching it where it is not on this machine.
+    """Find the folder of a PEFT adapter, fetching it if it is not on this machine.
 
     Raises:
-        HubError: no such name, no access, no network, or damaged on the way.
-        ModelError: no adapter in safetensors.
-        MachineError: no space on the disk.
+        HubError: no such name, no access, no network, or the download is damaged.
+        ModelError: it is not an adapter in safetensors.
+        MachineError: there is no space on the disk.
     """
     local = _local(name, ADAPTER)
     return hashed(name, local, None, ADAPTER) if local else fetch(name, ADAPTER)
 
 
 def resolve_data(name: str, heldout: bool = False) -> Source:
-    """Find a data set: its file, or the folder of its files, fetching it where it is not on this machine.
+    """Find a data set's file or folder, fetching it if it is not on this machine.
 
-    name: may end in `:config[split]`, of a folder too; `heldout` asks for rows that are not for training where the
-        name says no split, and for the held-out rows of `quickstart`.
+    name: may end in `:config[split]`, for a folder too. heldout: without a split in the name, choose one that is not
+        for training; of `quickstart`, the held-out rows.
 
     Raises:
-        HubError: no such name, no access, no network, or damaged on the way.
-        DataError: a folder or repository without files of rows, or with several configs or splits and none chosen.
-        MachineError: no space on the disk.
+        HubError: no such name, no access, no network, or the download is damaged.
+        DataError: the folder or repository has no data files, or several configs or splits and none is chosen.
+        MachineError: there is no space on the disk.
     """
     if name == QUICKSTART:
         return _local_data(name, QUICKSTART_DATA / ("eval.json" if heldout else "train.json"), WHOLE, heldout)
@@ -77,7 +77,7 @@ def resolve_data(name: str, heldout: bool = False) -> Source:
 
 
 def _chosen(source: Source, chosen: data_files.Chosen) -> Source:
-    """A data set's folder, of which only the chosen files are used."""
+    """The source, restricted to the chosen files."""
     return replace(
         source,
         sha256={file: source.sha256[file] for file in chosen.files if file in source.sha256},
@@ -95,14 +95,14 @@ def _is_there(name: str) -> bool:
 
 
 def files_of(sources: Iterable[Source]) -> list[Path]:
-    """The files of rows of data sets, in the order in which they are read."""
+    """The files of data sets, in the order in which they are read."""
     return [file for source in sources for file in source.files]
 
 
 def pins(sources: Sequence[Source]) -> dict[str, str]:
-    """File -> hex digest, of a model or data set, or of several, whose files are told apart by their place in the list.
+    """File -> hex digest, for one source or several; with several, the files are prefixed with the source's index.
 
-    The place of a source on the disk is not part of a file's name, so that a data set may be moved.
+    A source's location on disk is not part of the names, so that a data set may be moved.
     """
     if len(sources) == 1:
         return sources[0].sha256
@@ -110,10 +110,10 @@ def pins(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def check_pinned(role: str, sources: Sequence[Source], pinned: dict[str, str]) -> None:
-    """Are the files of a model or of data sets those that a recipe was resolved with?
+    """Check that the files of a model or of data sets are those that a recipe was resolved with.
 
     Raises:
-        UserError: one differs or is missing.
+        UserError: a file differs or is missing.
     """
     now = pins(sources)
     places = ", ".join(str(source.path) for source in sources)
@@ -126,13 +126,13 @@ def check_pinned(role: str, sources: Sequence[Source], pinned: dict[str, str]) -
 
 
 def _local(name: str, kind: Kind) -> Path | None:
-    """The local path that `name` means, or None where it is a hub id."""
+    """The local path that `name` means, or None if it is a hub id."""
     path = Path(name).expanduser() if name == "~" or name.startswith("~/") else Path(name)
     with naming(name, HubError):
         if name and path.exists():
             return path.resolve()
         beside = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
-        beside.discard(path.name)  # a link that leads nowhere
+        beside.discard(path.name)  # a broken link
     if "://" in name:
         raise HubError(f"{name}: give a hub id as `owner/name` or `owner/name@revision`, not an address")
     outside = name.startswith(("./", "../", "~", "/")) or path.is_absolute()
@@ -170,11 +170,11 @@ def _local_model(name: str, path: Path) -> Source:
 
 
 def _local_data(name: str, path: Path, part: Part, heldout: bool) -> Source:
-    """What the path holds is judged where the rows are read; a pipe or device is not even opened here."""
+    """The content is checked when the rows are read; pipes and devices are not opened here."""
     with naming(name, DataError):
         if not path.is_dir():
             if part != WHOLE:
-                raise DataError(f"{name}: is a file, which has no configs or splits. Leave out {part}")
+                raise DataError(f"{name}: this is a file, which has no configs or splits. Leave out {part}")
             return Source(name, path, None, {path.name: sha256_of(path)} if path.is_file() else {}, (path,))
         chosen = choose(name, visible_files(path), part, heldout, card=card_of(name, path))
         files = {file: path / file for file in chosen.files}

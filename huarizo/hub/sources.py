@@ -1,7 +1,7 @@
-"""What a name stands for: a `Source`, whose files are on this machine, and the three kinds of them.
+"""`Source`: a model, adapter or data set whose files are on this machine, and the `Kind` of each.
 
-A kind says which files of a model, an adapter or a data set are used, and what is wrong with a set of files. Only
-listed files are ever used, never code or pickles.
+A kind defines which files are used, and finds what is wrong with a set of files. Only listed files are ever used, never
+code or pickles.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,26 +24,26 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class Source:
-    """A model or data set whose files are on this machine."""
+    """A model, adapter or data set whose files are on this machine."""
 
     name: str
-    """As the recipe says it."""
+    """As in the recipe."""
     path: Path
-    """Folder, or the one file that was named."""
+    """The folder, or the named file."""
     revision: str | None
-    """Commit hash of what came from the hub."""
+    """The commit hash, if it is from the hub."""
     sha256: dict[str, str]
-    """Files to use -> hex digest; names are relative to `path`, or are `path`'s own name where it is a file."""
+    """File -> hex digest, for the files to use. Names are relative to `path`, or its own name if it is a file."""
     files: tuple[Path, ...] = ()
-    """A data set's files of rows, in the order in which they are read."""
+    """A data set's files, in the order in which they are read."""
     part: Part = WHOLE
-    """The config and split of a data set that has several."""
+    """The config and split, of a data set that has several."""
     note: str = ""
-    """What was chosen of several configs or splits."""
+    """A message about what was chosen of several configs or splits."""
 
     @property
     def pinned(self) -> str:
-        """The name by which exactly this is found again: `id@commit`, an absolute path, or `quickstart`.
+        """The name that identifies this source exactly: `id@commit`, an absolute path, or `quickstart`.
 
         A data set's config and split follow: `id@commit:config[split]`.
         """
@@ -53,13 +53,13 @@ class Source:
 
     @property
     def reference(self) -> str:
-        """What other tools load it by: the hub id, or the absolute path."""
+        """The name for other tools: the hub id or the absolute path."""
         return split_name(self.name)[0].partition("@")[0] if self.revision else str(self.path)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between models and data sets: the files that are used, and what is wrong with a set of them."""
+    """What differs between models, adapters and data sets: the files to use, and the checks of a set of files."""
 
     repo_type: Literal["model", "dataset"]
     noun: str
@@ -69,27 +69,27 @@ class Kind:
     lacking: Callable[[Iterable[str]], str | None]
     broken: Callable[[Path], str | None]
     beside: tuple[str, ...] = ()
-    """Patterns of files that are fetched too, and not used."""
+    """Patterns of files that are fetched as well, but not used."""
     unfit: Callable[[Path, str], str | None] = lambda folder, name: None
-    """What rules a folder out, with the remedy, by the files in `first` alone; `name` is the user's."""
+    """(folder, the user's name) -> what rules the folder out, with the remedy, from the files in `first` alone."""
     first: tuple[str, ...] = ()
 
     def used(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` (relative, with /) that are used."""
-        kept = filter_repo_objects(names, allow_patterns=list(self.files), ignore_patterns=list(self.except_files))
-        return sorted(kept)
+        """The used files among `names` (relative, with /)."""
+        used = filter_repo_objects(names, allow_patterns=list(self.files), ignore_patterns=list(self.except_files))
+        return sorted(used)
 
     def used_in(self, folder: Path) -> list[str]:
         return self.used(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
 def _no_data(names: Iterable[str]) -> str | None:
-    return None if DATA_SET.used(names) else f"there is no data file in it ({', '.join(DATA_SET.files)})"
+    return None if DATA_SET.used(names) else f"it has no data file ({', '.join(DATA_SET.files)})"
 
 
 def _no_adapter(names: Iterable[str]) -> str | None:
     missing = sorted(set(ADAPTER.files) - set(names))
-    return f"this is no LoRA adapter of PEFT: {' and '.join(missing)} not there" if missing else None
+    return f"this is not a PEFT LoRA adapter: {' and '.join(missing)} missing" if missing else None
 
 
 MODEL = Kind(
@@ -126,23 +126,23 @@ DATA_SET = Kind(
 
 
 def hashed(name: str, folder: Path, revision: str | None, kind: Kind) -> Source:
-    """A folder with the digests of the files of its kind. revision: the commit, of what came from the hub.
+    """The source of a folder, with the digests of its files. revision: the commit, if it is from the hub.
 
     Raises:
-        UserError: of the kind's type; a file can't be read.
+        UserError: a file can't be read; the error is of the kind's type.
     """
     with naming(name, kind.error):
         return Source(name, folder, revision, {file: sha256_of(folder / file) for file in kind.used_in(folder)})
 
 
 def require_fit(name: str, folder: Path, kind: Kind) -> None:
-    """Raises the kind's error: its `first` files rule this folder out."""
+    """Raise the kind's error if its `first` files rule this folder out."""
     if problem := kind.unfit(folder, name):
         raise kind.error(f"{name}: {problem}")
 
 
 def card_of(name: str, folder: Path) -> str:
-    """The text of a data set's card, "" where there is none.
+    """The text of a data set's card, "" if there is none.
 
     Raises:
         DataError: it can't be read.
@@ -150,12 +150,12 @@ def card_of(name: str, folder: Path) -> str:
     try:
         return card_in(folder)
     except CardError as error:
-        raise DataError(f"{name}: {error}. Mend or remove it") from None
+        raise DataError(f"{name}: {error}. Fix or remove it") from None
 
 
 @contextmanager
 def naming(name: str, error_type: type[UserError]) -> Iterator[None]:
-    """Around what reads the files of a source: an OSError becomes an `error_type` with the source's name."""
+    """Inside the block files of a source are read: an OSError becomes an `error_type` that names the source."""
     try:
         yield
     except OSError as error:

@@ -1,25 +1,25 @@
 /* Causal attention over packed examples and its gradient, for CPUs with AVX512.
  *
- * The scores of an example never stand in memory as a whole. The forward pass takes ROWS queries at a time with all the
- * keys that they see and keeps, beside the result, the logarithm of each softmax's sum; from that the backward pass
- * makes the probabilities again, block by block, as in FlashAttention (arXiv 2205.14135):
+ * The scores of an example are never stored as a whole. The forward pass takes ROWS queries at a time with all the keys
+ * that they see and stores, beside the result, the logarithm of each softmax's sum. From that the backward pass
+ * recomputes the probabilities block by block, as in FlashAttention (arXiv 2205.14135):
  *
  *     S = Q K' scale    P = exp(S - lse)    O = P V
  *     dV = P' dO        dP = dO V'          dS = P * (dP - rowsum(dO * O))        dQ = dS K scale    dK = dS' Q scale
  *
- * Every product is the same small one, `product`: ROWS rows times up to COLUMNS columns, held in registers. What stands
- * left of it is read 32 bits at a time and spread over a vector, what stands right of it 16 columns at a time. These
- * 32 bits, a `word`, are two neighbours along the summed dimension in bf16 (vdpbf16ps) and one number in fp32 (fma), so
- * one code serves both: `pair` is the number of elements in a word. Sums, softmax and gradients in the making are fp32.
+ * Every product uses the same small kernel, `product`: ROWS rows times up to COLUMNS columns, summed in registers. Its
+ * left operand is read 32 bits at a time and broadcast to a vector, its right operand 16 columns at a time. These 32
+ * bits, a `word`, are two neighbours along the summed dimension in bf16 (vdpbf16ps) and one number in fp32 (fma), so
+ * the same code serves both; `pair` is the number of elements in a word. Sums, softmax and partial gradients are fp32.
  *
- * Right operands are packed once for each example and key/value head, and serve all the query heads that share it:
+ * Right operands are packed once per example and key/value head, and serve all the query heads that share it:
  *     columns  [panel of COLUMNS tokens][D / pair][COLUMNS]  words along D, for Q K' and dO V'
  *     pairs    [tokens / pair][D]                            words along the tokens, for P V, dS K, P' dO and dS' Q
- * P' and dS' need no transposition: a left operand has a stride for its rows and one for its depth.
+ * P' and dS' need no transposition: a left operand has one stride for its rows and one for its depth.
  *
- * Each product ends at the diagonal, to ROWS x 16 scores. One thread makes all of one example and key/value head, in
- * one order, on blocks counted from the example's first token: the bytes of a result depend neither on the number of
- * threads nor on the rest of the row. Padding is zeros, never a neighbour's tokens.
+ * Each product ends at the diagonal, rounded up to ROWS x 16 scores. One thread computes all of one example and
+ * key/value head, in a fixed order, on blocks counted from the example's first token. So results are bit-identical for
+ * any number of threads and don't depend on the rest of the row. Padding is zeros, never a neighbour's tokens.
  */
 
 #include "vectors.h"
@@ -30,10 +30,10 @@
 #include <string.h>
 
 enum {
-    ROWS = 6,               /* 6 x 4 vectors of sums, 4 of the right operand and 1 of the left fill the 32 registers */
+    ROWS = 6,               /* 6 x 4 vectors of sums, 4 of the right operand and 1 of the left fit the 32 registers */
     VECTORS = 4,
     COLUMNS = VECTORS * LANES,
-    QUERIES = 16 * ROWS,    /* queries and keys of a block of the backward pass: its scores stay in the nearest cache */
+    QUERIES = 16 * ROWS,    /* queries and keys of a block of the backward pass: its scores stay in the closest cache */
     KEYS = 2 * QUERIES,
 };
 _Static_assert(KEYS % COLUMNS == 0 && KEYS % ROWS == 0 && QUERIES % ROWS == 0, "blocks are made of whole tiles");
@@ -43,7 +43,7 @@ typedef uint32_t word;
 /* A tensor [heads, tokens, D], D contiguous; strides in bytes. */
 typedef struct { char *data; int64_t head, token; } Tensor;
 
-/* What is the same for all items of a call. H query heads share K key/value heads; cu_seqlens: [examples + 1]. */
+/* The arguments of a call. H query heads share K key/value heads; cu_seqlens: [examples + 1]. */
 typedef struct {
     const int32_t *cu_seqlens;
     int64_t examples, tokens, heads, kv_heads, size;
@@ -55,8 +55,8 @@ typedef struct {
 
 int64_t huarizo_call_size(void) { return sizeof(Call); }
 
-typedef struct { const word *words; int64_t row, step; } Left;   /* strides in words, of a row and along the depth */
-typedef struct { const word *words; int64_t step, panel; } Right; /* strides in words, along the depth and of a panel */
+typedef struct { const word *words; int64_t row, step; } Left;   /* strides in words: of a row, along the depth */
+typedef struct { const word *words; int64_t step, panel; } Right; /* strides in words: along the depth, of a panel */
 
 /* ------------------------------------------------------------------------------------------------------- products */
 
@@ -120,11 +120,12 @@ static __attribute__((noinline)) void product(int bf16, int64_t columns, int64_t
 
 /* ---------------------------------------------------------------------------------------------- vectors and packing */
 
-/* 2^x to 3 units of the last place for x <= 0 or so: 2^round(x) times a Taylor polynomial of the rest, in [-.5, .5]. */
+/* 2^x to 3 units in the last place, for x up to about 0: 2^round(x) times a Taylor polynomial of the rest, which is in
+ * [-.5, .5]. */
 INLINE __m512 power_of_2(__m512 x)
 {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* in this order a NaN stays one */
-    __m512 shift = _mm512_set1_ps(12582912.0f); /* 3 << 22: adding it leaves no bits for a fraction */
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* in this order a NaN stays a NaN */
+    __m512 shift = _mm512_set1_ps(12582912.0f); /* 3 << 22: adding it rounds to an integer */
     __m512 whole = _mm512_sub_ps(_mm512_add_ps(x, shift), shift);
     __m512 rest = _mm512_sub_ps(x, whole);
     __m512 y = _mm512_set1_ps(1.5403530393e-4f);
@@ -137,7 +138,7 @@ INLINE __m512 power_of_2(__m512 x)
     return _mm512_scalef_ps(y, whole);
 }
 
-/* Rows of fp32 -> elements, each times `factor`. from: [count, size]. */
+/* Stores rows of fp32 as elements, times `factor`. from: [count, size]. */
 static void store_rows(const Call *call, char *to, int64_t stride, const float *from, int64_t count, float factor)
 {
     for (int64_t row = 0; row < count; row++)
@@ -146,7 +147,7 @@ static void store_rows(const Call *call, char *to, int64_t stride, const float *
                   _mm512_mul_ps(_mm512_loadu_ps(from + row * call->size + d), _mm512_set1_ps(factor)));
 }
 
-/* Left operand: `count` rows one after the other, zeros up to a multiple of ROWS. */
+/* Left operand: `count` contiguous rows, padded with zeros to a multiple of ROWS. */
 static void copy_rows(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
     int64_t bytes = call->size * size_of(call->bf16);
@@ -157,13 +158,13 @@ static void copy_rows(const Call *call, word *to, const char *from, int64_t stri
     memset((char *)to + count * bytes, 0, (padded(count, ROWS) - count) * bytes);
 }
 
-/* Where a token of a head is. */
+/* The address of a token of a head. */
 INLINE char *place(Tensor tensor, int64_t head, int64_t token)
 {
     return tensor.data + head * tensor.head + token * tensor.token;
 }
 
-/* Asks for the next ROWS tokens to read. They can be a page apart in [T, H, D], where the CPU foresees nothing. */
+/* Prefetches ROWS tokens. In [T, H, D] they can be a page apart, where the hardware prefetcher does not help. */
 INLINE void prefetch(const Call *call, Tensor tensor, int64_t head, int64_t token)
 {
     const char *from = place(tensor, head, token);
@@ -172,7 +173,7 @@ INLINE void prefetch(const Call *call, Tensor tensor, int64_t head, int64_t toke
             _mm_prefetch(from + i * tensor.token + at, _MM_HINT_T0);
 }
 
-/* Right operand `pairs` of `count` tokens, zeros up to a multiple of ROWS. */
+/* Right operand `pairs` of `count` tokens, padded with zeros to a multiple of ROWS. */
 static void pack_pairs(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
     int64_t size = call->size, pair = pair_of(call->bf16), end = padded(count, ROWS);
@@ -193,7 +194,7 @@ static void pack_pairs(const Call *call, word *to, const char *from, int64_t str
         }
 }
 
-/* Right operand `columns` of `count` tokens, zeros up to a multiple of ROWS and on to one of 16. */
+/* Right operand `columns` of `count` tokens, padded with zeros to a multiple of ROWS and then of 16. */
 static void pack_columns(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
     int64_t depth = call->size / pair_of(call->bf16);
@@ -210,7 +211,7 @@ static void pack_columns(const Call *call, word *to, const char *from, int64_t s
 
 /* -------------------------------------------------------------------------------------------------------- forward */
 
-/* Scores j to j + 15 of row i in base 2, -inf beyond what the row sees. */
+/* Scores j to j + 15 of row i in base 2, -inf for keys that the row does not see. */
 INLINE __m512 scores_at(const float *scores, int64_t stride, int64_t i, int64_t j, int64_t seen, __m512 factor)
 {
     __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i * stride + j), factor);
@@ -218,8 +219,8 @@ INLINE __m512 scores_at(const float *scores, int64_t stride, int64_t i, int64_t 
 }
 
 /* Softmax of ROWS rows of scores, not yet divided by their sums, as elements in `p`. Row i sees its first `seen` + i
- * keys; beyond them are zeros up to `keys`. Both are [ROWS, stride] elements. All rows go on together, since the chain
- * of one is all waiting. */
+ * keys; the rest up to `keys` is zeros. `scores` and `p` are [ROWS, stride]. All rows are computed together, because a
+ * single row is one chain of dependent instructions. */
 INLINE void softmax_rows(const int bf16, const float *scores, char *p, int64_t stride, int64_t seen, int64_t keys,
                          float scale, float *tops, float *totals)
 {
@@ -313,7 +314,7 @@ typedef struct {
     float *scores, *grad_p;                     /* [ROWS, KEYS] */
     word *p_pairs, *grad_s_pairs, *grad_s;      /* [QUERIES / pair, KEYS] twice, and [QUERIES, KEYS / pair] */
     float lse[QUERIES], delta[QUERIES];
-    int64_t next_head, next_token;              /* where the block after this one begins */
+    int64_t next_head, next_token;              /* where the next block begins */
 } Backward;
 
 static int64_t backward_words(const Call *call, int64_t length)
@@ -340,10 +341,10 @@ static void lay_out(const Call *call, word *space, int64_t length, Backward *b)
     b->grad_p = b->scores + ROWS * KEYS;
     b->p_pairs = space + 2 * ROWS * KEYS;
     b->grad_s_pairs = b->p_pairs + QUERIES * KEYS;
-    b->grad_s = call->bf16 ? b->grad_s_pairs + QUERIES * KEYS : b->grad_s_pairs; /* the same thing in fp32 */
+    b->grad_s = call->bf16 ? b->grad_s_pairs + QUERIES * KEYS : b->grad_s_pairs; /* in fp32 both layouts are the same */
 }
 
-/* Rows x and y as 16 words for `pairs`; in bf16 also one after the other, each at its own row of a left operand. */
+/* Stores rows x and y as 16 words for `pairs`; in bf16 also each in its own row of a left operand. */
 INLINE void store_pair(int bf16, word *pairs, __m512 x, __m512 y, word *row_x, word *row_y)
 {
 #ifdef __AVX512BF16__
@@ -364,7 +365,7 @@ INLINE void store_pair(int bf16, word *pairs, __m512 x, __m512 y, word *row_x, w
 }
 
 /* P and dS of 16 keys from j on and queries `row` and `row` + 1 of the block, at `i` and `i` + 1 of scores and grad_p.
- * Query `row` sees the block's first `seen` keys; beyond the diagonal are zeros. */
+ * Query `row` sees the block's first `seen` keys; above the diagonal are zeros. */
 INLINE void make_pair(const int bf16, const int whole, const Backward *b, int64_t row, int64_t i, int64_t j,
                       int64_t seen, __m512 factor)
 {
@@ -384,7 +385,7 @@ INLINE void make_pair(const int bf16, const int whole, const Backward *b, int64_
     store_pair(bf16, b->grad_s_pairs + at, grad_s[0], grad_s[1], left, left + KEYS / 2);
 }
 
-/* P and dS of ROWS queries from `row` of the block on and the block's first `keys` keys, from their scores and dP. */
+/* P and dS of ROWS queries, from query `row` of the block on, and the block's first `keys` keys, from scores and dP. */
 INLINE void make_rows(const int bf16, const Backward *b, int64_t row, int64_t keys, int64_t seen, float scale)
 {
     __m512 factor = _mm512_set1_ps(scale);
@@ -399,8 +400,8 @@ INLINE void make_rows(const int bf16, const Backward *b, int64_t row, int64_t ke
             make_pair(bf16, 0, b, row + i, i, j, seen + i, factor);
 }
 
-/* What `count` queries at `query` and the keys from `key` on give to all three gradients. Both count from the example's
- * first token, and query >= key. */
+/* Adds the contribution of `count` queries at `query` and the keys from `key` on to all three gradients. Both are
+ * counted from the example's first token, and query >= key. */
 static void backward_block(const Call *call, const Backward *b, int64_t query, int64_t count, int64_t key)
 {
     int64_t size = call->size, pair = pair_of(call->bf16), depth = size / pair, rows = padded(count, ROWS);
@@ -434,7 +435,8 @@ static void backward_block(const Call *call, const Backward *b, int64_t query, i
     }
 }
 
-/* Brings `count` queries of `head` from `token` of the row on, their gradients, lse and rowsum(dO * O) together. */
+/* Reads `count` queries of `head` from `token` of the row on, with their gradients and lse, and computes
+ * rowsum(dO * O). */
 static void read_queries(const Call *call, Backward *b, int64_t head, int64_t token, int64_t count)
 {
     const char *q = place(call->q, head, token);
@@ -497,7 +499,7 @@ static int longest_first(const void *a, const void *b)
     return difference ? (difference > 0 ? 1 : -1) : (x->begin > y->begin) - (x->begin < y->begin);
 }
 
-/* Runs `item` for every example and key/value head, the longest first, each by whichever thread is free. */
+/* Runs `item` for every example and key/value head, the longest first, each on the next free thread. */
 static int run(const Call *call, int64_t (*words)(const Call *, int64_t),
                void (*item)(const Call *, word *, int64_t, int64_t, int64_t))
 {

@@ -1,7 +1,7 @@
 """Packed attention and its gradient in C (attention.c), for bf16 and fp32 on CPUs with AVX512.
 
-Only pointers and strides go to C; its results are the same bytes for any number of threads, which is torch's.
-Shapes: H query heads on K key/value heads, T tokens of the packed row, D a head's size.
+Only pointers and strides are passed to C. The results are bit-identical for any number of threads, which is torch's.
+Shapes: H query heads, K key/value heads, T tokens of the packed row, D head size.
 """
 
 import ctypes
@@ -13,12 +13,12 @@ from huarizo.host import cpu_flags
 from huarizo.kernels import build
 from huarizo.kernels.call import address, run
 
-LARGEST = 256  # of a head
+LARGEST = 256  # head size
 OF_KEYS = {"k", "v", "grad_k", "grad_v"}  # tensors with K heads; the others have H
 
 
 class Tensor(ctypes.Structure):
-    """`Tensor` in attention.c: [heads, T, D], its strides in bytes."""
+    """`Tensor` in attention.c: [heads, T, D], strides in bytes."""
 
     _fields_ = (("data", ctypes.c_void_p), ("head", ctypes.c_int64), ("token", ctypes.c_int64))
 
@@ -49,13 +49,13 @@ class Call(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL | str:
-    """What attention.c becomes on this CPU, or the reason why nothing does."""
+    """The library compiled from attention.c, or the reason why there is none."""
     return build.load("attention", Call)
 
 
 @functools.cache
 def reason_against(dtype: torch.dtype, size: int) -> str | None:
-    """Why heads of this dtype and size can't be attended to in C; None where they can."""
+    """Why attention with heads of this dtype and size can't be computed in C; None if it can."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there is no kernel for {dtype}"
     if size % 16 or not 0 < size <= LARGEST:
@@ -71,10 +71,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q: [H, T, D]; k, v: [K, T, D], of one dtype. Returns out [T, H, D] and the scores' log-sum-exp, fp32 [H, T].
 
-    The latter is in base 2 and meant for `backward` alone.
+    The latter is in base 2 and meant for `backward` only.
 
     Raises:
-        ValueError: `cu_seqlens` that don't rise from 0 to T, or shapes that don't fit each other.
+        ValueError: `cu_seqlens` doesn't rise from 0 to T, or the shapes don't fit each other.
     """
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -102,7 +102,7 @@ def backward(
 
 
 def _run(function: str, cu_seqlens: torch.Tensor, scale: float, lse: torch.Tensor, **tensors: torch.Tensor) -> None:
-    """tensors: those of `Call` that the function reads or writes, [H, T, D] or [K, T, D] each."""
+    """tensors: the fields of `Call` that the function reads or writes, each [H, T, D] or [K, T, D]."""
     of_queries, of_keys, dtype = tensors["q"].shape, tensors["k"].shape, tensors["q"].dtype
     heads, tokens, size = of_queries
     if heads % of_keys[0] or of_keys[1:] != of_queries[1:]:
@@ -113,7 +113,7 @@ def _run(function: str, cu_seqlens: torch.Tensor, scale: float, lse: torch.Tenso
         tokens=tokens, heads=heads, kv_heads=of_keys[0], size=size, scale=scale, bf16=dtype == torch.bfloat16,
         threads=torch.get_num_threads(), lse=address(function, lse, torch.float32, heads, tokens),
     )  # fmt: skip
-    held = [cu_seqlens]  # until C is done
+    held = [cu_seqlens]  # keeps them alive until C returns
     for name, x in tensors.items():
         shape = of_keys if name in OF_KEYS else of_queries
         if x.dtype != dtype or x.shape != shape:

@@ -1,9 +1,9 @@
-"""Compiles a C source of this package at its first use and loads it; says in words why, where that can't be.
+"""Compiles a C source of this package on first use and loads it, or returns the reason why it can't.
 
-The library is made for this very CPU by the machine's own compiler and kept in the cache folder under a name that
-changes with all that it depends on, so no binary is shipped and none is used where it doesn't belong. Its digest lies
-beside it, in a folder that nobody else can write: what was damaged is made anew, and what others may have put there is
-not loaded. Every kernel is beside a way in plain torch: a reason instead of a library is no error.
+The machine's own compiler builds the library for this CPU. It is cached under a name that is a hash of everything it
+depends on, so no binary is shipped and none is used on the wrong machine. Its digest is stored beside it, in a folder
+that only this user can write: a damaged library is built again, and one that someone else may have put there is not
+loaded. Every kernel has an equivalent in plain torch, so a missing library is not an error.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch  # noqa: F401  # and with it the OpenMP runtime to share
+import torch  # noqa: F401  # loads the OpenMP runtime to share
 
 from huarizo.errors import MachineError
 from huarizo.files import sha256_of, write_whole
@@ -27,14 +27,14 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 TIME_LIMIT = 120  # seconds for one compilation
-REQUIRED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})  # of every kernel
+REQUIRED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})  # by every kernel
 
 
 @functools.cache
 def load(name: str, call: type[ctypes.Structure]) -> ctypes.CDLL | str:
-    """The library made from `{name}.c`, compiled if it isn't in the cache, or the reason why there is none.
+    """The library compiled from `{name}.c`, from the cache if possible, or the reason why there is none.
 
-    call: the binding's twin of the struct that the library's functions take, which must have its size.
+    call: the binding's counterpart of the struct that the library's functions take; both must have the same size.
     """
     if missing := REQUIRED - cpu_flags():
         return f"this CPU has no {', '.join(sorted(missing))}"
@@ -52,10 +52,10 @@ def load(name: str, call: type[ctypes.Structure]) -> ctypes.CDLL | str:
 
 
 def _compiled(source: Path, compiler: str) -> Path:
-    """The library's file: as an earlier process left it, or new and put in its place in one step."""
+    """The library's file, from the cache or newly compiled and moved into place atomically."""
     folder = cache_folder() / "kernels"
     _make_own(folder)
-    # the runtime that torch has loaded comes first, so that the compiler's own isn't needed
+    # linked to torch's OpenMP runtime first, so that the compiler's own isn't needed
     flags = [*FLAGS, "-Wl,--as-needed", *_openmp_runtimes()[:1]]
     version = _run([compiler, "--version"], folder)
     sources = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
@@ -66,7 +66,7 @@ def _compiled(source: Path, compiler: str) -> Path:
             new = Path(made) / library.name
             _run([compiler, *flags[: len(FLAGS)], str(source), "-o", str(new), *flags[len(FLAGS) :], "-lm"], Path(made))
             content = new.read_bytes()
-        # another process may do the same, with the same bytes or others: the digest is of whichever library it follows
+        # another process may do the same, even with other bytes: each writes its library, then that library's digest
         _put(library, content)
         _put(_digest_of(library), hashlib.sha256(content).hexdigest())
     return library
@@ -84,7 +84,7 @@ def _digest_of(library: Path) -> Path:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether the library is there, as it was written."""
+    """Whether the library exists and matches its digest."""
     try:
         return sha256_of(library) == _digest_of(library).read_text()
     except (OSError, ValueError):
@@ -92,10 +92,10 @@ def _is_whole(library: Path) -> bool:
 
 
 def _make_own(folder: Path) -> None:
-    """Make the folder one that nobody else can write, or put another in the place of; what others may have put goes.
+    """Make the folder and its parent writable for this user only. Libraries that others may have written are removed.
 
     Raises:
-        OSError: it, or the folder above, is another user's.
+        OSError: the folder or its parent belongs to another user.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not hasattr(os, "getuid"):
@@ -111,7 +111,7 @@ def _make_own(folder: Path) -> None:
 
 
 def _run(command: list[str], scratch: Path) -> str:
-    """What the command prints. Of the environment it sees where programs lie and where to put what it needs itself."""
+    """What the command prints. Its environment has only a PATH, a locale and a folder for temporary files."""
     path = os.pathsep.join((str(Path(command[0]).parent), os.defpath))
     environment = {"PATH": path, "LC_ALL": "C", "TMPDIR": str(scratch)}
     return subprocess.run(
@@ -120,9 +120,8 @@ def _run(command: list[str], scratch: Path) -> str:
 
 
 def _loaded(library: Path, call: type[ctypes.Structure]) -> ctypes.CDLL | str:
-    """The library, unless its calls have another size than the binding's, or it brings an OpenMP runtime of its own.
-
-    Two OpenMP runtimes fight over the cores.
+    """Load the library. Returns a reason instead if its `Call` has another size than the binding's, or if it loads a
+    second OpenMP runtime, which would compete with torch's for the cores.
     """
     before = _openmp_runtimes()
     loaded = ctypes.CDLL(str(library))
@@ -131,7 +130,7 @@ def _loaded(library: Path, call: type[ctypes.Structure]) -> ctypes.CDLL | str:
     size = loaded.huarizo_call_size
     size.restype = ctypes.c_int64
     if size() != ctypes.sizeof(call):
-        return f"a call has {size()} bytes for the library and {ctypes.sizeof(call)} for its binding"
+        return f"Call has {size()} bytes in the library and {ctypes.sizeof(call)} in its binding"
     return loaded
 
 

@@ -1,22 +1,22 @@
-"""What the bindings share: a call to C is a struct of named fields, filled with sizes and addresses.
+"""Shared by the bindings: a call to C passes one struct of named fields with sizes and addresses.
 
-Each source has one struct, `Call`, and each binding its twin of the same name: a `ctypes.Structure` with the same
-fields, whose size is compared with C's when the library is loaded (build.py). Of a tensor only the address goes to C,
-and the address is given out here, for a tensor of the dtype, shape and layout that C reads.
+Each C source defines a struct `Call`, and each binding a `ctypes.Structure` of the same name and fields, whose size is
+compared with C's when the library is loaded (build.py). Only addresses of tensors are passed to C; `address` checks
+dtype, shape and layout first.
 """
 
 import ctypes
 
 import torch
 
-BAD_BOUNDARIES, NO_MEMORY = 1, 2  # what a kernel returns; vectors.h has the same
+BAD_BOUNDARIES, NO_MEMORY = 1, 2  # return values of a kernel, as in vectors.h
 
 
 def address(wanted_by: str, tensor: torch.Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
-    """Where the elements of a contiguous tensor begin, as long as the caller holds it; None for none.
+    """The address of a contiguous tensor's elements, valid while the caller holds the tensor; None for None.
 
     Raises:
-        ValueError: it has another dtype or shape, or isn't contiguous.
+        ValueError: the tensor has another dtype or shape, or isn't contiguous.
     """
     if tensor is None:
         return None
@@ -26,10 +26,10 @@ def address(wanted_by: str, tensor: torch.Tensor | None, dtype: torch.dtype, *sh
 
 
 def run(library: ctypes.CDLL | str, function: str, call: ctypes.Structure) -> None:
-    """Call `huarizo_{function}` of a library that there is.
+    """Call `huarizo_{function}` of a loaded library.
 
     Raises:
-        MemoryError: there is no memory for what it needs beside its results.
+        MemoryError: there is no memory for its workspace.
         ValueError: the boundaries of the examples don't rise from 0 to the row's length.
     """
     status = getattr(library, f"huarizo_{function}")(ctypes.byref(call))

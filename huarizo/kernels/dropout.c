@@ -1,16 +1,17 @@
-/* Dropout with a hashed mask, alone and in front of a product with a low rank.
+/* Dropout with a hashed mask, alone and fused with a low-rank product.
  *
  *     dropout   y_tk = keep(t, k) ? x_tk * scale : 0, where keep is hash(place_t K + k, seed) >= threshold
  *     down      h = dropout(x) A'
- *     gradient  g_A = g_h' dropout(x)    g_x = dropout(g_h A), of the same mask
+ *     gradient  g_A = g_h' dropout(x)    g_x = dropout(g_h A), with the same mask
  *
- * The hash is integer arithmetic without a state, so the loop becomes whole vectors and the backward pass makes the
- * same mask again from the seed. Rounds of xor-shift and multiply modulo 2^32; constants from C. Wellons' hash
- * prospector. huarizo/model/dropout.py has the same in plain torch, which defines what is correct.
+ * The hash is stateless integer arithmetic, so the loop vectorises, and the backward pass recomputes the mask from the
+ * seed. It is rounds of xor-shift and multiply modulo 2^32; the constants are from C. Wellons' hash prospector. The
+ * reference in plain torch is huarizo/model/dropout.py.
  *
- * x is [T, K], A [r, K]. In the products neither the mask nor dropout(x) ever stands in memory. What is summed is a
- * `word`, two neighbours along the sum in bf16 (vdpbf16ps) and one number in fp32 (fma). Forward a thread has rows,
- * backward columns, and every number is made in one order: the bytes do not depend on the number of threads.
+ * x is [T, K], A [r, K]. The products never store the whole mask or dropout(x). They sum over `words`: two neighbours
+ * along the sum in bf16 (vdpbf16ps), one number in fp32 (fma). Threads share the rows in the forward pass and the
+ * columns in the backward pass, and every number is computed in a fixed order, so results are bit-identical for any
+ * number of threads.
  */
 #include "vectors.h"
 
@@ -19,13 +20,14 @@
 #include <string.h>
 
 enum {
-    ROWS = 4,    /* of x that are read together, forward */
-    TALL = 8,    /* and backward */
-    RANKS = 4,   /* rows of A likewise, forward; their number is filled up with zeros */
-    SUMS = 8192, /* numbers of g_A that stay in a core's nearest cache */
+    ROWS = 4,    /* of x that are read together in the forward pass */
+    TALL = 8,    /* and in the backward pass */
+    RANKS = 4,   /* rows of A that are read together in the forward pass; A is padded to a multiple */
+    SUMS = 8192, /* numbers of g_A that stay in a core's closest cache */
 };
 
-/* x is [T, K], its stride in bytes; places are those of its rows in the step. `h` is h or g_h, `out` y or g_x, `grad` g_A, all of them contiguous. */
+/* The arguments of a call. x is [T, K], its stride in bytes; places are those of its rows in the step. `h` is h or g_h,
+ * `out` y or g_x, `grad` g_A, all contiguous. */
 typedef struct {
     int64_t rows, inputs, rank, x_stride;
     const char *x;
@@ -40,7 +42,7 @@ typedef struct {
 
 int64_t huarizo_call_size(void) { return sizeof(Call); }
 
-/* Which of 16 elements of a row from column `column` on are kept. */
+/* The mask of 16 elements of a row from column `column` on: the kept ones. */
 INLINE __mmask16 kept(const Call *call, int64_t row, int64_t column)
 {
     int64_t at = call->places[row] * call->inputs + column;
@@ -57,7 +59,8 @@ INLINE __mmask16 kept(const Call *call, int64_t row, int64_t column)
     return _mm512_cmpge_epu32_mask(x, _mm512_set1_epi32((int)call->threshold));
 }
 
-/* What is kept of 16 elements of a row from column `column` on: bf16 in the lower halves of the lanes, or fp32. */
+/* Loads the kept ones of 16 elements of a row from column `column` on, as fp32, or as bf16 in the lower half of each
+ * lane; the others are zero. */
 INLINE __m512i load_kept(const Call *call, const int bf16, int64_t row, int64_t column, __mmask16 *mask)
 {
     const char *from = call->x + row * call->x_stride + column * size_of(bf16);
@@ -65,7 +68,7 @@ INLINE __m512i load_kept(const Call *call, const int bf16, int64_t row, int64_t 
     return bf16 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(*mask, from)) : _mm512_maskz_loadu_epi32(*mask, from);
 }
 
-/* The first `count` of 16 numbers, as elements. */
+/* Stores the first `count` of 16 numbers as elements. */
 INLINE void store_first(const Call *call, int64_t count, char *to, int64_t at, __m512 x)
 {
     store(call->bf16, first(count), to + at * size_of(call->bf16), x);
@@ -76,7 +79,7 @@ INLINE void store_one(const Call *call, char *to, int64_t at, float x)
     store_first(call, 1, to, at, _mm512_set1_ps(x));
 }
 
-/* Element i of an array, as bits. */
+/* The bits of element i of an array. */
 INLINE uint32_t element_at(const Call *call, const char *from, int64_t i)
 {
     return call->bf16 ? ((const uint16_t *)from)[i] : ((const uint32_t *)from)[i];
@@ -101,7 +104,7 @@ int huarizo_dropout(const Call *call)
 
 /* ------------------------------------------------------------------------------------------------------------ down */
 
-/* A as words along K: [rank in RANKS][words]. */
+/* A as words along K: [r padded to RANKS][words]. */
 static void pack_along_inputs(const Call *call, uint32_t *to, int64_t words)
 {
     for (int64_t rank = 0; rank < call->rank; rank++)
@@ -178,7 +181,7 @@ int huarizo_dropout_down(const Call *call)
 
 /* -------------------------------------------------------------------------------------------------------- gradient */
 
-/* Words along the ranks of A [words of ranks][K filled up] and of g_h [T][words of ranks]; words of g_h along the rows
+/* A [words of ranks][K padded] and g_h [T][words of ranks] as words along the ranks; g_h as words along the rows,
  * [words of rows][r]. */
 typedef struct { uint32_t *weight, *grads, *row_words; int64_t rank_words, columns; } Packed;
 
@@ -212,8 +215,8 @@ static void pack_gradient(const Call *call, const Packed *p, int64_t thread, int
         }
 }
 
-/* g_x of `count` rows, TALL at most, and what they add to g_A, in the 16 columns from `column` on. sums: those of g_A
- * in these columns, [r, stride]. */
+/* Computes g_x of up to TALL rows, `count`, and adds their part of g_A, in the 16 columns from `column` on. sums: the
+ * sums of g_A in these columns, [r, stride]. */
 INLINE void gradient_tile(const Call *call, const int bf16, const Packed *p, float *sums, int64_t stride, int64_t row,
                           int64_t count, int64_t column)
 {
@@ -257,7 +260,7 @@ INLINE void gradient_tile(const Call *call, const int bf16, const Packed *p, flo
                         _mm512_maskz_mul_ps(mask[i], grad[i], _mm512_set1_ps(call->scale)));
 }
 
-/* Columns `from` to `to`. sums: [r, stride]. */
+/* Computes g_x and g_A in columns `from` to `to`. sums: [r, stride]. */
 INLINE void gradient_columns(const Call *call, const int bf16, const Packed *p, float *sums, int64_t from, int64_t to)
 {
     int64_t stride = padded(to - from, 2 * LANES) + LANES, row; /* odd, so that ranks spread over the cache */
@@ -280,7 +283,7 @@ int huarizo_dropout_down_backward(const Call *call)
 {
     int64_t pair = pair_of(call->bf16), row_words = (call->rows + pair - 1) / pair;
     int64_t vectors = padded(call->inputs, LANES) / LANES;
-    int64_t most = SUMS / LANES / call->rank < 1 ? 1 : SUMS / LANES / call->rank; /* vectors that are summed at once */
+    int64_t most = SUMS / LANES / call->rank < 1 ? 1 : SUMS / LANES / call->rank; /* vectors that are summed together */
     Packed p = {.rank_words = (call->rank + pair - 1) / pair, .columns = (vectors | 1) * LANES};
     int64_t each = call->rank * (most + 2) * LANES;
     uint32_t *space = malloc((p.rank_words * (p.columns + call->rows) + row_words * call->rank + each * call->threads)

@@ -1,6 +1,6 @@
-"""Dropout with a hashed mask, alone and in front of a thin linear layer, in C (dropout.c), for bf16 and fp32.
+"""Dropout with a hashed mask, alone and fused with a thin linear layer, in C (dropout.c), for bf16 and fp32.
 
-Only pointers and strides go to C; its results are the same bytes for any number of threads, which is torch's.
+Only pointers and strides are passed to C. The results are bit-identical for any number of threads, which is torch's.
 Shapes: T tokens, K channels, r the rank.
 """
 
@@ -36,13 +36,13 @@ class Call(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL | str:
-    """What dropout.c becomes on this CPU, or the reason why nothing does."""
+    """The library compiled from dropout.c, or the reason why there is none."""
     return build.load("dropout", Call)
 
 
 @functools.cache
 def reason_against(dtype: torch.dtype) -> str | None:
-    """Why values of this dtype can't be dropped in C; None where they can."""
+    """Why dropout of this dtype can't be computed in C; None if it can."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there is no kernel for {dtype}"
     found = library()
@@ -50,7 +50,7 @@ def reason_against(dtype: torch.dtype) -> str | None:
 
 
 def dropped(x: torch.Tensor, places: torch.Tensor, seed: int, threshold: int, scale: float) -> torch.Tensor:
-    """x [T, K] * scale where the hash of place, channel and seed is at least `threshold`, 0 elsewhere; contiguous."""
+    """x [T, K] * scale where the hash of place, channel and seed is at least `threshold`, else 0; contiguous."""
     out = x.new_empty(x.shape)
     _run("dropout", x, places, (seed, threshold, scale), out=out)
     return out
@@ -59,7 +59,7 @@ def dropped(x: torch.Tensor, places: torch.Tensor, seed: int, threshold: int, sc
 def down(
     x: torch.Tensor, weight: torch.Tensor, places: torch.Tensor, seed: int, threshold: int, scale: float
 ) -> torch.Tensor:
-    """The dropped x times weight'. x: [T, K]; weight: float32 [r, K], rounded to x's dtype; returns [T, r] in that."""
+    """dropout(x) weight' in the dtype of x. x: [T, K]; weight: float32 [r, K], rounded to x's dtype; returns [T, r]."""
     h = x.new_empty(x.shape[0], weight.shape[0])
     _run("dropout_down", x, places, (seed, threshold, scale), weight=weight.contiguous(), h=h)
     return h
@@ -74,7 +74,7 @@ def down_backward(
     threshold: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x, in its dtype, and of weight, float32, from that of the result of `down`."""
+    """Gradients of x, in its dtype, and of weight, float32, from the gradient of `down`'s result."""
     weight, grad = weight.contiguous(), grad.contiguous()
     grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
     mask = seed, threshold, scale
@@ -92,8 +92,8 @@ def _run(
     out: torch.Tensor | None = None,
     grad: torch.Tensor | None = None,
 ) -> None:
-    """mask: seed, threshold and scale; the tensors that the function reads or writes, as `Call` names them."""
-    x, places = x if x.stride(1) == 1 else x.contiguous(), places.contiguous()  # held until C is done
+    """mask: seed, threshold and scale; the tensors: the fields of `Call` that the function reads or writes."""
+    x, places = x if x.stride(1) == 1 else x.contiguous(), places.contiguous()  # keeps them alive until C returns
     (rows, inputs), rank = x.shape, 0 if weight is None else weight.shape[0]
     seed, threshold, scale = mask
     call = Call(

@@ -1,26 +1,26 @@
-/* The products of a frozen int8 linear layer with what stands around them, for CPUs with AVX512-VNNI.
+/* The products of a frozen int8 linear layer and the operations around them, for CPUs with AVX512-VNNI.
  *
  *     quantise  q = round(z / s) with z = rotate(x * factor) and s = max|z| / 127 of a row
  *     forward   y = rotate((q W') * s * scale) + x_F F' + bias
  *     backward  g_x = rotate((q W) * s) * factor, with q and s of z = rotate(g) * scale, rounded stochastically
  *
- * W is int8 [N, K], one copy for both directions; F, the float weight, [N, k]; rotate multiplies each BLOCK neighbours
- * in a row by the Hadamard matrix, in whose stead are sums and differences of pairs. The model's definition of all this,
- * in plain torch, is huarizo/model/frozen/int8.py.
+ * W is int8 [N, K], one copy for both directions; F, the float weight, is [N, k]; rotate multiplies each block of
+ * BLOCK neighbours in a row by the Hadamard matrix, computed as sums and differences of pairs. The reference in plain
+ * torch is huarizo/model/frozen/int8.py.
  *
- * vpdpbusd adds to each of 16 int32 the product of four unsigned with four signed bytes. The weight is therefore kept as
- * unsigned bytes, 128 too large, and every sum starts from -128 times the sum of the quantised row.
+ * vpdpbusd adds to each of 16 int32 the dot product of four unsigned and four signed bytes. The weight is therefore
+ * stored as unsigned bytes, with 128 added, and every sum starts from -128 times the sum of the quantised row.
  *
- * A tile is ROWS rows times COLUMNS columns, over the whole depth, in registers: 32 bits of the left operand, a `word`,
- * are spread over a vector, and the right operand is a panel [depth in words][COLUMNS]. A word is four neighbours along
- * the depth of int8, two of bf16 (vdpbf16ps) and one of fp32 (fma). The weight lies in memory as the panels of the
- * forward product, [panel][word][COLUMNS]; those of the backward product are made from it, a group at a time that stays
- * in a core's own cache. When the int8 sums are complete they become fp32, are scaled and rotated, take in the float
- * channels and the bias, and are rounded once, at the store.
+ * A tile is ROWS rows times COLUMNS columns over the whole depth, with the sums in registers. 32 bits of the left
+ * operand, a `word`, are broadcast to a vector; the right operand is a panel [depth in words][COLUMNS]. A word is four
+ * neighbours along the depth in int8, two in bf16 (vdpbf16ps) and one in fp32 (fma). The weight is stored as the panels
+ * of the forward product, [panel][word][COLUMNS]. The panels of the backward product are made from it, in groups that
+ * fit a core's own cache. Complete int8 sums are converted to fp32, scaled and rotated; the float channels and the bias
+ * are added; and the result is rounded once, when it is stored.
  *
- * The tiles of a call stand in one line, panel after panel, and every thread takes an equal piece. Integer sums are
- * exact, and every number of the result is made in one order wherever it is made: the bytes do not depend on the number
- * of threads. A row with a NaN or an infinity has the scale NaN and by it a result of NaNs.
+ * The tiles of a call are numbered panel by panel, and every thread takes an equal share of consecutive ones. Integer
+ * sums are exact, and every number of the result is computed in the same order on any thread, so results are
+ * bit-identical for any number of threads. A row with a NaN or an infinity gets the scale NaN and a result of NaNs.
  */
 
 #include "vectors.h"
@@ -35,18 +35,19 @@ enum {
     ROWS = 12,                  /* 12 x 2 vectors of sums, 2 of the right operand and 1 of the left */
     VECTORS = 2,
     COLUMNS = VECTORS * LANES,
-    BLOCK = COLUMNS,            /* of channels that are rotated together */
-    UNIT = 4,                   /* rows are dealt out in units of so many; what ROWS leaves over is tiles of a unit */
-    UNROLL = 4,                 /* words; every depth is a multiple */
-    GROUP_BYTES = 256 << 10,    /* of panels that are multiplied by all rows before the next ones */
+    BLOCK = COLUMNS,            /* channels that are rotated together */
+    UNIT = 4,                   /* threads share rows in units; rows that don't fill ROWS are tiles of one unit */
+    UNROLL = 4,                 /* in words; every depth is a multiple of it */
+    GROUP_BYTES = 256 << 10,    /* of a group of panels, which all rows are multiplied by before the next group */
     GROUP_PANELS = 8,
 };
 _Static_assert(ROWS % UNIT == 0, "tiles are whole units");
 
 enum { ONE = 0x3F800000, MINUS = (int)0xBF800000u }; /* the bits of 1 and of -1 */
 
-/* What a call is about. `x` is [T, K], of forward and quantise, or the gradient [T, N]; `out` the result of forward or
- * backward, contiguous. Strides are in bytes. N and K of the weight are filled up to multiples of COLUMNS. */
+/* The arguments of a call. `x` is [T, K] in forward and quantise, and the gradient [T, N] in backward; `out` is the
+ * result of forward or backward, contiguous. Strides are in bytes. N and K of the weight are padded to multiples of
+ * COLUMNS. */
 typedef struct {
     int64_t rows, inputs, outputs, floats; /* T, K, N, k */
     int64_t x_stride, quantised_stride;
@@ -55,7 +56,7 @@ typedef struct {
     float *row_scale;
     int32_t *row_start;
     const char *weight; /* [N / COLUMNS][K / WORD][COLUMNS][WORD] */
-    const float *scale, *factor; /* [N filled up]; [K]: of quantise or backward */
+    const float *scale, *factor; /* [N padded]; [K], of quantise or backward */
     const int64_t *float_channels;
     const char *float_weight, *bias; /* [N / COLUMNS][k in words][COLUMNS][WORD]; [N] */
     char *out;
@@ -71,7 +72,7 @@ INLINE __mmask32 first32(int64_t count) { return count >= 32 ? ~0u : count <= 0 
 
 typedef struct { char *data; int64_t size; } Space;
 
-/* Kept from call to call by the thread that calls: fresh pages cost more than what is written on them. */
+/* Kept between calls by the calling thread: page faults on new memory cost more than writing to it. */
 static _Thread_local Space kept;
 
 static char *workspace(int64_t size)
@@ -88,7 +89,7 @@ static char *workspace(int64_t size)
     return kept.data;
 }
 
-/* Takes `size` bytes off the front of what is left of a workspace. */
+/* Takes `size` bytes from the front of the rest of a workspace. */
 INLINE void *take(char **space, int64_t size)
 {
     char *taken = *space;
@@ -98,7 +99,7 @@ INLINE void *take(char **space, int64_t size)
 
 /* ---------------------------------------------------------------------------------------------------- quantisation */
 
-/* Of 64 int32 the bytes, in order; what is too large becomes the largest byte. */
+/* 64 int32 as bytes, in order, saturated. */
 INLINE __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d)
 {
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
@@ -106,7 +107,7 @@ INLINE __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d)
     return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
 }
 
-/* Of places `at` to `at` + 15 the fractions, in [0, 1), of start + place / golden ratio, in units of 2^-32. */
+/* Fractions in [0, 1) of start + place / golden ratio, in units of 2^-32, for places `at` to `at` + 15. */
 INLINE __m512 noise(int64_t at, uint32_t start)
 {
     const uint32_t golden = 0x9E3779B9u;
@@ -117,7 +118,7 @@ INLINE __m512 noise(int64_t at, uint32_t start)
     return _mm512_sub_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(1));
 }
 
-/* sum + place^4 where y, of places `at` to `at` + 15, is above zero. */
+/* sum + place^4 in the lanes where y is above zero; the lanes are places `at` to `at` + 15. */
 INLINE __m512i add_above_zero(__m512i sum, __m512 y, int64_t at)
 {
     __m512i place = _mm512_add_epi32(_mm512_set1_epi32((int)at),
@@ -127,7 +128,7 @@ INLINE __m512i add_above_zero(__m512i sum, __m512 y, int64_t at)
     return _mm512_mask_add_epi32(sum, above, sum, _mm512_mullo_epi32(place, place));
 }
 
-/* x times the Hadamard matrix of order 16, of sums and differences of lanes 1, 2, 4 and 8 apart. */
+/* x times the Hadamard matrix of order 16, as sums and differences of lanes 1, 2, 4 and 8 apart. */
 INLINE __m512 rotate_lanes(__m512 x)
 {
     x = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set4_epi32(MINUS, ONE, MINUS, ONE)), _mm512_permute_ps(x, 0xB1));
@@ -140,7 +141,7 @@ INLINE __m512 rotate_lanes(__m512 x)
                            _mm512_shuffle_f32x4(x, x, 0x4E));
 }
 
-/* One block. */
+/* Rotates one block. */
 INLINE void rotate(__m512 *a, __m512 *b)
 {
     __m512 low = rotate_lanes(*a), high = rotate_lanes(*b);
@@ -148,14 +149,14 @@ INLINE void rotate(__m512 *a, __m512 *b)
     *b = _mm512_sub_ps(low, high);
 }
 
-/* One row of `count` elements, filled up with zeros to `stride` bytes, a multiple of 64; its scale and what its sums
- * start from. An input is multiplied by `factor` [count], rotated, and rounded to nearest, ties to even; a gradient is
- * rotated, multiplied by `factor` [count filled up], and rounded up as often as it is large, by a noise that starts from
- * a hash of the scale and the signs. scratch: [stride]. */
+/* Quantises one row of `count` elements, padded with zeros to `stride` bytes, a multiple of 64, and writes its scale
+ * and the initial value of its sums. An input is multiplied by `factor` [count], rotated, and rounded to nearest, ties
+ * to even. A gradient is rotated, multiplied by `factor` [count padded], and rounded stochastically, with noise that
+ * starts from a hash of the scale and the signs. scratch: [stride]. */
 INLINE void quantise_row(const int bf16, const int gradient, const char *x, const float *factor,
                          int64_t count, float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
 {
-    /* Magnitudes compare as integers do, and a NaN is the largest. */
+    /* Magnitudes compare as their bits do as integers, and a NaN is the largest. */
     __m512i top[VECTORS] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     __m512i signs = _mm512_setzero_si512();
     for (int64_t i = 0; i < padded(count, LINE); i += BLOCK) {
@@ -209,7 +210,7 @@ INLINE void quantise_row(const int bf16, const int gradient, const char *x, cons
     *start_to = -128 * _mm512_reduce_add_epi32(sum);
 }
 
-/* Rows of the call's x that are quantised, and where to. */
+/* The arguments of quantising the rows of a call's x. */
 typedef struct {
     int gradient;
     const float *factor;
@@ -219,7 +220,7 @@ typedef struct {
     int32_t *start;
 } Quantisation;
 
-/* The share of `thread`. */
+/* Quantises the share of `thread`. */
 static void quantise_rows(const Call *call, const Quantisation *q, int64_t thread, int64_t threads)
 {
     float *scratch = q->scratch + thread * q->stride;
@@ -241,7 +242,7 @@ static void quantise_rows(const Call *call, const Quantisation *q, int64_t threa
 
 INLINE int64_t panel_bytes(int64_t words) { return words * COLUMNS * WORD; }
 
-/* Of a, b, c, d, result i has the 128 bits number i of each. */
+/* Result i has the i-th 128 bits of each of a, b, c, d. */
 INLINE void transpose_lanes(__m512i *a, __m512i *b, __m512i *c, __m512i *d)
 {
     __m512i low = _mm512_shuffle_i32x4(*a, *b, 0x44), high = _mm512_shuffle_i32x4(*a, *b, 0xEE);
@@ -252,9 +253,9 @@ INLINE void transpose_lanes(__m512i *a, __m512i *b, __m512i *c, __m512i *d)
     *d = _mm512_shuffle_i32x4(high, high_2, 0xDD);
 }
 
-/* The backward product's panel of columns `at` on, its depth `panels` forward panels of `words` words each.
+/* The backward product's panel that starts at column `at`. Its depth is `panels` forward panels of `words` words each.
  *
- * 4 by 4 bytes, outputs by inputs, are turned where they lie, in 128 bits; then these are dealt out to their words. */
+ * Blocks of 4 by 4 bytes, outputs by inputs, are transposed within their 128 bits, then moved to their words. */
 static void pack_columns(char *to, const char *weight, int64_t at, int64_t panels, int64_t words)
 {
     const __m512i turn = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
@@ -302,7 +303,7 @@ INLINE void multiply_floats(const int bf16, const int rows, int64_t words, const
     }
 }
 
-/* sum += left * right. Written out, since gcc 12 moves the sums of a tile about, and into memory, if they are its own. */
+/* sum += left * right. Inline assembly, because with the intrinsic gcc 12 moves and spills the sums of a tile. */
 INLINE void add_products(__m512i *sum, __m512i left, __m512i right)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(right), "v"(left));
@@ -333,7 +334,7 @@ INLINE void multiply_bytes(const int rows, int64_t words, const char *left, int6
     }
 }
 
-/* The first `count` of 32 numbers, as elements. */
+/* Stores the first `count` of 32 numbers as elements. */
 INLINE void store_columns(const int bf16, char *to, int64_t count, __m512 a, __m512 b)
 {
 #ifdef __AVX512BF16__
@@ -355,21 +356,21 @@ INLINE void store_columns(const int bf16, char *to, int64_t count, __m512 a, __m
     }
 }
 
-/* A product left [T, words] times panels, and all that becomes of it. */
+/* A product, left [T, words] times panels, and the operations on its result. */
 typedef struct {
     const Call *call;
-    int64_t rows, columns, words, float_words; /* of the result; of the two depths; no float words backward */
-    const char *left, *left_end;               /* quantised rows; the last unit of them, filled up */
+    int64_t rows, columns, words, float_words; /* of the result; of the two depths; float_words is 0 in backward */
+    const char *left, *left_end;               /* quantised rows; their last unit, padded */
     int64_t left_stride;
     const float *row_scale;
-    const float *before, *after; /* the rotation: column scales, forward; backward; the others NULL */
+    const float *before, *after; /* factors per column: before the rotation in forward, after it in backward; else NULL */
     const int32_t *row_start;
     const char *floats; /* the float channels, [T in units, float_words] */
-    const char *bias;   /* NULL backward and where there is none */
-    char *packed;       /* backward: room for a group of panels, each thread's its own */
+    const char *bias;   /* NULL in backward and without a bias */
+    char *packed;       /* in backward: space for a group of panels per thread */
 } Product;
 
-/* Row `row` on of the panel of columns `at` on. */
+/* The tile that starts at row `row` and column `at`. */
 INLINE void tile(const int bf16, const int rows, const Product *p, const char *panel, int64_t row, int64_t at)
 {
     __m512i sum[ROWS][VECTORS];
@@ -419,7 +420,7 @@ INLINE void tile(const int bf16, const int rows, const Product *p, const char *p
             store_columns(bf16, to + i * p->columns * size_of(bf16), p->columns - at, y[i][0], y[i][1]);
 }
 
-/* Rows `from` to `to`, in units, of `count` panels, the first of them that of columns `at` on. */
+/* All tiles of rows `from` to `to`, in units, and `count` panels, the first of which starts at column `at`. */
 static __attribute__((noinline)) void tiles(const Product *p, const char *panels, int64_t count, int64_t at,
                                             int64_t from, int64_t to)
 {
@@ -450,7 +451,7 @@ INLINE int64_t group_panels(const Product *p)
     return fit < 1 ? 1 : least(fit, GROUP_PANELS);
 }
 
-/* The piece of the line of tiles, panel after panel, that is `thread`'s: units `at` to `to` of it. */
+/* The share of `thread`: units `at` to `to` of all tiles, numbered panel by panel. */
 static void run_thread(const Product *p, int64_t thread, int64_t threads)
 {
     int64_t units = padded(p->rows, UNIT) / UNIT, all = padded(p->columns, COLUMNS) / COLUMNS * units;
@@ -486,7 +487,7 @@ int huarizo_int8_quantise(const Call *call)
     return OK;
 }
 
-/* The float channels of rows `from` to `to`, zeros up to `bytes` a row. */
+/* Gathers the float channels of rows `from` to `to`, padded with zeros to `bytes` per row. */
 static void gather(const Call *call, char *into, int64_t bytes, int64_t from, int64_t to)
 {
     for (int64_t row = from; row < to; row++) {
@@ -534,13 +535,13 @@ int huarizo_int8_backward(const Call *call)
     int64_t rows = padded(call->rows, UNIT);
     Quantisation q = {
         .gradient = 1, .factor = call->scale, .count = call->outputs,
-        .stride = padded(call->outputs, LINE) | LINE, /* an odd number of lines: so that rows spread over the cache */
+        .stride = padded(call->outputs, LINE) | LINE, /* an odd number of lines, so that rows spread over the cache */
     };
     Product p = {
         .call = call, .rows = call->rows, .columns = call->inputs, .words = padded(call->outputs, COLUMNS) / WORD,
         .left_stride = q.stride, .after = call->factor,
     };
-    int64_t each = group_panels(&p) * panel_bytes(p.words) + q.stride * (int64_t)sizeof(float); /* thread */
+    int64_t each = group_panels(&p) * panel_bytes(p.words) + q.stride * (int64_t)sizeof(float); /* per thread */
     char *space = workspace(rows * (q.stride + (int64_t)(sizeof(float) + sizeof(int32_t))) + each * call->threads
                             + 5 * LINE);
     if (!space)

@@ -1,7 +1,7 @@
 """The products of a frozen int8 linear layer in C (int8.c), for bf16 and fp32 on CPUs with AVX512-VNNI.
 
-Only pointers and strides go to C; its results are the same bytes for any number of threads, which is torch's.
-Shapes: T tokens, K input and N output channels, k float channels. huarizo/model/frozen/int8.py defines what is correct.
+Only pointers and strides are passed to C. The results are bit-identical for any number of threads, which is torch's.
+Shapes: T tokens, K input and N output channels, k float channels. The reference is huarizo/model/frozen/int8.py.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from huarizo.kernels.call import address, run
 
 LINE = 64  # bytes of a cache line
 COLUMNS = 32  # of a panel
-WORD = 4  # bytes that are multiplied at once
+WORD = 4  # bytes that are multiplied together
 
 
 class Call(ctypes.Structure):
@@ -46,13 +46,13 @@ class Call(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL | str:
-    """What int8.c becomes on this CPU, or the reason why nothing does."""
+    """The library compiled from int8.c, or the reason why there is none."""
     return build.load("int8", Call)
 
 
 @functools.cache
 def reason_against(dtype: torch.dtype) -> str | None:
-    """Why layers whose activations have this dtype can't be computed in C; None where they can."""
+    """Why layers with activations of this dtype can't be computed in C; None if they can."""
     if dtype not in (torch.bfloat16, torch.float32):
         return f"there is no kernel for {dtype}"
     if "amx_int8" in cpu_flags():
@@ -65,10 +65,10 @@ def reason_against(dtype: torch.dtype) -> str | None:
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
-    """A weight [N, K], int8 or float, as C reads it: panels of 32 rows, in each 32 bits of every row after the other.
+    """A weight [N, K], int8 or float, in C's layout: panels of 32 rows, interleaved in words of 32 bits.
 
-    Returns [N / 32, K / e, 32, e] with e elements in 32 bits; what N and K lack of multiples of 32 and e is filled up
-    with zeros. The integers are 128 too large, as uint8.
+    Returns [N / 32, K / e, 32, e] with e elements per word; N and K are padded with zeros to multiples of 32 and e.
+    Integers become uint8 by adding 128.
     """
     each = WORD // weight.element_size()
     weight = F.pad(weight, (0, -weight.shape[1] % each, 0, -weight.shape[0] % COLUMNS))
@@ -78,22 +78,23 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unpacked(weight: torch.Tensor, outputs: int | None = None, inputs: int | None = None) -> torch.Tensor:
-    """The weight of which `packed` made this one; [outputs, inputs] of it where what was filled up shall go."""
+    """The inverse of `packed`: the weight, cut to [outputs, inputs] if given, which removes the padding."""
     panels, words, columns, each = weight.shape
     weight = weight.transpose(1, 2).reshape(panels * columns, words * each)[:outputs, :inputs]
     return (weight ^ 128).view(torch.int8) if weight.dtype == torch.uint8 else weight
 
 
 def stride_of(channels: int) -> int:
-    """Bytes from one quantised row to the next: an odd number of cache lines, so that rows spread over the cache."""
+    """Bytes from one quantised row to the next: an odd number of cache lines, so that rows spread over cache sets."""
     return -(-channels // LINE) * LINE | LINE
 
 
 @torch.library.custom_op("huarizo::int8_quantise", mutates_args=())
 def quantise(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows for `forward`: x [T, K] times input_scale, float32 [K], rotated, and rounded to int8 with one scale a row.
+    """Rows for `forward`: x [T, K] times input_scale, float32 [K], rotated, rounded to int8 with one scale per row.
 
-    Returns int8 [T, stride_of(K)] with zeros at the end, the scales, float32 [T], and what sums start from, int32 [T].
+    Returns int8 [T, stride_of(K)], padded with zeros; the scales, float32 [T]; the initial value of the row's sums,
+    int32 [T].
     """
     quantised, row_scale, row_start = _empty_rows(x, input_scale)
     rows = {"quantised": quantised, "row_scale": row_scale, "row_start": row_start}
@@ -120,9 +121,9 @@ def forward(
     bias: torch.Tensor | None,
     outputs: int,
 ) -> torch.Tensor:
-    """[T, N] in the dtype of x, from the results of `quantise`. weight: `packed` int8; scale: float32 [N filled up].
+    """[T, N] in the dtype of x, from the results of `quantise`. weight: `packed` int8; scale: float32 [N padded].
 
-    x [T, K] serves the float channels alone; float_channels: int64 [k]; float_weight: `packed`; bias: [N].
+    x [T, K] is read only for the float channels; float_channels: int64 [k]; float_weight: `packed`; bias: [N].
     """
     out = x.new_empty(x.shape[0], outputs)
     rows = {"quantised": quantised, "row_scale": row_scale, "row_start": row_start}
@@ -164,8 +165,8 @@ def _(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smo
 
 
 def _run(function: str, x: torch.Tensor, inputs: int, outputs: int, **tensors: torch.Tensor | None) -> None:
-    """inputs, outputs: K and N; tensors: those of `Call` that the function reads or writes."""
-    x = x if x.stride(1) == 1 else x.contiguous()  # held until C is done
+    """inputs, outputs: K and N; tensors: the fields of `Call` that the function reads or writes."""
+    x = x if x.stride(1) == 1 else x.contiguous()  # keeps it alive until C returns
     rows, float_channels = x.shape[0], tensors.get("float_channels")
     floats = 0 if float_channels is None else float_channels.shape[0]
     panels, each, stride = -(-outputs // COLUMNS), WORD // x.element_size(), stride_of(inputs)

@@ -1,4 +1,4 @@
-/* What the kernels have in common: vectors of 16 fp32 lanes, and elements that are bf16 or fp32.
+/* Shared by the kernels: vectors of 16 fp32 lanes, and elements that are bf16 or fp32.
  *
  * A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code serves both.
  */
@@ -11,7 +11,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { LANES = 16, LINE = 64 /* bytes of a cache line */, WORD = 4, ALL = 0xFFFF /* lanes, as a mask */ };
-enum { OK = 0, BAD_BOUNDARIES = 1, NO_MEMORY = 2 }; /* what a kernel returns */
+enum { OK = 0, BAD_BOUNDARIES = 1, NO_MEMORY = 2 }; /* return values of a kernel */
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
@@ -40,7 +40,7 @@ INLINE __m512 multiply_add(const int bf16, __m512 sum, __m512i left, __m512i rig
 #endif
 }
 
-/* 16 elements as fp32; those masked out are zero and not read. */
+/* Loads 16 elements as fp32; masked-out ones are zero and not read. */
 INLINE __m512 load(const int bf16, __mmask16 mask, const char *from)
 {
     int all = __builtin_constant_p(mask) && mask == ALL;
@@ -58,7 +58,7 @@ INLINE __m512i halves_of(__m512 x)
     return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
 }
 
-/* 16 numbers as elements, as many as the mask has. */
+/* Stores 16 numbers as elements, those in the mask. */
 INLINE void store(const int bf16, __mmask16 mask, char *to, __m512 x)
 {
     int all = __builtin_constant_p(mask) && mask == ALL;

@@ -1,1 +1,1 @@
-"""The model that is trained: loading, LoRA, packed attention, and the loss at labelled positions."""
+"""The trained model: loading, LoRA, packed attention, and the loss at labelled positions."""

@@ -1,7 +1,8 @@
-"""An adapter's folder becomes an adapter on a model, whoever made it.
+"""Loads an adapter folder from any source onto a model.
 
-Its configuration is foreign text: PEFT would import modules that it names and compile patterns that it holds. Only what
-describes a plain LoRA is taken from it; anything else that is set is refused by name. Only safetensors are read.
+The configuration is untrusted: PEFT would import modules that it names and compile regular expressions that it holds.
+Only the fields that describe a plain LoRA are accepted; any other that is set is refused by name. Only safetensors are
+read.
 """
 
 import dataclasses
@@ -10,7 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from huarizo.errors import ModelError
 from huarizo.files import fault_in, manifest_of
@@ -21,31 +24,37 @@ from huarizo.model.load import load_tokenizer
 from huarizo.sandbox.reading import odd_entry, read_json, without_panics
 from huarizo.wording import first_line
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from huarizo.data.templates import Tokenizer
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LARGEST_CONFIG = 1_000_000  # bytes
 LARGEST_RANK = 4096
-PREFIX = "base_model.model."  # of the names in an adapter's file
+PREFIX = "base_model.model."  # of the tensor names in an adapter file
 BASE_LAYER = ".base_layer.weight"
-"""How names end of embeddings and heads that PEFT writes beside the LoRA on them, as the base had them."""
+"""Suffix of an embedding or head that has a LoRA: PEFT saves the base's own weight with the adapter."""
 VOCABULARY_SIDE = {
     ".weight": 0, BASE_LAYER: 0, ".lora_embedding_A": 1, ".lora_B.weight": 0,
 }  # fmt: skip
-"""Ends of the names of those layers' tensors that have a place for each token, and which of their sides that is."""
+"""Suffixes of the tensors of embedding and head with one entry per token, and the dimension that counts the tokens."""
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
-"""How names end of the rows of single tokens, which the configuration names by their ids."""
+"""Suffix of the trained rows of single tokens; the configuration lists their ids."""
 PLAIN_NAME = re.compile(r"[\w.]{1,200}")
 OF_TRANSFORMERS = re.compile(r"(transformers|unsloth)\.[\w.]{1,200}$")
 REWRITING = re.compile(r"olora|pissa")
 INITS = re.compile(r"gaussian|olora|orthogonal|pissa(_niter_\d{1,2})?")
-"""Initialisations that change the base model, or do nothing, when an adapter is loaded; all without code or data."""
+"""Initialisations that need neither code nor data; on loading an adapter they change the base model or do nothing."""
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """A PeftModel of `model` with the adapter of a folder, for use, not for training. Where the adapter has rows for
-    more tokens than the model, the model's embedding and head are made longer.
+def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """Put the adapter of a folder on `model`, for inference. If the adapter has rows for more tokens than the model,
+    the model's embedding and head are extended.
 
     Raises:
-        ModelError: no adapter there, one that does not fit the model, or that asks for more than a plain LoRA.
+        ModelError: the folder has no adapter, or one that doesn't fit the model or is more than a plain LoRA.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -56,24 +65,24 @@ def load_adapter(model: Any, folder: Path) -> Any:
     try:
         with without_panics():
             tuned = PeftModel.from_pretrained(model, str(folder), config=config).eval()
-    except Exception as error:  # whatever a broken or foreign adapter sets off
+    except Exception as error:  # anything that a broken or unknown adapter causes
         if "size mismatch" in str(error):
             raise ModelError(f"{wrong_base}: the sizes of its layers differ") from None
-        raise ModelError(f"{folder}: the adapter does not load: {first_line(error)}") from None
+        raise ModelError(f"{folder}: the adapter can't be loaded: {first_line(error)}") from None
     given = {name for name in tensors_in(folder / WEIGHTS) if not is_of_the_base(name, config)}
     if unused := given ^ set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
         raise ModelError(f"{wrong_base}: {sorted(unused)[0]} has no counterpart")
     return tuned
 
 
-def rewritten_weights(model: Any, folder: Path) -> dict[str, Any]:
-    """Copies of those weights of a base that change when this adapter is loaded, by name, as long as they are then.
+def rewritten_weights(model: "PreTrainedModel", folder: Path) -> dict[str, torch.Tensor]:
+    """Copy the base weights that loading this adapter changes, by name, with as many rows as they have afterwards.
 
-    PiSSA and OLoRA put a part of the weight into A and B and leave the rest in the base; an adapter that was saved with
-    the base's embedding or head brings another one. {} for every other LoRA.
+    PiSSA and OLoRA move a part of the weight into A and B and leave the rest in the base; an adapter that was saved
+    with the base's embedding or head replaces it. {} for every other LoRA.
 
     Raises:
-        ModelError: no adapter there, no plain LoRA, or one with tokens that nothing beside it tells.
+        ModelError: the folder has no adapter or no plain LoRA, or no tokenizer that names the adapter's tokens.
     """
     config = check_adapter(folder)
     shapes = _shapes(folder, config)
@@ -86,11 +95,11 @@ def rewritten_weights(model: Any, folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def without_adapter(tuned: Any, rewritten: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the block a PeftModel computes what its base does. `rewritten`: the base's, of `rewritten_weights`."""
+def without_adapter(tuned: "PeftModel", rewritten: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside the block a PeftModel computes what its base does. `rewritten`: from `rewritten_weights`."""
     layers = dict(tuned.get_base_model().named_modules())
     swapped = {name: _base_weight(layers[name.removesuffix(".weight")]) for name in rewritten}
-    kept = {name: weight.data for name, weight in swapped.items()}
+    own = {name: weight.data for name, weight in swapped.items()}
     with tuned.disable_adapter():
         try:
             for name, weight in swapped.items():
@@ -98,18 +107,18 @@ def without_adapter(tuned: Any, rewritten: Mapping[str, Any]) -> Iterator[None]:
             yield
         finally:
             for name, weight in swapped.items():
-                weight.data = kept[name]
+                weight.data = own[name]
 
 
-def _base_weight(layer: Any) -> Any:
-    """The base's weight in a layer, whatever PEFT put around it."""
+def _base_weight(layer: Any) -> torch.Tensor:  # layer: any module; PEFT's wrappers have no common type
+    """The base's weight in a layer, inside any PEFT wrapper."""
     if hasattr(layer, "token_adapter"):
         layer = layer.token_adapter
     return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight
 
 
-def is_of_the_base(name: str, config: Any) -> bool:
-    """Whether a tensor of an adapter's file is an embedding or head that the base had when it was saved."""
+def is_of_the_base(name: str, config: "LoraConfig") -> bool:
+    """Whether a tensor of an adapter file is the base's own embedding or head, saved with the adapter."""
     layer = layer_of(name).rpartition(".")[2]
     return name.endswith(BASE_LAYER) or (
         name.endswith(f".{layer}.weight") and _is_vocabulary(name) and layer not in (config.modules_to_save or ())
@@ -117,7 +126,7 @@ def is_of_the_base(name: str, config: Any) -> bool:
 
 
 def layer_of(name: str) -> str:
-    """The layer that a tensor of an adapter's file belongs to, by the base's name."""
+    """The layer that a tensor of an adapter file belongs to, by its name in the base."""
     name = name.removeprefix(PREFIX).partition(".lora_")[0]
     return name.removesuffix(TOKEN_ROWS).removesuffix(".weight").removesuffix(".base_layer")
 
@@ -127,37 +136,37 @@ def _is_vocabulary(name: str) -> bool:
 
 
 def rows_with(folder: Path, rows: int) -> int:
-    """How many rows the embedding of a base, of `rows`, has once it is ready for the adapter of a folder.
+    """The number of embedding rows that a base of `rows` rows needs for the adapter of a folder.
 
     Raises:
-        ModelError: no adapter there, or it has rows for more tokens than the base, and the tokenizer beside it does not
-            tell which tokens these are.
+        ModelError: the folder has no adapter; or the adapter has rows for more tokens than the base, and no tokenizer
+            beside it names these tokens.
     """
     config = check_adapter(folder)
     whole = max((_places(name, shape) for name, shape in _shapes(folder, config).items()), default=0)
     trained = 1 + max((number for numbers in trained_rows(config).values() for number in numbers), default=-1)
     if max(whole, trained) <= rows:
         return rows
-    told = f"{folder / (WEIGHTS if whole > rows else CONFIG)}: it has rows for {max(whole, trained):,} tokens"
-    told = f"{told}, the base for {rows:,}"
-    mend = "that the adapter was trained with (tokenizer.save_pretrained), or give its own base as --base-model"
+    problem = f"{folder / (WEIGHTS if whole > rows else CONFIG)}: it has rows for {max(whole, trained):,} tokens"
+    problem = f"{problem}, the base for {rows:,}"
+    remedy = "that the adapter was trained with (tokenizer.save_pretrained), or give its own base as --base-model"
     if not _has_tokenizer(folder):
-        raise ModelError(f"{told}, and there is no tokenizer beside it. Put the tokenizer there {mend}")
+        raise ModelError(f"{problem}, and there is no tokenizer beside it. Put the tokenizer there {remedy}")
     tokens = size_of(load_tokenizer(folder))
     if not (rows < tokens and trained <= tokens and (not whole or max(tokens, trained) <= whole)):
-        raise ModelError(f"{told}, and the tokenizer beside it has {tokens:,}. Put the tokenizer there {mend}")
+        raise ModelError(f"{problem}, and the tokenizer beside it has {tokens:,}. Put the tokenizer there {remedy}")
     return whole or tokens
 
 
 def _places(name: str, shape: list[int]) -> int:
-    """For how many tokens a tensor of an adapter's file has places; 0 where it is of another layer."""
+    """The number of tokens that a tensor of an adapter file has entries for; 0 if it is not of embedding or head."""
     side = VOCABULARY_SIDE.get(name.removeprefix(PREFIX).removeprefix(layer_of(name)))
     return shape[side] if _is_vocabulary(name) and side is not None and side < len(shape) else 0
 
 
-def trained_rows(config: Any) -> dict[str, list[int]]:
-    """The ids of the tokens whose rows an adapter has, by the last part of the layer's name."""
-    found: Any = config.trainable_token_indices or {}
+def trained_rows(config: "LoraConfig") -> dict[str, list[int]]:
+    """The ids of the tokens whose single rows an adapter holds, by the last part of the layer's name."""
+    found = config.trainable_token_indices or {}
     found = found if isinstance(found, dict) else dict.fromkeys(vocabulary_layers()[0], found)
     return {name.rpartition(".")[2]: numbers for name, numbers in found.items()}
 
@@ -166,13 +175,13 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def tokenizer_beside(folder: Path, base: Any, rows: int) -> Any | None:
-    """The tokenizer that an adapter brings along, where it has tokens that the base's has not, and room for them.
+def tokenizer_beside(folder: Path, base: "Tokenizer", rows: int) -> "Tokenizer | None":
+    """The adapter folder's tokenizer, if it has tokens that the base's lacks and the embedding has rows for them.
 
     base: the base's tokenizer; rows: of the base's embedding.
 
     Raises:
-        ModelError: as `rows_with`, or a tokenizer that the adapter's rows need can't be loaded.
+        ModelError: as `rows_with`; or the adapter's rows need this tokenizer, and it can't be loaded.
     """
     longer = rows_with(folder, rows)
     needed = longer > rows or bool(trained_rows(check_adapter(folder)))
@@ -187,8 +196,8 @@ def tokenizer_beside(folder: Path, base: Any, rows: int) -> Any | None:
     return brought if (needed or size_of(brought) > size_of(base)) and size_of(brought) <= longer else None
 
 
-def check_adapter(folder: Path) -> Any:
-    """The LoraConfig of an adapter that is whole and nothing but a plain LoRA.
+def check_adapter(folder: Path) -> "LoraConfig":
+    """Check that an adapter is complete and a plain LoRA, and return its LoraConfig.
 
     Raises:
         ModelError: it is not; the message says why.
@@ -197,7 +206,7 @@ def check_adapter(folder: Path) -> Any:
         pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).is_file()]
         if pickled:
             raise ModelError(
-                f"{folder}: the adapter is a pickle ({pickled[0]}), which is never read. Where you trust it, load it "
+                f"{folder}: the adapter is a pickle ({pickled[0]}), which is never read. If you trust it, load it "
                 "once with PEFT and call save_pretrained, which writes safetensors"
             )
         raise ModelError(f"{folder}: no adapter here ({WEIGHTS})")
@@ -208,7 +217,7 @@ def check_adapter(folder: Path) -> Any:
     except ValueError as error:
         fault = str(error)
     if fault:
-        raise ModelError(f"{folder}: {fault}. Make it again from the last checkpoint, or put a whole copy there")
+        raise ModelError(f"{folder}: {fault}. Make it again from the last checkpoint, or put a complete copy there")
     config = _read_config(folder)
     shapes = _shapes(folder, config)
     if config.target_modules is None:
@@ -216,8 +225,8 @@ def check_adapter(folder: Path) -> Any:
     return config
 
 
-def _read_config(folder: Path) -> Any:
-    """A LoraConfig from adapter_config.json, for inference. `target_modules` is None where it is a pattern or not said.
+def _read_config(folder: Path) -> "LoraConfig":
+    """A LoraConfig from adapter_config.json, for inference. `target_modules` is None if it is a pattern or missing.
 
     Raises:
         ModelError: it is missing, broken, or not a plain LoRA; the message names the field.
@@ -237,22 +246,22 @@ def _read_config(folder: Path) -> Any:
     for name, value in values.items():
         if name in CHECKS:
             if not CHECKS[name](value):
-                raise ModelError(f"{path}: {name} is {json.dumps(value)[:80]}, which is not that of a plain LoRA")
+                raise ModelError(f"{path}: {name} is {json.dumps(value)[:80]}, which no plain LoRA has")
         elif value and value != defaults.get(name):
-            raise ModelError(f"{path}: it sets {name}, which Huarizo does not load. Only a plain LoRA is")
-    taken = {name: value for name, value in values.items() if name in CHECKS and value is not None}
-    if isinstance(taken.get("target_modules"), str):
-        del taken["target_modules"]  # the matrices in the file say the same, and no pattern has to be compiled
+            raise ModelError(f"{path}: it sets {name}. Huarizo loads plain LoRA adapters only, and those don't set it")
+    accepted = {name: value for name, value in values.items() if name in CHECKS and value is not None}
+    if isinstance(accepted.get("target_modules"), str):
+        del accepted["target_modules"]  # the matrices in the file say the same, and no pattern is compiled
     for name in ("peft_type", "task_type", "auto_mapping"):
-        taken.pop(name, None)
-    taken |= {"task_type": "CAUSAL_LM", "inference_mode": True}
+        accepted.pop(name, None)
+    accepted |= {"task_type": "CAUSAL_LM", "inference_mode": True}
     try:
-        return LoraConfig(**taken)  # pyright: ignore[reportArgumentType]
+        return LoraConfig(**accepted)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError) as error:
         raise ModelError(f"{path}: peft refuses these settings: {first_line(error)}") from None
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     names = [value] if isinstance(value, str) else value
     return value is None or (
         isinstance(names, list)
@@ -261,7 +270,7 @@ def _is_names(value: Any) -> bool:
     )
 
 
-def _is_rank(value: Any) -> bool:
+def _is_rank(value: object) -> bool:
     return type(value) is int and 0 < value <= LARGEST_RANK
 
 
@@ -269,26 +278,26 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 1e6
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _is_flag(value: Any) -> bool:
+def _is_flag(value: object) -> bool:
     return type(value) is bool
 
 
-def _is_pattern_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _is_pattern_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: (
         value is None or (isinstance(value, dict) and _is_names(list(value)) and all(map(kind, value.values())))
     )
 
 
-def _is_layers(value: Any) -> bool:
+def _is_layers(value: object) -> bool:
     return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
 
 
-def _is_tokens(value: Any) -> bool:
-    """Ids of tokens: of the embedding, or of embedding and head by name."""
+def _is_tokens(value: object) -> bool:
+    """Token ids: a list for the embedding, or lists for embedding and head by name."""
     numbers = list(value.values()) if isinstance(value, dict) else [value]
     names = [str(name).rpartition(".")[2] for name in value] if isinstance(value, dict) else []
     return value is None or (
@@ -304,8 +313,8 @@ def _is_tokens(value: Any) -> bool:
     )
 
 
-def _is_note_of_class(value: Any) -> bool:
-    """PEFT's note of a base's class, which it writes where no task is set; the names are not followed."""
+def _is_note_of_class(value: object) -> bool:
+    """PEFT's record of the base's class, written if no task is set. The names in it are never imported."""
     return value is None or (
         isinstance(value, dict)
         and value.keys() <= {"base_model_class", "parent_library", "unsloth_fixed"}
@@ -340,11 +349,11 @@ CHECKS = {
     "revision": _is_text,
     "peft_version": _is_text,
 }
-"""Fields that are taken, each with what it may be."""
+"""The accepted fields, each with the check of its value."""
 
 
-def _shapes(folder: Path, config: Any) -> dict[str, list[int]]:
-    """The file's tensors, after a check that the configuration's rank is theirs: no memory is taken for more."""
+def _shapes(folder: Path, config: "LoraConfig") -> dict[str, list[int]]:
+    """The shapes of the file's tensors, checked against the configuration's rank, so that PEFT allocates no more."""
     allowed = {config.r, *(config.rank_pattern or {}).values()}
     try:
         shapes = {name: tensor.shape for name, tensor in tensors_in(folder / WEIGHTS).items()}
@@ -361,7 +370,7 @@ def _shapes(folder: Path, config: Any) -> dict[str, list[int]]:
 
 
 def _targets(folder: Path, names: Iterable[str]) -> list[str]:
-    """The modules that the file has matrices for."""
+    """The modules for which the file has matrices."""
     found = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in names if ".lora_" in name})
     if not _is_names(found):
         raise ModelError(f"{folder / WEIGHTS}: it has matrices for modules that no plain LoRA has")

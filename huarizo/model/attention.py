@@ -1,11 +1,10 @@
-"""Causal attention over packed examples, each one isolated exactly, registered with Transformers as `huarizo_packed`.
+"""Causal attention over packed examples, each fully isolated, registered with Transformers as `huarizo_packed`.
 
-The examples of a packed row are told apart by `cu_seqlens`, which travels through the model's keyword arguments. Every
-example is attended to on its own slice, so no mask of the whole row is made, no token of another example is ever read,
-and the values of one example can't depend on another's. It needs no FlashAttention and runs on every device: on a CPU
-by a kernel in C where kernels/attention.py can have one, and otherwise by plain batched products on blocks that stay in
-the cache, which beat torch's own CPU kernel several times at the lengths of instruction data; elsewhere by torch's
-scaled_dot_product_attention.
+`cu_seqlens` marks the examples of a packed row; it is passed through the model's keyword arguments. Each example is
+computed on its own slice, so there is no mask of the whole row, and no example's values depend on another's. It needs
+no FlashAttention and runs on every device. On a CPU it uses the C kernel where kernels/attention.py has one, and
+otherwise batched products on blocks that fit the cache, which at the lengths of instruction data are several times as
+fast as torch's own CPU kernel. On other devices it uses torch's scaled_dot_product_attention.
 Seen with transformers 5.17 to 5.23; tests/model/test_attention.py fails when the hooks move.
 """
 
@@ -21,16 +20,16 @@ from huarizo.errors import ModelError
 from huarizo.kernels import attention as kernel
 
 NAME = "huarizo_packed"
-BLOCK = 64  # queries at a time: scores of one block fit the cache, and what lies above the diagonal is skipped
+BLOCK = 64  # queries at a time: the scores of a block fit the cache, and keys above the diagonal are skipped
 
-# Shapes: H heads on K key/value heads, G = H / K of them sharing one; T tokens of the packed row, D a head's size;
-# an example has tokens s to e, a block of its queries B of them, which see the N keys up to the block's end; x = G * B.
+# Shapes: H query heads, K key/value heads, each shared by G = H / K query heads; T tokens of the packed row; D the head
+# size. An example spans tokens s to e. A block has B of its queries, which see the N keys up to its end; x = G * B.
 
 
 def reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The definition of correct: softmax over one [T, T] score matrix with a block-diagonal causal mask.
+    """Reference implementation: softmax over one [T, T] score matrix with a block-diagonal causal mask.
 
     q: [H, T, D]; k, v: [K, T, D] with H a multiple of K; cu_seqlens: [n + 1]. Returns [T, H, D].
     """
@@ -44,14 +43,14 @@ def reference(
 
 
 def _blocks(cu_seqlens: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """(s, a, b) for each block of queries: where its example begins, where it begins, and where it ends."""
+    """(s, a, b) for each block of queries: the start of its example, its own start, and its end."""
     for s, e in itertools.pairwise(cu_seqlens.tolist()):
         for a in range(s, e, BLOCK):
             yield s, a, min(a + BLOCK, e)
 
 
 def _folded(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """[H, B, D] -> [K, x, D]: the queries that share a key/value head, one below the other."""
+    """[H, B, D] -> [K, x, D]: the queries that share a key/value head, stacked."""
     return states.reshape(heads, -1, states.shape[-1])
 
 
@@ -71,7 +70,7 @@ def _attend_in_torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> torch.Tensor:
     heads, mask = k.shape[0], _causal(q)
-    q, k, v = (x.contiguous() for x in (q, k, v))  # torch rounds some products otherwise where strides are others
+    q, k, v = (x.contiguous() for x in (q, k, v))  # with other strides torch rounds some products differently
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     for s, a, b in _blocks(cu_seqlens):
         p_KxN = _probabilities(_folded(q[:, a:b] * scale, heads), k[:, s:b], b - a, mask)
@@ -82,7 +81,7 @@ def _attend_in_torch(
 def _gradients_in_torch(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The probabilities are made again block by block.
+    """Gradients of q, k, v. The probabilities are recomputed block by block.
 
     With P the probabilities and dP = dO V': dV = P' dO, dS = P * (dP - rowsum(P * dP)), dQ = dS K, dK = dS' Q.
     """
@@ -110,9 +109,9 @@ def _in_c(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q: [H, T, D]; k, v: [K, T, D]. Returns out [T, H, D] and what the backward pass in C wants, fp32 [H, T].
+    """q: [H, T, D]; k, v: [K, T, D]. Returns out [T, H, D] and, for the backward pass in C, fp32 [H, T].
 
-    In torch the latter is zeros: its backward pass doesn't read them.
+    The latter is zeros when computed in torch, whose backward pass doesn't read it.
     """
     if _in_c(q, k, v):
         return kernel.forward(q, k, v, cu_seqlens, scale)
@@ -174,12 +173,12 @@ WITHOUT_EFFECT = frozenset({
     "position_ids", "cache_position", "use_cache", "logits_to_keep", "num_items_in_batch", "output_hidden_states",
     "return_dict",
 })  # fmt: skip
-"""What reaches an attention function that has no say in what attention computes."""
+"""Keyword arguments that reach an attention function without changing what it computes."""
 
 
-def _refuse_others(module: torch.nn.Module, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-    """What asks for another attention than the causal one of each example: a sliding window, soft caps, sinks, dropout,
-    a bias, a mask, or anything that is not known. None, False and no dropout ask for nothing."""
+def _refuse_others(module: torch.nn.Module, mask: torch.Tensor | None, kwargs: dict[str, object]) -> None:
+    """Raise a ModelError for arguments that ask for more than causal attention within each example: a sliding window,
+    soft caps, sinks, dropout, a bias, a mask, or anything unknown. None, False and 0 ask for nothing."""
     asked = {"attention_mask": mask, **kwargs}
     causal = asked.pop("is_causal", None)
     odd = [
@@ -202,15 +201,15 @@ def packed_attention(
     *,
     scaling: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as Transformers calls it.
+    """The attention function that Transformers calls.
 
     query: [1, H, T, D]; key, value: [1, K, T, D]; cu_seqlens: [n + 1] int32. Returns ([1, T, H, D], None).
 
     Raises:
-        ValueError: without `cu_seqlens`. Generation uses Transformers' own attention instead.
-        ModelError: the model's attention is another than this, by what is passed.
+        ValueError: `cu_seqlens` is missing. Generation uses Transformers' own attention instead.
+        ModelError: the arguments ask for another attention than this one.
     """
     _refuse_others(module, attention_mask, kwargs)
     if cu_seqlens is None:
@@ -221,11 +220,11 @@ def packed_attention(
     return _attend_by_example(query, key, value, cu_seqlens, scaling), None  # pyright: ignore[reportCallIssue]
 
 
-@torch.compiler.disable  # how many examples there are, and how long, differs from batch to batch
+@torch.compiler.disable  # the number and lengths of the examples differ from batch to batch
 def _attend_by_example(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """[1, T, H, D]. The boundaries are read by the CPU: where they are on a card, it is waited for."""
+    """Returns [1, T, H, D]. The CPU reads the boundaries; if they are on a GPU, this synchronizes with it."""
     lengths = cu_seqlens.diff().tolist()
     outputs = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
@@ -235,7 +234,7 @@ def _attend_by_example(
 
 
 def no_mask(*args: object, **kwargs: object) -> None:
-    """The mask function of `huarizo_packed`: there is none."""
+    """The mask function of `huarizo_packed`, which needs no mask."""
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -1,23 +1,22 @@
-"""Dropout whose mask is a hash of seed, layer, step, token and channel: one definition on every device.
+"""Dropout whose mask is a hash of seed, layer, step, token and channel: the same on every device.
 
-A token counts by its place in the optimizer step, not in the micro-batch. So the masks are the same however a step is
-cut into micro-batches and dealt out to processes, compiled or not, with a kernel or without, and in a run that goes on.
-On a CPU a hash in C is faster than torch's own generator; the backward pass makes the mask again instead of keeping it.
+A token is identified by its place in the optimizer step, not in the micro-batch. So the masks don't depend on how a
+step is cut into micro-batches or spread over processes, on compilation or the kernel, or on whether a run was resumed.
+On a CPU a hash in C is faster than torch's own generator. The backward pass recomputes the mask instead of storing it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from huarizo.kernels import dropout as kernel
 
-THIN = 32  # the largest rank whose product is made with the mask
-CAPACITY = 4096  # tokens of a micro-batch for which there is room from the start
+THIN = 32  # the largest rank whose product is fused with the mask
+CAPACITY = 4096  # initial size of the buffer of places, in tokens of a micro-batch
 SIGN = -(2**31)
 
 # Shapes: T tokens, K channels, r the rank.
@@ -26,7 +25,7 @@ SIGN = -(2**31)
 def hashed(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
     """Uniform 32 bits, int32 in the shape of `index` (int32), a pure function of it and the seed (int32 [1]).
 
-    Rounds of xor-shift and multiply modulo 2^32, the seed between them; dropout.c has the same.
+    Rounds of xor-shift and multiply modulo 2^32, with the seed added after each; dropout.c computes the same.
     """
     x = index
     for multiplier in (0x21F0AAAD, 0x735A2D97, 0x21F0AAAD):
@@ -36,34 +35,35 @@ def hashed(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
 
 
 def indices(places: torch.Tensor, channels: int) -> torch.Tensor:
-    """What is hashed for the channels of tokens at these places, int32 [T]: place * channels + channel modulo 2^32.
+    """The hash's input for each channel of the tokens at these places: place * channels + channel modulo 2^32.
 
-    int32 [T, channels].
+    places: int32 [T]. Returns int32 [T, channels].
     """
     return places[:, None] * channels + torch.arange(channels, dtype=torch.int32, device=places.device)
 
 
 def kept(places: torch.Tensor, channels: int, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """Which channels of tokens at places, int32 [T], stay: bool [T, channels], where the hash is at least p 2^32."""
+    """The channels to keep, where the hash is at least p 2^32. places: int32 [T]; returns bool [T, channels]."""
     return _kept(places, channels, seed, share(p, places.device)[0])
 
 
 def _kept(places: torch.Tensor, channels: int, seed: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Signed integers compare as unsigned ones do when the sign is turned in both."""
+    """Flipping the sign bit of both sides makes signed integers compare as unsigned ones."""
     return (hashed(indices(places, channels), seed) ^ SIGN) >= threshold
 
 
 def share(p: float, on: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a share p to drop means: int32 [1], p 2^32 with its sign turned, and float32 [1], 1 / (1 - p).
+    """Threshold and scale for a dropout share p: int32 [1], p 2^32 with its sign bit flipped; float32 [1], 1 / (1 - p).
 
-    Tensors, because a compiler that has seen two numbers computes with the third in fewer digits (torch 2.13).
+    Tensors, because torch.compile (2.13), once it has seen two different numbers, computes with the third in fewer
+    digits.
     """
     threshold = torch.tensor([int(p * 2**32) + SIGN], dtype=torch.int32, device=on)
     return threshold, torch.tensor([1 / (1 - p)], dtype=torch.float32, device=on)
 
 
 def reference(x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
-    """The definition of correct: x [T, K] / (1 - p) where it is `kept`, and 0 elsewhere, in the dtype of x."""
+    """Reference implementation: x [T, K] / (1 - p) where it is `kept`, and 0 elsewhere, in the dtype of x."""
     return _dropped_in_torch(x, places, seed, *share(p, x.device))
 
 
@@ -73,7 +73,7 @@ def _dropped_in_torch(
     return torch.where(_kept(places, x.shape[1], seed, threshold), (x.float() * scale).to(x.dtype), 0)
 
 
-# The kernel's operations take places, int32 [T]; seed, int32 [1]; threshold and scale as `share` makes them.
+# The operations below take places, int32 [T]; seed, int32 [1]; threshold and scale from `share`.
 
 
 @torch.library.custom_op("huarizo::hashed_dropout", mutates_args=())
@@ -100,7 +100,7 @@ def _save(ctx: FunctionCtx, inputs: tuple[torch.Tensor, ...], output: torch.Tens
     ctx.save_for_backward(*inputs[1:])
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return _dropped(grad, *ctx.saved_tensors), None, None, None, None
 
 
@@ -162,7 +162,7 @@ def _save_linear(ctx: FunctionCtx, inputs: tuple[torch.Tensor, ...], output: tor
     ctx.save_for_backward(*inputs)
 
 
-def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _linear_backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return *_dropped_linear_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
@@ -172,8 +172,8 @@ _dropped_linear.register_autograd(_linear_backward, setup_context=_save_linear)
 class HashedDropout(nn.Module):
     """Sets a share p of the values to zero and scales the rest by 1 / (1 - p), in training only.
 
-    seed: int32 [1]; places: int32, of the tokens that come next, as many or more. `DropoutMasks` sets both. They are no
-    buffers: they belong to the step, not to the model.
+    seed: int32 [1]; places: int32, of at least the tokens of the next call. `DropoutMasks` sets both. They are not
+    buffers, because they belong to the step, not to the model.
     """
 
     seed: torch.Tensor
@@ -185,7 +185,7 @@ class HashedDropout(nn.Module):
         self.threshold, self.scale = share(p, seed.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., K]; all dimensions but the last together are the tokens."""
+        """[..., K] -> [..., K]; all dimensions but the last are tokens."""
         if not self.training:
             return x
         x_TK = x.flatten(0, -2)
@@ -193,10 +193,10 @@ class HashedDropout(nn.Module):
         return drop(x_TK, *self._mask(x_TK)).view(x.shape)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A linear layer behind the dropout, in the dtype of x.
+        """Dropout followed by a linear layer, in the dtype of x.
 
-        x: [..., K]; weight: float32 [r, K]; returns [..., r]. With a small r what passes the dropout never stands in
-        memory where there is a kernel; with a larger one torch's product of it is faster.
+        x: [..., K]; weight: float32 [r, K]; returns [..., r]. With a kernel and a small r, the dropped x is never
+        stored; with a larger r torch's product is faster.
         """
         if not self.training or len(weight) > THIN or not _in_c(x):
             return F.linear(self(x), weight.to(x.dtype))
@@ -205,7 +205,7 @@ class HashedDropout(nn.Module):
         return h_Tr.view(*x.shape[:-1], -1)
 
     def _mask(self, x_TK: torch.Tensor) -> list[torch.Tensor]:
-        """Places, seed, threshold and scale, where x is: a model may be spread over several cards."""
+        """Places, seed, threshold and scale on the device of x: a model may be spread over several GPUs."""
         mask = self.places[: x_TK.shape[0]], self.seed, self.threshold, self.scale
         return [tensor.to(x_TK.device) for tensor in mask]
 
@@ -223,9 +223,9 @@ def _has_kernel(dtype: torch.dtype) -> bool:
 
 
 class DropoutMasks:
-    """The masks of a model's HashedDropouts, which take the place of every nn.Dropout that drops anything.
+    """The masks of a model's HashedDropouts, which replace every nn.Dropout with p > 0.
 
-    seed: of the run; room: tokens of a micro-batch, as many as are expected at most.
+    seed: of the run; room: the largest expected number of tokens in a micro-batch.
     """
 
     def __init__(self, model: nn.Module, seed: int, room: int = CAPACITY) -> None:
@@ -247,7 +247,7 @@ class DropoutMasks:
 
     @torch.no_grad()
     def draw(self, step: int, places: torch.Tensor) -> None:
-        """New masks for a micro-batch of an optimizer step. places: of its tokens in the step, integers [T]."""
+        """Draw the masks of a micro-batch. step: of the optimizer; places: of the tokens in the step, integers [T]."""
         if not self._dropouts:
             return
         if len(places) > len(self._places):
@@ -262,7 +262,7 @@ class DropoutMasks:
 
 @contextmanager
 def at_places(module: nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """Inside the block the tokens that `module` sees are those at these places of the step, integers [T]."""
+    """Inside the block `module` sees the tokens at these places of the step. places: integers [T]."""
     dropouts = [child for child in module.modules() if isinstance(child, HashedDropout)]
     before = [dropout.places for dropout in dropouts]
     for dropout in dropouts:

@@ -1,10 +1,10 @@
-"""A local folder becomes a frozen model and its tokenizer.
+"""Loads a frozen model and its tokenizer from a local folder.
 
-Only architectures of the registry are taken, only safetensors are read, and no code of a model ever runs.
+Only registered architectures are accepted, only safetensors are read, and no code of a model ever runs.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,24 +28,29 @@ from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 from huarizo.wording import first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from huarizo.data.templates import Tokenizer
+
 TOKENIZER_TIME, TOKENIZER_MEMORY = 60.0, 4 * 2**30  # seconds and bytes, for tokenizer.json
 _TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)
 OR_INT8 = ", or train with precision=int8"
 LIMITS = {"head_dim": 2**16, "max_position_embeddings": 2**31, "num_labels": 10_000}
-"""What else config.json may say of sizes, at most: Transformers makes a table of `num_labels` names."""
+"""Largest values of other sizes in config.json: Transformers makes a table of `num_labels` names."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder, checked to be of an architecture that is trained.
+    """Read `config.json` of a model folder and check that the architecture is supported.
 
     Raises:
-        ModelError: no or broken config.json, another architecture, or weights that are quantised already.
+        ModelError: config.json is missing or broken, the architecture is not supported, or the weights are quantised.
     """
     path = folder / "config.json"
     try:
         config = read_json(path)
     except FileNotFoundError:
-        raise ModelError(f"{folder}: no config.json here, so this is no model folder") from None
+        raise ModelError(f"{folder}: no config.json here, so this is not a model folder") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be read: {error}") from None
     architecture = architecture_of(config, folder)
@@ -56,27 +61,27 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_sizes(path: Path, config: dict[str, Any], architecture: Architecture) -> None:
-    """The sizes are whole numbers, and such that the weights can be those of the files beside it."""
+    """Check that the sizes are whole numbers, and that the weight files are large enough for them."""
     wrong = [name for name in architecture.sizes if type(config.get(name)) is not int or not 0 < config[name] < 2**31]
     shared = config.get("num_key_value_heads")
     if wrong or (shared is not None and (type(shared) is not int or not 0 < shared <= config["num_attention_heads"])):
-        raise ModelError(f"{path}: {(wrong or ['num_key_value_heads'])[0]} is no size of a model")
+        raise ModelError(f"{path}: {(wrong or ['num_key_value_heads'])[0]} is not a valid size")
     expected = weight_bytes(config, "int8", torch.float16) // 2
     there = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
     if expected > there:
-        raise ModelError(f"{path}: a model of these sizes has more weights than the {there:,} bytes beside it can be")
+        raise ModelError(f"{path}: a model of these sizes has more weights than fit in the {there:,} bytes beside it")
     for name, most in LIMITS.items():
         value = config.get(name)
         if value is not None and (type(value) is not int or not 0 < value <= most):
-            raise ModelError(f"{path}: {name} is no size of a model")
+            raise ModelError(f"{path}: {name} is not a valid size")
     _check_layers(path, config, architecture.layers + ".")
 
 
 def positions(config: dict[str, Any]) -> int:
-    """The longest text that a model was made for, in tokens. `max_position_embeddings` is that of the training before
-    rope was scaled where the scaling is linear, dynamic or yarn, and counts it in already where it is another one."""
+    """The longest text that a model supports, in tokens. With linear, dynamic or yarn scaling of rope,
+    `max_position_embeddings` is the length before scaling; with any other it includes the scaling."""
     most, rope = config.get("max_position_embeddings"), config.get("rope_parameters") or config.get("rope_scaling")
-    most = most if isinstance(most, int) else 2048  # Transformers' own where it is not said
+    most = most if isinstance(most, int) else 2048  # Transformers' default
     if not isinstance(rope, dict):
         return most
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
@@ -87,20 +92,18 @@ def positions(config: dict[str, Any]) -> int:
 
 
 def _check_layers(path: Path, config: dict[str, Any], prefix: str) -> None:
-    """The weights have as many layers as the config says; `check_weights` compares the rest, layer by layer."""
+    """Check that the weights have as many layers as the config; `check_weights` compares the rest, layer by layer."""
     names = (name for tensors in tensors_of(path.parent).values() for name in tensors)
     layers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
     if len(layers) < config["num_hidden_layers"]:
-        raise ModelError(
-            f"{path}: it has {config['num_hidden_layers']:,} layers, but in the weights are {len(layers):,}"
-        )
+        raise ModelError(f"{path}: it has {config['num_hidden_layers']:,} layers, but the weights have {len(layers):,}")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer. Of several chat templates it has the default one alone, so that all use the same.
+def load_tokenizer(folder: Path) -> "Tokenizer":
+    """Load the model's tokenizer. Of several chat templates only the default one is kept, so that all code uses it.
 
     Raises:
-        ModelError: none there, or broken.
+        ModelError: it is missing or broken.
     """
     from transformers import AutoTokenizer
 
@@ -109,20 +112,20 @@ def load_tokenizer(folder: Path) -> Any:
         if file.is_file():
             _TOKENIZERS.call("check", TOKENIZER_TIME, path=str(file.absolute()))
     except TooCostlyError as error:
-        raise ModelError(f"{file}: it takes {error} to read and try it. Fetch or save the model again") from None
+        raise ModelError(f"{file}: reading and trying it takes {error}. Fetch or save the model again") from None
     except FailedError as error:
         raise ModelError(f"{file}: the tokenizer can't be loaded: {error}") from None
     try:
         with without_panics():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever a broken tokenizer file sets off
+    except Exception as error:  # anything that a broken tokenizer file causes
         raise ModelError(f"{folder}: the tokenizer can't be loaded: {first_line(error)}") from None
     tokenizer.chat_template = default_template(tokenizer.chat_template)
     return tokenizer
 
 
-def default_template(found: Any) -> str | None:
-    """The chat template to use of those that a tokenizer has: one text, or several by name, as a list or a mapping."""
+def default_template(found: object) -> str | None:
+    """The chat template to use. found: what the tokenizer has, a text or several by name, as a list or a mapping."""
     if isinstance(found, list):
         found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
     if isinstance(found, dict):
@@ -130,15 +133,18 @@ def default_template(found: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def load_base(folder: Path, dtype: torch.dtype, device: torch.device, over_all: bool | None = None) -> Any:
-    """The frozen base model in `dtype` on `device`, with packed attention.
+def load_base(
+    folder: Path, dtype: torch.dtype, device: torch.device, over_all: bool | None = None
+) -> "PreTrainedModel":
+    """Load the frozen base model in `dtype` on `device`, with packed attention.
 
-    Its generation_config.json is not read: beams, penalties and stop strings that a base brings along have no say.
+    generation_config.json is not read, so that the base's beams, penalties and stop strings have no effect.
     over_all: whether to spread it over all GPUs (Accelerate's `device_map="auto"`); None: if one can't hold it.
 
     Raises:
         MachineError: there is not enough memory for it.
-        ModelError: another architecture; missing, broken, pickled or other weights than config.json describes.
+        ModelError: the architecture is not supported; the weights are missing, broken, pickled, or don't match
+            config.json.
     """
     from transformers import GenerationConfig
 
@@ -148,7 +154,7 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, over_all: 
         over_all = spread(weight_bytes(config_json, "float", dtype), device)
     config = config_of(folder)
     with within_memory(folder, OR_INT8), reading(folder):
-        model: Any = class_of(config).from_pretrained(
+        model = class_of(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -166,24 +172,24 @@ def load_base(folder: Path, dtype: torch.dtype, device: torch.device, over_all: 
 
 
 def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
-    """Estimate of what one token keeps in memory for the backward pass, in bytes, uncompiled and with LoRA everywhere.
+    """Estimate of the memory that one token needs for the backward pass, in bytes, uncompiled, with LoRA everywhere.
 
-    Compiled layers keep less than half of that.
+    Compiled layers need less than half of that.
     """
     size = torch.finfo(dtype).bits // 8
     return config["num_hidden_layers"] * architecture_of(config).layer_activation_bytes(config, size)
 
 
 def checkpoint_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
-    """As `activation_bytes_per_token`, with activation checkpointing: each layer's input, and one layer at work."""
+    """As `activation_bytes_per_token`, with activation checkpointing: each layer's input, and one layer in full."""
     layers, size = config["num_hidden_layers"], torch.finfo(dtype).bits // 8
     return layers * config["hidden_size"] * size + activation_bytes_per_token(config, dtype) // layers
 
 
 def weight_bytes(config: dict[str, Any], precision: str, dtype: torch.dtype) -> int:
-    """What the frozen base occupies, in bytes: linears in `precision`, the embedding in `dtype`.
+    """Memory of the frozen base in bytes: linears in `precision`, the embedding in `dtype`.
 
-    A head tied to the embedding takes nothing, unless it has a storage of its own: then it is a copy.
+    A head tied to the embedding takes none, unless it is quantised and therefore a copy.
     """
     size = torch.finfo(dtype).bits // 8
     stored = STORAGES.get(precision)

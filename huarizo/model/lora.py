@@ -1,13 +1,13 @@
-"""LoRA on a frozen base, by PEFT: W x + (alpha / r) B A x, with A [r, in] and B [out, r] in fp32 (arXiv 2106.09685).
+"""LoRA on a frozen base, with PEFT: W x + (alpha / r) B A x, with A [r, in] and B [out, r] in fp32 (arXiv 2106.09685).
 
 The adapter is an ordinary PEFT adapter: stock `peft` loads it on the stock model.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,36 +22,41 @@ from huarizo.model.weights import skeleton
 from huarizo.recipe import LoraRecipe
 from huarizo.wording import did_you_mean, first_line, listed
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 BY_HUARIZO = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version")
-NO_BIAS = "chat, merge and export load changes of weights alone, and most models have no biases"
-WITH_ROWS = "it begins from gradients or activations of rows; pissa and olora begin from the weights alone"
+NO_BIAS = "chat, merge and export load changes of weights only, and most models have no biases"
+WITH_ROWS = "it is initialised from gradients or activations of rows; pissa and olora need only the weights"
 REASONS = {
     **dict.fromkeys(BY_HUARIZO, "Huarizo sets it"),
     "bias": NO_BIAS,
     "lora_bias": NO_BIAS,
-    "fan_in_fan_out": "the model's linear layers are kept as [out, in]",
+    "fan_in_fan_out": "the model's linear layers are stored as [out, in]",
     "exclude_modules": "give a list of plain names, not a pattern",
     "rank_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and ranks, not patterns",
     "alpha_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and numbers, not patterns",
     "modules_to_save": "give a list of names, such as [embed_tokens, lm_head]",
-    "init_lora_weights": "give true, false, gaussian, orthogonal, pissa or olora. eva, corda and lora_ga begin from "
-    "gradients or activations of rows; what loftq and pissa_niter_N leave of the base is another at each loading",
+    "init_lora_weights": "give true, false, gaussian, orthogonal, pissa or olora. eva, corda and lora_ga are "
+    "initialised from gradients or activations of rows; loftq and pissa_niter_N change the base differently at each "
+    "loading",
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), WITH_ROWS),
-    "layer_replication": "the result has other layers than the base, so that no GGUF or merged base fits it",
+    "layer_replication": "the result has other layers than the base, so no GGUF or merged base would fit it",
     "target_parameters": "it is for mixtures of experts, and this model has none",
     "trainable_token_indices": "name the tokens: data.special_tokens trains their rows",
     "ensure_weight_tying": "train the embedding or the head, not both, or neither",
-    "use_qalora": "it is for GPTQ bases, and Huarizo adds LoRA to float ones",
+    "use_qalora": "it is for GPTQ bases, and Huarizo adds LoRA to float bases",
 }
-"""Why options that PEFT knows are not taken, and what to write instead."""
-ALSO_REFUSED: dict[str, Callable[[Any], bool]] = {
+"""Why an option of PEFT is refused, and what to write instead."""
+ALSO_REFUSED: dict[str, Callable[[object], bool]] = {
     "lora_bias": lambda value: value is True,
     "init_lora_weights": lambda value: isinstance(value, str) and value.startswith("pissa_"),
     "exclude_modules": lambda value: isinstance(value, str),
     "modules_to_save": lambda value: isinstance(value, str),
     "trainable_token_indices": lambda value: value is not None,
 }
-"""Values that an adapter from elsewhere may have, but with which nothing is trained here."""
+"""Values that an existing adapter may have, but that are refused for training."""
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
@@ -62,15 +67,17 @@ def linear_names(model: torch.nn.Module) -> list[str]:
 
 
 def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequence[int] = ()) -> int:
-    """A recipe's LoRA fits a model and is one that chat, merge, export and stock PEFT load; nothing heavy is loaded.
+    """Check that a recipe's LoRA fits a model and that chat, merge, export and stock PEFT can load it.
 
-    folder: the model's. precision: of the frozen base. tokens: ids of those whose rows are trained.
+    No weights are loaded.
+
+    folder: the model's. precision: of the frozen base. tokens: ids of the tokens whose rows are trained.
 
     Returns:
-        The number of weights that are trained.
+        The number of trained weights.
 
     Raises:
-        RecipeError: naming what does not.
+        RecipeError: the LoRA doesn't fit; the message names the setting.
     """
     model = skeleton(folder)
     lengthen(model, max(tokens, default=-1) + 1)
@@ -86,10 +93,10 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
             f"lora.options.use_dora: not supported with precision {precision}. Set precision=bf16 or fp32"
         )
     plain = {name: value for name, value in recipe.options.items() if name != "init_lora_weights"}
-    with warnings.catch_warnings(record=True) as told, torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(record=True) as warned, torch.random.fork_rng(devices=[]):
         warnings.simplefilter("always")
         peft_model = add_lora(model, recipe.model_copy(update={"options": plain}), 0, tokens)
-    for warning in told:
+    for warning in warned:
         if "did not match any" in str(warning.message):
             raise RecipeError(f"lora.options: {warning.message}")
     modules = dict(model.named_modules())
@@ -106,23 +113,23 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
     return peft_model.num_parameters(only_trainable=True)
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def _check_options(options: Mapping[str, object]) -> None:
     from peft import LoraConfig
 
     defaults, problems = dataclasses.asdict(LoraConfig()), []
     for name, value in options.items():
         fits = name not in BY_HUARIZO and (value == defaults.get(name) or (name in CHECKS and CHECKS[name](value)))
         if not fits or (name in ALSO_REFUSED and ALSO_REFUSED[name](value)):
-            reason = REASONS.get(name, "what it makes is no plain LoRA, and chat, merge and export load no other")
+            reason = REASONS.get(name, "the result is not a plain LoRA, and chat, merge and export load no other")
             problems.append(f"lora.options.{name}={value!r}"[:100] + f": {reason}")
     if problems:
-        raise RecipeError(f"lora.options: not every setting of PEFT is taken\n{listed(problems)}")
+        raise RecipeError(f"lora.options: not every setting of PEFT is supported\n{listed(problems)}")
 
 
-def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = ()) -> Any:
-    """A PeftModel around `model`, its adapter in fp32 and drawn from `seed` alone.
+def add_lora(model: "PreTrainedModel", recipe: LoraRecipe, seed: int, tokens: Sequence[int] = ()) -> "PeftModel":
+    """Wrap `model` in a PeftModel with a new fp32 adapter, initialised from `seed` alone.
 
-    tokens: ids of those whose rows of embedding and head are trained as well.
+    tokens: ids of the tokens whose rows of embedding and head are trained as well.
 
     Raises:
         RecipeError: target_modules names no linear layer of this model, or PEFT refuses the options.
@@ -131,7 +138,7 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = 
 
     known = linear_names(model)
     targets = recipe.target_modules
-    if targets == "all-linear":  # PEFT's own reading of the word does not know frozen layers
+    if targets == "all-linear":  # PEFT's own expansion of it does not know frozen layers
         targets = [name for name in known if name != architecture_of(model.config).vocabulary_layers[1]]
     for name in targets:
         if name.rpartition(".")[2] not in known:
@@ -156,11 +163,13 @@ def add_lora(model: Any, recipe: LoraRecipe, seed: int, tokens: Sequence[int] = 
         raise RecipeError(f"lora: peft refuses these settings: {first_line(error)}") from None
 
 
-def _rows_config(model: Any, recipe: LoraRecipe, targets: Sequence[str], tokens: Sequence[int]) -> dict[str, Any]:
-    """What tells PEFT to train the rows of these tokens; nothing where embedding and head are trained as a whole.
+def _rows_config(
+    model: "PreTrainedModel", recipe: LoraRecipe, targets: Sequence[str], tokens: Sequence[int]
+) -> dict[str, list[int] | dict[str, list[int]]]:
+    """PEFT's settings to train the rows of these tokens; {} if embedding and head are trained as a whole.
 
     Raises:
-        RecipeError: another part of the adapter changes the one or the other of them.
+        RecipeError: another part of the adapter changes embedding or head.
     """
     if not tokens:
         return {}
@@ -179,7 +188,7 @@ def _rows_config(model: Any, recipe: LoraRecipe, targets: Sequence[str], tokens:
     return {"trainable_token_indices": ids if model.config.tie_word_embeddings else {embedding: ids, head: ids}}
 
 
-def count_weights(model: Any) -> int:
-    """All weights of a model: its parameters, and those of frozen layers with a storage of their own."""
+def count_weights(model: torch.nn.Module) -> int:
+    """The number of weights of a model: its parameters and those of its FrozenLinear layers."""
     stored = sum(module.count_weights() for module in model.modules() if isinstance(module, FrozenLinear))
     return stored + sum(parameter.numel() for parameter in model.parameters())

@@ -1,8 +1,8 @@
 """Cross-entropy at labelled positions only, in chunks, so that memory does not grow with the vocabulary.
 
-The whole [T, vocabulary] logits are never made. For each chunk of labelled positions the logits are computed, the loss
-and its gradient are taken at once, and the logits are let go; the backward pass only scales what is kept, which is one
-gradient of the hidden states.
+The full [T, vocabulary] logits never exist. For each chunk of labelled positions the logits, the loss and its gradient
+are computed together and the logits are freed. Only the gradient of the hidden states is stored, and the backward pass
+scales it.
 """
 
 import itertools
@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from transformers import PreTrainedModel
 
 from huarizo.data.packing import PackedBatch
 from huarizo.model.dropout import at_places
 from huarizo.model.frozen.linear import input_gradient_of
 
-# Shapes: T tokens of a packed row, L of them labelled, C labelled ones of a chunk; H the hidden size, V the vocabulary.
+# Shapes: T tokens of a packed row, L labelled tokens, C labelled tokens of a chunk; H hidden size, V vocabulary size.
 
-CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, which memory allocators still hand out again without page faults
+CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, small enough for memory allocators to reuse without page faults
 
 
 def reference(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    """The definition of correct: the summed cross-entropy from all logits at once. hidden: [L, H]; targets: [L]."""
+    """Reference implementation: summed cross-entropy from all logits at once. hidden: [L, H]; targets: [L]."""
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
@@ -33,7 +34,7 @@ def loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torc
 
     logits and gradient: [C, V]; targets: [C] int64.
 
-    Written so that a compiler makes one pass for the sums and one for the gradient.
+    Written so that torch.compile makes one pass for the sums and one for the gradient.
     """
     x_CV = logits.float()
     largest_C1 = x_CV.amax(-1, keepdim=True)
@@ -48,13 +49,13 @@ Gradient = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tens
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Summed loss; gradients for `hidden` and for the head's own trainable parameters, taken in the forward pass."""
+    """Summed loss. The forward pass also computes the gradients of `hidden` and of the head's trainable parameters."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         hidden: torch.Tensor,
-        head: Any,
+        head: torch.nn.Module,
         targets: torch.Tensor,
         gradient: Gradient,
         places: torch.Tensor,
@@ -83,13 +84,13 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: BackwardCFunction, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [(grad.float() * grad_outputs[0]).to(grad.dtype) for grad in ctx.saved_tensors]  # 1 / labels in fp32
         return scaled[0], None, None, None, None, *scaled[1:]
 
 
 def _rows(head: Any) -> int:
-    head = getattr(head, "token_adapter", head)  # PEFT's, around a head of which single rows are trained
+    head = getattr(head, "token_adapter", head)  # PEFT's wrapper of a head whose single rows are trained
     return max(16, CHUNK_LOGITS // head.out_features)
 
 
@@ -103,14 +104,14 @@ def summed_loss(
     """Sum of the cross-entropies of `targets` given `hidden`.
 
     Args:
-        hidden: [L, H], hidden states behind the last norm at the labelled positions, any float dtype.
-        head: the output head, [*, H] -> [*, V]; may hold trainable parameters (a LoRA).
+        hidden: [L, H], hidden states after the last norm at the labelled positions, any float dtype.
+        head: the output head, [*, H] -> [*, V]; may have trainable parameters (a LoRA).
         targets: [L] int64.
-        gradient: `loss_and_gradient`, or that compiled.
-        places: [L] integers, of the labelled tokens in the optimizer step, for a dropout before the head.
+        gradient: `loss_and_gradient`, or its compiled form.
+        places: [L] integers, the places of the labelled tokens in the optimizer step, for a dropout before the head.
 
     Returns:
-        A scalar, float32; zero for L = 0, with a gradient of zeros for `hidden` and the head's parameters.
+        A float32 scalar. For L = 0 it is zero, and so are its gradients for `hidden` and the head's parameters.
     """
     if not torch.is_grad_enabled():
         return token_losses(hidden, head, targets).sum()
@@ -123,16 +124,16 @@ def summed_loss(
 
 @torch.no_grad()
 def token_losses(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each of `targets` [L] given `hidden` [L, H], in chunks: [L] float32, without gradient."""
+    """The cross-entropy of each of `targets` [L] given `hidden` [L, H], in chunks: float32 [L], without gradient."""
     parts = zip(hidden.split(_rows(head)), targets.split(_rows(head)), strict=True)
     losses = [F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in parts]
     return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
 
 
 class PackedLoss:
-    """The summed loss of packed batches (see `huarizo.data.packing`), through a model around `base`.
+    """The summed loss of packed batches (see `huarizo.data.packing`).
 
-    compiled: whether the gradient of the logits is compiled.
+    base: the causal model, inside any wrapper; compiled: whether the gradient of the logits is compiled.
     """
 
     def __init__(self, base: PreTrainedModel, compiled: bool = False) -> None:
@@ -141,13 +142,13 @@ class PackedLoss:
 
     @property
     def head(self) -> torch.nn.Module:
-        """The output head; an adapter may have taken its place."""
+        """The output head, or the adapter layer that replaced it."""
         head = self.base.get_output_embeddings()
         assert head is not None
         return head
 
     def __call__(self, model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
-        """The loss of a batch, a float32 scalar. `model` is the base, or wraps it."""
+        """The loss of a batch, a float32 scalar. `model` is the base or wraps it."""
         hidden_LH, places_L = self._labelled(model, batch), batch.places[batch.label_positions]
         on = hidden_LH.device
         return summed_loss(hidden_LH, self.head, batch.targets.to(on), self.gradient, places_L.to(on))
@@ -159,9 +160,9 @@ class PackedLoss:
             return token_losses(hidden_LH, self.head, batch.targets.to(hidden_LH.device))
 
     def _labelled(self, model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
-        """Hidden states at the labelled positions, [L, H], on the head's device, which may be another than the inputs'.
+        """Hidden states at the labelled positions, [L, H], on the head's device, which may differ from the inputs'.
 
-        The model runs as a whole, so that wrappers such as DDP take part, but with no position asked of its head.
+        The whole model runs, so that wrappers such as DDP take part, but its head is asked for no position.
         """
         nothing = torch.empty(0, dtype=torch.long, device=batch.input_ids.device)
         with _last_hidden(self.base) as states:
@@ -173,7 +174,7 @@ class PackedLoss:
 
 @contextmanager
 def _last_hidden(base: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Collects the hidden states behind the last norm, [1, T, H], of each forward pass inside the block."""
+    """Collects the hidden states after the last norm, [1, T, H], of each forward pass inside the block."""
     states: list[torch.Tensor] = []
     handle = base.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
     try:

@@ -1,19 +1,20 @@
-"""The weights of a tuned model, one tensor at a time: the base's own, with the adapter's change added where it has one.
+"""The weights of a tuned model, one tensor at a time: the base's, with the adapter's change added.
 
-The adapter is added to the original float weights, in fp32, whatever the base was trained in; one tensor of the model
-stands in memory. PEFT's own layer does the arithmetic, so that every kind of LoRA that it knows is merged as it means.
+The adapter is added to the original float weights in fp32, in whichever precision the base was trained. Only one tensor
+of the model is in memory at a time. PEFT's own layer does the arithmetic, so every kind of LoRA is merged as PEFT
+defines it.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from huarizo.errors import ModelError
-from huarizo.hub.model_files import tensors_in
+from huarizo.hub.model_files import Tensor, tensors_in
 from huarizo.model.adapter import (
     CONFIG,
     PREFIX,
@@ -31,6 +32,9 @@ from huarizo.model.load import read_config
 from huarizo.model.weights import FLOATS, check_weights, read_tensor, tensors_of
 from huarizo.wording import first_line
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 LINEAR_PARTS = {"lora_A.weight", "lora_B.weight"}
 EMBEDDING_PARTS = {"lora_embedding_A", "lora_embedding_B"}
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA
@@ -39,14 +43,14 @@ MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 class MergedWeights:
     """The tensors of a base model with an adapter added, by the base's names.
 
-    base: a model's folder. adapter: a LoRA adapter's folder, or None for the base alone. `changes` are the adapter's
-    parts by module (`lora_A.weight` [r, in], `lora_B.weight` [out, r] ...), `replaced` the tensors that it has whole,
-    `token_rows` its rows of single tokens, ids and [ids, H] by tensor, and `base_tensors` the embedding and head that
-    the base had where it was saved, if they are others. Embedding and head have as many rows as the adapter needs.
+    base: a model's folder. adapter: a LoRA adapter's folder, or None for the base alone. `changes` holds the adapter's
+    parts by module (`lora_A.weight` [r, in], `lora_B.weight` [out, r] ...), `replaced` the tensors that it replaces as
+    a whole, `token_rows` its rows of single tokens by tensor, as ids and [ids, H], and `base_tensors` the embedding and
+    head saved with the adapter, if they differ from the base's. Embedding and head have as many rows as the adapter
+    needs.
 
     Raises:
-        ModelError: a base without all its weights; a broken adapter, or one of another model, where the message names
-            both.
+        ModelError: the base lacks weights; the adapter is broken, or of another model (the message names both).
     """
 
     def __init__(self, base: Path, adapter: Path | None) -> None:
@@ -65,10 +69,9 @@ class MergedWeights:
         self.replaced: dict[str, torch.Tensor] = {}
         self.token_rows: dict[str, tuple[list[int], torch.Tensor]] = {}
         self.base_tensors: dict[str, torch.Tensor] = {}
-        self._lora: Any = None
         if adapter is not None:
-            self._lora = check_adapter(adapter)
-            self._ids, self._lora.trainable_token_indices = trained_rows(self._lora), None  # no part of `_added`
+            self._lora: LoraConfig = check_adapter(adapter)
+            self._ids, self._lora.trainable_token_indices = trained_rows(self._lora), None  # `_added` leaves them out
             self.config["vocab_size"] = rows_with(adapter, self.config["vocab_size"])
             self._read_adapter(adapter)
         if self._changes_one_of_the_tied():
@@ -78,19 +81,19 @@ class MergedWeights:
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding, and has no tensor of its own."""
+        """Whether the head shares the embedding's tensor."""
         return self.head not in self._file_of
 
     def names(self) -> list[str]:
-        """All tensors, in the order of the base's files."""
+        """The names of all tensors, in the order of the base's files."""
         return [name for names in self.shards.values() for name in names]
 
     def dtype(self, name: str) -> torch.dtype:
-        """What the base keeps this tensor in."""
+        """The dtype of this tensor in the base."""
         return FLOATS[self._headers[self._source(name)].dtype]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the file's header alone where the adapter does not replace it."""
+        """A tensor's shape; unless the adapter replaces the tensor, only the file's header is read."""
         if name in self.replaced:
             return tuple(self.replaced[name].shape)
         source = self._source(name)
@@ -113,7 +116,7 @@ class MergedWeights:
         return self.embedding if name == self.head and self.tied else name
 
     def _base_tensor(self, name: str) -> torch.Tensor:
-        """The tensor that the adapter is put on, with a row for each token."""
+        """The tensor that the adapter changes, with a row for each token."""
         if name in self.base_tensors:
             return self.base_tensors[name]
         tensor = self._file_tensor(name)
@@ -135,8 +138,8 @@ class MergedWeights:
             self._check_parts(module, parts)
 
     def _take(self, adapter: Path, key: str, tensor: torch.Tensor) -> None:
-        """Put a tensor of the adapter's file where it belongs."""
-        kept_whole = tuple(self._lora.modules_to_save or ())
+        """Sort a tensor of the adapter's file into `changes`, `token_rows`, `base_tensors` or `replaced`."""
+        saved_whole = tuple(self._lora.modules_to_save or ())
         known = {name.removesuffix(".weight") for name in self._file_of} | {self.architecture.head}
         module, (_, mark, rest) = layer_of(key), key.partition(".lora_")
         if module not in known:
@@ -149,7 +152,7 @@ class MergedWeights:
             self._take_rows(key, module, tensor)
         elif is_of_the_base(key, self._lora):
             self._take_base(f"{module}.weight", tensor)
-        elif module.endswith(kept_whole):
+        elif module.endswith(saved_whole):
             self._replace(key.removeprefix(PREFIX), tensor)
         else:
             raise ModelError(f"{adapter}: {key} is not in modules_to_save of its {CONFIG}")
@@ -163,7 +166,7 @@ class MergedWeights:
         self.token_rows[f"{module}.weight"] = ids, rows
 
     def _take_base(self, name: str, tensor: torch.Tensor) -> None:
-        """An embedding or head that the adapter was saved with takes the place of the base's. Tied ones are one."""
+        """Use the embedding or head saved with the adapter instead of the base's. Tied ones must be equal."""
         self._check_size(name, tensor)
         name = self._source(name)
         if not torch.equal(self.base_tensors.setdefault(name, tensor), tensor):
@@ -194,7 +197,7 @@ class MergedWeights:
         return changed or self.head in self.token_rows
 
     def _added(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with LoRA's change, by PEFT's layer alone in a tree of the model's names."""
+        """The weight with LoRA's change, merged by PEFT in a module tree that holds this one layer."""
         from peft import inject_adapter_in_model
 
         parts, shape = self.changes[module], weight.shape
@@ -212,7 +215,7 @@ class MergedWeights:
             lora = tree.get_submodule(module)
             lora.load_state_dict({_named(key): tensor for key, tensor in parts.items()}, strict=False)
             lora.merge(safe_merge=True)
-        except Exception as error:  # whatever PEFT finds in a foreign adapter
+        except Exception as error:  # anything that an unknown adapter causes in PEFT
             raise ModelError(f"{self.adapter}: {module} can't be merged: {first_line(error)}") from None
         return lora.get_base_layer().weight.detach()
 
@@ -221,8 +224,8 @@ class MergedWeights:
         return ModelError(f"{self.adapter}: this adapter was made for {made_for}, not for {self.base}: {why}")
 
 
-def _leave_out_a_copy(base: Path, files: dict[str, dict[str, Any]], head: str, embedding: str) -> None:
-    """A tied head that is kept all the same, as a copy of the embedding, is no tensor of its own."""
+def _leave_out_a_copy(base: Path, files: dict[str, dict[str, Tensor]], head: str, embedding: str) -> None:
+    """Leave out the tensor of a tied head if the files hold it as a copy of the embedding."""
     place = {name: base / file for file, tensors in files.items() for name in tensors}
     if head in place and torch.equal(read_tensor(place[head], head), read_tensor(place[embedding], embedding)):
         for tensors in files.values():
@@ -230,7 +233,7 @@ def _leave_out_a_copy(base: Path, files: dict[str, dict[str, Any]], head: str, e
 
 
 def _shape_of(parts: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """The shape of the weight that an adapter's parts change: [out, in], or [tokens, size] of an embedding."""
+    """The shape of the weight that an adapter's parts change: [out, in], or [tokens, size] for an embedding."""
     if "lora_embedding_A" in parts:
         return parts["lora_embedding_A"].shape[1], parts["lora_embedding_B"].shape[0]
     return parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]
@@ -241,7 +244,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def _named(key: str) -> str:
-    """An adapter file's name of a part, as PEFT's layer has it: lora_A.weight -> lora_A.default.weight."""
+    """The name in PEFT's layer of a part of an adapter file: lora_A.weight -> lora_A.default.weight."""
     part, _, rest = key.partition(".")
     if part.startswith("lora_embedding"):
         return f"{part}.default"
@@ -249,7 +252,7 @@ def _named(key: str) -> str:
 
 
 def merged_shards(weights: MergedWeights) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Each file's name and tensors, in the base's dtypes; one file at a time stands in memory.
+    """Each file's name and tensors, in the base's dtypes; one file at a time is in memory.
 
     Raises:
         ModelError: a merged weight is too large for the base's dtype.
@@ -262,5 +265,5 @@ def _cast(weights: MergedWeights, name: str) -> torch.Tensor:
     weight = weights[name]
     cast = weight.to(weights.dtype(name)).contiguous()
     if weight.isfinite().all() and not cast.isfinite().all():
-        raise ModelError(f"{weights.adapter}: merged, {name} is too large for {cast.dtype}, which the base is in")
+        raise ModelError(f"{weights.adapter}: merged, {name} is too large for {cast.dtype}, the dtype of the base")
     return cast

@@ -1,7 +1,7 @@
-"""NEFTune (arXiv 2310.05914) on packed rows: noise on the embeddings in training, for each example by its own length.
+"""NEFTune (arXiv 2310.05914) on packed rows: noise on the embeddings in training, scaled by each example's length.
 
-The noise is a hash of seed, step, token and channel, as the masks of dropout are, so it depends neither on how a step
-is cut into micro-batches nor on where a run was stopped.
+Like dropout's masks, the noise is a hash of seed, step, token and channel, so it depends neither on how a step is cut
+into micro-batches nor on whether the run was resumed.
 """
 
 import torch
@@ -28,9 +28,10 @@ class EmbeddingNoise:
         embeddings.register_forward_hook(self._add)
 
     def draw(self, step: int, places: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-        """New noise for a micro-batch of an optimizer step.
+        """Draw the noise of a micro-batch.
 
-        places: of its tokens in the step, integers [T]; cu_seqlens: integers [n + 1], where its examples begin and end.
+        step: of the optimizer; places: of the tokens in the step, integers [T]; cu_seqlens: boundaries of the examples,
+        integers [n + 1].
         """
         on, lengths_n = self._seed.device, cu_seqlens.diff().long()
         self._step_seed = hashed(torch.tensor([step], dtype=torch.int32, device=on), self._seed)
@@ -39,7 +40,7 @@ class EmbeddingNoise:
     def _add(
         self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """The embeddings [1, T, K] with their noise."""
+        """The embeddings [1, T, K] plus the noise."""
         if not module.training:
             return None
         channels = output.shape[-1]

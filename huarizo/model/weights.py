@@ -1,13 +1,13 @@
-"""What a model folder's weight files hold is compared with what its config.json describes, by their headers alone.
+"""Compares the headers of a model folder's weight files with the model that its config.json describes.
 
-Transformers gives random numbers to a weight that no file has, and ignores one that the model has no place for. Both
-would train another model than the one that was given, so both are refused by name before a weight is read.
+Transformers initialises a missing weight at random and ignores one that the model has no place for. Either would train
+another model than the given one, so both are refused by name before any weight is read.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,10 @@ from huarizo.model.architectures.registry import architecture_of
 from huarizo.sandbox.reading import PanicError, without_panics
 from huarizo.wording import first_line, listed
 
-COMPUTED = ".rotary_emb.inv_freq"  # older conversions keep it; nothing reads it
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+COMPUTED = ".rotary_emb.inv_freq"  # in older conversions; nothing reads it
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FAULTS_OF_FILES = OSError, SafetensorError, PanicError
 MOST_NAMED = 5
@@ -29,10 +32,10 @@ NO_ROOM = "there is not enough memory for this model. Close other programs or us
 
 
 def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """A model's weight files, each with the tensors in it.
+    """A model's weight files, each with its tensors.
 
     Raises:
-        ModelError: a file is not there, is a pickle, or is not whole.
+        ModelError: a file is missing, a pickle, or incomplete.
     """
     try:
         found = model_files.tensors_of(folder)
@@ -45,7 +48,7 @@ def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def read_tensor(file: Path, name: str, device: torch.device | None = None) -> torch.Tensor:
-    """A tensor of a safetensors file in the dtype that it is kept in, on the CPU or `device`.
+    """Read a tensor of a safetensors file in its stored dtype, onto the CPU or `device`.
 
     Raises:
         ModelError: the file can't be read.
@@ -61,10 +64,10 @@ def read_tensor(file: Path, name: str, device: torch.device | None = None) -> to
 
 @contextmanager
 def reading(path: Path, faults: type[Exception] | tuple[type[Exception], ...] = FAULTS_OF_FILES) -> Iterator[None]:
-    """Inside the block weight files are read: what is wrong with them becomes a ModelError, a lack of memory doesn't.
+    """Inside the block weight files are read: their faults become a ModelError; running out of memory passes through.
 
-    faults: classes of what a reader raises of a broken file; those of the system and safetensors alone, where more is
-    done than reading.
+    faults: the exceptions that a broken file raises. The default, the system's and safetensors' own, is for blocks that
+    do more than read.
     """
     try:
         with without_panics():
@@ -77,7 +80,7 @@ def reading(path: Path, faults: type[Exception] | tuple[type[Exception], ...] = 
 
 @contextmanager
 def within_memory(path: Path, advice: str = "") -> Iterator[None]:
-    """Inside the block a lack of memory becomes a MachineError, with advice behind the usual one; all else passes."""
+    """Inside the block running out of memory becomes a MachineError, with `advice` appended; others pass through."""
     try:
         yield
     except Exception as error:
@@ -87,10 +90,10 @@ def within_memory(path: Path, advice: str = "") -> Iterator[None]:
 
 
 def check_weights(folder: Path) -> None:
-    """Every weight of the model is in its files, in floats and in the shape that config.json says, and no other is.
+    """Check that the files hold every weight of the model, as floats in the shape from config.json, and no other.
 
     Raises:
-        ModelError: naming the tensors and the files.
+        ModelError: they don't; the message names the tensors and the files.
     """
     model = skeleton(folder)
     architecture = architecture_of(model.config, folder)
@@ -101,8 +104,8 @@ def check_weights(folder: Path) -> None:
     if absent:
         where = next(iter(files)) if len(files) == 1 else f"the {len(files)} files that {INDEX} names"
         raise ModelError(
-            f"{folder}: the weights have no {_some(absent)} (looked for in {where}). Fetch or save the model again, "
-            "whole, with `AutoModelForCausalLM` and `save_pretrained`"
+            f"{folder}: the weights have no {_some(absent)} (looked for in {where}). Fetch the model again, or "
+            "save all of it with `AutoModelForCausalLM` and `save_pretrained`"
         )
     problems = []
     for file, tensors in files.items():
@@ -110,26 +113,26 @@ def check_weights(folder: Path) -> None:
             if problem := _problem(name, tensor, expected, architecture):
                 problems.append(f"{file}: {name} {problem}")
     if problems:
-        raise ModelError(f"{folder}: the weights are not those of its config.json:\n{listed(problems, MOST_NAMED)}")
+        raise ModelError(f"{folder}: the weights don't match config.json:\n{listed(problems, MOST_NAMED)}")
 
 
-def skeleton(folder: Path) -> Any:
-    """The model that a folder's config.json describes, on torch's meta device: shapes without numbers.
+def skeleton(folder: Path) -> "PreTrainedModel":
+    """The model that a folder's config.json describes, on torch's meta device: shapes without values.
 
     Raises:
-        ModelError: no model can be made of it.
+        ModelError: config.json describes no model that Transformers can make.
     """
     try:
         config = config_of(folder)
         with torch.device("meta"):
             return class_of(config)(config)
-    except Exception as error:  # whatever a broken configuration sets off
-        raise ModelError(f"{folder / 'config.json'}: no model can be made of it: {first_line(error)}") from None
+    except Exception as error:  # anything that a broken configuration causes
+        raise ModelError(f"{folder / 'config.json'}: no model can be made from it: {first_line(error)}") from None
 
 
-def config_of(folder: Path) -> Any:
-    """Transformers' configuration of a model folder. Dropout in its attention has no say: the base is frozen, and what
-    is dropped is the adapter's own business."""
+def config_of(folder: Path) -> "PretrainedConfig":
+    """Transformers' configuration of a model folder, without dropout in attention: the base is frozen, and only the
+    adapter has dropout."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -137,23 +140,23 @@ def config_of(folder: Path) -> Any:
     return config
 
 
-def class_of(config: Any) -> Any:
-    """Transformers' class of causal models with this configuration."""
+def class_of(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+    """Transformers' causal model class for this configuration."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def _problem(name: str, tensor: Tensor, expected: dict[str, tuple[int, ...]], architecture: Architecture) -> str | None:
-    """What is wrong with a tensor of a weight file, in words."""
-    if name == f"{architecture.head}.weight" and name not in expected:  # tied by config.json, and kept all the same
+    """What is wrong with a tensor of a weight file, as a message; None if nothing is."""
+    if name == f"{architecture.head}.weight" and name not in expected:  # tied, but in the files all the same
         name = f"{architecture.embedding}.weight"
     if name not in expected:
-        return "has no place in that model"
+        return "has no place in this model"
     if tuple(tensor.shape) != expected[name]:
-        return f"has the shape {tensor.shape}, where config.json wants {list(expected[name])}"
+        return f"has the shape {tensor.shape}, but config.json requires {list(expected[name])}"
     if tensor.dtype not in FLOATS:
-        return f"is kept as {tensor.dtype}, so this base is quantised. Give the original one in floats"
+        return f"is stored as {tensor.dtype}, so this base is quantised. Use the original float model"
     return None
 
 

@@ -118,7 +118,7 @@ def _within_positions(recipe: Recipe, config: dict[str, Any]) -> tuple[Recipe, l
         return recipe, []
     recipe = recipe.model_copy(deep=True)
     recipe.data.max_length = most
-    return recipe, [f"rows are cut at the {most:,} tokens that the model was made for, not at data.max_length={asked}"]
+    return recipe, [f"rows are cut at the {most:,} tokens that the model supports, not at data.max_length={asked}"]
 
 
 def _earlier_plan(resumed: Run | None) -> Plan | None:

@@ -116,7 +116,7 @@ def test_an_adapter_comes_from_the_hub(tmp_path: Path, foreign: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     found, empty, missing = done.stdout.splitlines()
     assert found == "['adapter_config.json', 'adapter_model.safetensors', 'chat_template.jinja']", done.stderr
-    assert "no LoRA adapter of PEFT" in empty and "no such model" in missing
+    assert "not a PEFT LoRA adapter" in empty and "no such model" in missing
 
 
 def test_a_recipe_of_an_adapter_needs_no_data() -> None:

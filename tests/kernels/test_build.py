@@ -198,7 +198,7 @@ def test_a_library_whose_calls_have_another_size_is_refused(cache: Path, tmp_pat
     if size == ctypes.sizeof(Twin):
         assert isinstance(library, ctypes.CDLL)
     else:
-        assert library == f"a call has {size} bytes for the library and 16 for its binding"
+        assert library == f"Call has {size} bytes in the library and 16 in its binding"
 
 
 @pytest.mark.parametrize("binding", [attention_kernel, dropout, int8], ids=lambda binding: binding.__name__)

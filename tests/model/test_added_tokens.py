@@ -158,8 +158,8 @@ def test_a_token_that_the_tokenizer_has_is_trained_where_it_is(tmp_path: Path) -
     ("values", "told"),
     [
         ({"precision": "int8"}, r"data.special_tokens: .*with precision int8 the head.*precision=bf16 or fp32"),
-        ({"data": {"special_tokens": ["<|im_end|>"]}}, r"'<\|im_end\|>' marks sequences or turns already"),
-        ({"data": {"special_tokens": ["<|im_start|>"]}}, r"'<\|im_start\|>' marks sequences or turns already"),
+        ({"data": {"special_tokens": ["<|im_end|>"]}}, r"'<\|im_end\|>' already marks sequences or turns"),
+        ({"data": {"special_tokens": ["<|im_start|>"]}}, r"'<\|im_start\|>' already marks sequences or turns"),
         ({"lora": {"target_modules": ["lm_head"]}}, "lora.target_modules: with data.special_tokens"),
         ({"lora": {"options": {"modules_to_save": ["lm_head"]}}}, "name embedding and head.*not lm_head alone"),
     ],

@@ -92,7 +92,7 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused_where_the_data_uses_it
 def test_rows_are_cut_at_the_positions_of_the_model(recipe: Recipe) -> None:
     prepared = prepare(with_overrides(recipe, ["data.max_length=4096"]))
     assert prepared.recipe.data.max_length == prepared.data.encoder.max_length == 2048
-    assert "rows are cut at the 2,048 tokens that the model was made for, not at data.max_length=4096" in (
+    assert "rows are cut at the 2,048 tokens that the model supports, not at data.max_length=4096" in (
         prepared.data.notes
     )
     assert prepare(prepared.recipe).recipe == prepared.recipe

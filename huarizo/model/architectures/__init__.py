@@ -1,1 +1,1 @@
-"""What is special to each architecture that is trained, as data: a file each, and the registry that names them."""
+"""The supported architectures as data: one file each, and the registry of them."""

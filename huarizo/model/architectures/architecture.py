@@ -1,6 +1,6 @@
-"""What the rest of the package asks of an architecture: where its parts are, how large, and what GGUF calls it.
+"""What the rest of the package needs to know about an architecture: where its parts are, their sizes, its GGUF names.
 
-How it computes is Transformers' own business. An architecture is a row of these fields in a file of its own.
+How it computes is left to Transformers. Each architecture is one `Architecture` in a file of its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,50 +10,50 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class GgufLayout:
-    """How llama.cpp knows the architecture."""
+    """How llama.cpp represents the architecture."""
 
     name: str
-    """Of the architecture, in `general.architecture` and before the names of its sizes."""
+    """The architecture's name, in `general.architecture` and as the prefix of its sizes."""
     activation: str
-    """`hidden_act` that llama.cpp computes; Transformers' default too."""
+    """The `hidden_act` that llama.cpp computes, which is also Transformers' default."""
     interleaved: Mapping[str, str]
-    """Linears whose output is rotated in neighbours by llama.cpp and in halves of a head by Transformers, by the last
-    part of their names, each with the field of config.json that counts its heads."""
+    """Linears whose output rope rotates in neighbouring pairs in llama.cpp, and between the halves of a head in
+    Transformers: the last part of the name -> the field of config.json that counts the heads."""
     splits: Mapping[str, str]
-    """Patterns by which tokenizers of this architecture split a text, each with llama.cpp's name of it."""
+    """Regular expressions with which this architecture's tokenizers split a text -> llama.cpp's name of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """An architecture of decoders with rotary positions. Paths of modules are those in Transformers' causal model."""
+    """A decoder architecture with rotary positions. Module paths are those in Transformers' causal model."""
 
     model_type: str
-    """As config.json and Transformers' Auto classes have it."""
+    """As in config.json and Transformers' Auto classes."""
     described: str
-    """Its name, and models that have it, in words for the user."""
+    """Its name and some of its models, for messages."""
     embedding: str
-    """Path of the embedding of tokens."""
+    """Path of the token embedding."""
     layers: str
     """Path of the list of decoder layers."""
     norm: str
-    """Path of the norm behind the last layer."""
+    """Path of the norm after the last layer."""
     rotary_embedding: str
-    """Path of what makes the rotary embeddings; its class takes the config alone."""
+    """Path of the module that computes the rotary embeddings; its class takes only the config."""
     head: str
     """Path of the output head."""
     shared_inputs: tuple[tuple[str, ...], ...]
-    """All linears of a decoder layer, by their paths in it, those together that read the same activations."""
+    """Paths of all linears within a decoder layer, grouped by the activations that they read."""
     sizes: tuple[str, ...]
-    """Fields of config.json that have to be there and to be sizes."""
+    """Fields of config.json that must be present and positive whole numbers."""
     layer_weights: Callable[[Mapping[str, Any]], float]
-    """How many weights the linears of one layer have, of config.json."""
+    """config.json -> the number of weights in the linears of one layer."""
     layer_activation_bytes: Callable[[Mapping[str, Any], int], int]
-    """Estimate of what one token keeps in a layer for the backward pass, in bytes, uncompiled and with LoRA everywhere;
-    of config.json and the bytes of an activation."""
+    """config.json, bytes of an activation -> estimate of the bytes that one token needs in a layer for the backward
+    pass, uncompiled, with LoRA everywhere."""
     gguf: GgufLayout | None = None
-    """None: it can't be written as GGUF."""
+    """None if it can't be written as GGUF."""
 
     @property
     def vocabulary_layers(self) -> tuple[str, str]:
-        """Last parts of the paths of embedding and head, which have a row for each token."""
+        """Last parts of the paths of the embedding and the head, which have a row for each token."""
         return self.embedding.rpartition(".")[2], self.head.rpartition(".")[2]

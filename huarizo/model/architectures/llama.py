@@ -1,6 +1,6 @@
-"""The Llama architecture: RMSNorm, rotary positions, grouped queries and a gated MLP, all without biases as a rule.
+"""The Llama architecture: RMSNorm, rotary positions, grouped queries and a gated MLP, usually without biases.
 
-Whatever differs between its checkpoints (a tied head, rope scaling, attention bias) is Transformers' own business.
+Differences between its checkpoints (a tied head, rope scaling, attention bias) are left to Transformers.
 """
 
 from collections.abc import Mapping
@@ -23,8 +23,9 @@ def layer_weights(config: Mapping[str, Any]) -> float:
 
 
 def layer_activation_bytes(config: Mapping[str, Any], size: int) -> int:
-    """The norms keep their input and its fp32 copy (12 hidden sizes in all), attention q, k, v, the output and rope's
-    products (8), the MLP gate, up, silu and their product (6 intermediate sizes), LoRA fp32 inputs (8)."""
+    """The norms store their input and its fp32 copy (12 hidden sizes in all); attention stores q, k, v, the output and
+    rope's products (8); the MLP stores gate, up, silu and their product (6 intermediate sizes); LoRA stores fp32 inputs
+    (8 hidden sizes)."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     return 20 * hidden * size + 6 * inner * size + 8 * hidden * 4
 

@@ -1,1 +1,1 @@
-"""Linear layers of the frozen base in a storage of their own: int8, with both of their products."""
+"""The frozen base's linear layers in a quantised storage: int8, with both of their products."""

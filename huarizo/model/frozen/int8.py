@@ -1,23 +1,22 @@
 """A frozen linear layer in int8 whose forward and input-gradient products both run as int8 GEMMs.
 
-The weight is stored once, in int8 with one scale an output channel, and serves both products: the channel scales are
-multiplied into the incoming gradient before that is quantised, so nothing is transposed and nothing kept twice.
-Activations and gradients are quantised as they come, one scale a token. Plain int8 ruins a model, because a few
-input channels are hundreds of times larger than the rest. Three things mend it
-(tests/model/frozen/test_int8.py holds the figures):
+The weight is stored once, in int8 with one scale per output channel, and serves both products: the incoming gradient
+is multiplied by the channel scales before it is quantised, so nothing is transposed or stored twice. Activations and
+gradients are quantised dynamically, with one scale per token. Plain int8 ruins a model, because a few input channels
+are hundreds of times larger than the rest. Three things prevent that (tests/model/frozen/test_int8.py has the figures):
 
-- smoothing moves the spread of the activations into the weight, where it does less harm: input channel j is divided
-  by s_j = max|x_j|^0.5 / max|w_j|^0.5 and weight column j multiplied by it (SmoothQuant, arXiv 2211.10438);
-- the FLOAT_CHANNELS input channels that still stand out stay in floating point (LLM.int8(), arXiv 2208.07339);
-- rotation by Hadamard matrices, within blocks of BLOCK channels, spreads what is left of the outliers over their
-  neighbours (QuaRot, arXiv 2404.00456). Inputs and outputs are both rotated, so that activations and gradients are.
+- Smoothing moves the spread of the activations into the weight, where it does less harm: input channel j is divided
+  by s_j = max|x_j|^0.5 / max|w_j|^0.5, and weight column j is multiplied by it (SmoothQuant, arXiv 2211.10438).
+- The FLOAT_CHANNELS input channels that still stand out stay in floating point (LLM.int8(), arXiv 2208.07339).
+- Rotation by Hadamard matrices, within blocks of BLOCK channels, spreads the remaining outliers over their neighbours
+  (QuaRot, arXiv 2404.00456). Inputs and outputs are both rotated, so that both activations and gradients benefit.
   With H H = BLOCK I, x and y the smoothed input and the output, and the stored weight Q = (H / BLOCK) W (H / BLOCK):
   y = ((x H) Q') H and grad_x = ((grad_y H) Q) H.
 
-Gradients are rounded up or down at random, up the likelier the nearer: the many small ones beside a few large, such as
-the softmax's, would all be lost in rounding to nearest, and their sum with them. The random numbers of a row follow
-from its scale and its signs, so the same row gives the same integers wherever and whenever it comes, and others' are
-not its own.
+Gradients are rounded stochastically: up with the probability of their fractional part. Rounding to nearest would lose
+the many small gradients beside a few large ones, such as the softmax's, and their sum with them. The random numbers of
+a row are derived from its scale and signs, so a row always gives the same integers, and different rows get different
+random numbers.
 """
 
 from collections.abc import Sequence
@@ -26,39 +25,40 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from huarizo.host import int8_instructions
 from huarizo.kernels import int8 as kernel
 from huarizo.model.frozen.linear import FrozenLinear, traced_as_one
 
 FLOAT_CHANNELS = 8
-BLOCK = 32  # of channels that are rotated together
-ROWS_AT_ONCE = 8 * BLOCK  # of a weight that is being quantised
-EXACT_DEPTH = 1024  # of int8 products whose sum is exact in fp32
+BLOCK = 32  # channels that are rotated together
+ROWS_AT_ONCE = 8 * BLOCK  # of a weight while it is quantised
+EXACT_DEPTH = 1024  # number of int8 products whose sum is exact in fp32
 SMALLEST = 1e-12  # scale of a row of zeros
 
-# Shapes: T tokens, K input and N output channels, k float channels; K' and N' are K and N filled up to whole blocks.
+# Shapes: T tokens, K input and N output channels, k float channels; K' and N' are K and N padded to whole blocks.
 
 
 def quantise_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 with one scale a row: float32 [T, K] -> int8 [T, K], float32 [T, 1]."""
+    """Symmetric int8 with one scale per row: float32 [T, K] -> int8 [T, K], float32 [T, 1]."""
     scale = x_TK.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / 127)
     return torch.round(x_TK * (1 / scale)).to(torch.int8), scale
 
 
 def quantise_gradient(grad_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `quantise_rows`, but rounded stochastically: without bias, whatever is lost at a place."""
+    """As `quantise_rows`, but rounded stochastically, so that the rounding errors have mean zero."""
     scale = grad_TN.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / 127)
     steps = torch.floor(grad_TN * (1 / scale) + _noise(grad_TN, scale))
     return steps.clamp(-128, 127).to(torch.int8), scale
 
 
 def _noise(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Evenly spread over [0, 1), float32 [T, N], for rows [T, N] with these scales, float32 [T, 1].
+    """Numbers spread evenly over [0, 1), float32 [T, N], for rows [T, N] with these scales, float32 [T, 1].
 
-    Channel n has the fraction of a start + n / golden ratio (a Weyl sequence), in units of 2^-32. The start is a hash
-    of the upper bits of the scale and of the sum of n^4 over the channels above zero: of what hardly ever is at the
-    mercy of the order in which the entries' own sums were taken.
+    Channel n has the fraction of start + n / golden ratio (a Weyl sequence), in units of 2^-32. The start is a hash of
+    the upper bits of the scale and of the sum of n^4 over the channels above zero. Both hardly ever depend on the order
+    in which the entries' own sums were computed.
     """
     n = torch.arange(rows.shape[1], device=rows.device)
     signs = ((rows > 0) * (n**4 & 0xFFFFFFFF)).sum(-1, keepdim=True) & 0xFFFFFFFF
@@ -69,7 +69,8 @@ def _noise(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def rotated(x: torch.Tensor) -> torch.Tensor:
     """Blocks of the last dimension times the Hadamard matrix of order BLOCK, float [..., K] -> [..., K'].
 
-    Twice is BLOCK times once nothing. Entry i, j of the matrix is -1 to the number of ones that i and j share.
+    Applied twice, it multiplies by BLOCK. Entry i, j of the matrix is -1 to the power of the number of 1 bits that i
+    and j share.
     """
     index = torch.arange(BLOCK, device=x.device)
     shared = index[:, None] & index
@@ -84,10 +85,10 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
 def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
     """int8 [M, K] times int8 [K, N], exact in int32 [M, N]; either may be a transposed view.
 
-    On a CPU without int8 instructions torch's own product is hundreds of times slower than fp32's, so parts of the
-    depth whose sums fp32 holds exactly (EXACT_DEPTH 128^2 = 2^24) are multiplied in fp32 and added as integers.
-    cuBLASLt wants more than 16 rows, K and N in multiples of 8, and the columns of b one after the other in memory:
-    fewer rows are filled up with zeros, and another b is turned, which costs little beside the product.
+    On a CPU without int8 instructions torch's int8 product is hundreds of times slower than fp32's. There the depth is
+    split into parts whose sums fp32 holds exactly (EXACT_DEPTH 128^2 = 2^24); they are multiplied in fp32 and added as
+    integers. cuBLASLt requires more than 16 rows, K and N in multiples of 8, and b in column-major order. Fewer rows
+    are padded with zeros, and another b is copied, which costs little beside the product.
     """
     rows = a_MK.shape[0]
     if a_MK.device.type == "cpu" and not int8_instructions():
@@ -101,9 +102,9 @@ def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
 
 
 class Int8Weight(NamedTuple):
-    """All that makes the products of an `Int8Linear`. Where kernels/int8.c can be used, both weights are packed for it.
+    """The operands of an `Int8Linear`'s products. If kernels/int8.c can be used, both weights are packed for it.
 
-    Packed, an int8 weight is uint8.
+    A packed int8 weight is uint8.
     """
 
     weight: torch.Tensor
@@ -111,7 +112,7 @@ class Int8Weight(NamedTuple):
     scale: torch.Tensor
     """float32 [N']."""
     input_scale: torch.Tensor
-    """float32 [K]: as inverse_smoothing, zero in the float channels."""
+    """float32 [K]: inverse_smoothing, with zeros at the float channels."""
     inverse_smoothing: torch.Tensor
     """float32 [K], 1 / s_j."""
     float_channels: torch.Tensor
@@ -125,10 +126,10 @@ class Int8Weight(NamedTuple):
 
 
 class _Int8Product(torch.autograd.Function):
-    """y = x W' + b, with the gradient for x alone; a packed weight goes to the kernel."""
+    """y = x W' + b, with a gradient for x only; a packed weight is multiplied by the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *parts: Any) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, *parts: Any) -> torch.Tensor:
         w = Int8Weight(*parts)
         ctx.save_for_backward(w.weight, w.scale, w.inverse_smoothing)
         if is_packed(w.weight):
@@ -146,7 +147,7 @@ class _Int8Product(torch.autograd.Function):
 def input_gradient(
     grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smoothing: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient of the input, [T, K], from that of the output, [T, N]; the others are those of an `Int8Weight`."""
+    """The gradient of the input, [T, K], from that of the output, [T, N]; the other tensors are of an `Int8Weight`."""
     if is_packed(weight):
         return kernel.backward(grad, weight, scale, inverse_smoothing)
     grad_int8, grad_scale = quantise_gradient(rotated(grad.float()) * scale)
@@ -161,7 +162,7 @@ def int8_linear(x_TK: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
 
 
 def is_packed(weight: torch.Tensor) -> bool:
-    """Whether a weight lies as kernels/int8.c wants it."""
+    """Whether a weight has the layout of kernels/int8.c."""
     return weight.dtype == torch.uint8
 
 
@@ -194,7 +195,7 @@ class Int8Linear(FrozenLinear):
         self.store(linear.weight.detach())
 
     def store(self, weight: torch.Tensor) -> None:
-        """Quantise a weight, float [N, K], with the smoothing and the float channels that there are."""
+        """Quantise a weight, float [N, K], with the layer's smoothing and float channels."""
         pack = weight.device.type == "cpu" and kernel.reason_against(self.dtype) is None
         quantised, scales = [], []
         for rows in weight.split(ROWS_AT_ONCE):
@@ -207,7 +208,7 @@ class Int8Linear(FrozenLinear):
         self.float_weight = kernel.packed(float_weight) if pack else float_weight
 
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The int8 and the float weight, not packed: int8 [N', K'], float [N, k]."""
+        """The int8 and the float weight, unpacked: int8 [N', K'], float [N, k]."""
         if not is_packed(self.weight):
             return self.weight, self.float_weight
         floats = kernel.unpacked(self.float_weight, self.out_features, len(self.float_channels))
@@ -237,7 +238,7 @@ class Int8Linear(FrozenLinear):
 
 
 def reference(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
-    """The definition of correct: the same roundings in float64, the products exact.
+    """Reference implementation: the same rounding in float64, with exact products.
 
     x: [T, K]; returns float64 [T, N].
     """
@@ -250,7 +251,7 @@ def reference(x: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
 
 
 def reference_gradient(grad: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
-    """The definition of correct of the input gradient. grad: [T, N]; returns float64 [T, K]."""
+    """Reference implementation of the input gradient. grad: [T, N]; returns float64 [T, K]."""
     scaled = rotated(grad.double()) * layer.scale
     step = scaled.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / 127
     rounded = torch.floor(scaled / step + _noise(scaled, step.float())) * step
@@ -261,14 +262,14 @@ def reference_gradient(grad: torch.Tensor, layer: Int8Linear) -> torch.Tensor:
 def quantise(linears: Sequence[nn.Linear], peaks: torch.Tensor) -> list[Int8Linear]:
     """Int8 layers for linears that share one input, so that they share its quantised form as well.
 
-    peaks: float32 [K], the largest |x_j| seen of each input channel. The layers hold the very same tensors for
-    smoothing and float channels, by which a compiler sees that the quantised input is one value, and computes it once.
+    peaks: float32 [K], the largest |x_j| seen of each input channel. The layers hold the same tensor objects for
+    smoothing and float channels, so that a compiler sees that the quantised input is one value and computes it once.
     """
     weights = torch.stack([linear.weight.detach().abs().amax(0).float() for linear in linears]).amax(0).clamp_min(1e-5)
     smoothing = (peaks.clamp_min(1e-5) / weights).sqrt()
     count = min(FLOAT_CHANNELS, len(peaks) // 4)
     float_channels = (peaks / smoothing).topk(count).indices.sort().values
-    # In these the int8 weight serves the backward product alone: it is made as large as in the others.
+    # In the float channels the int8 weight serves the backward product only: it is scaled to the size of the others.
     typical = (weights * smoothing).median()
     smoothing = smoothing.index_copy(0, float_channels, typical / weights[float_channels])
     inverse_smoothing = 1 / smoothing

@@ -1,13 +1,13 @@
-"""What every frozen linear layer with a storage of its own can do, so that nobody has to ask which storage it is.
+"""The interface of every frozen linear layer whose weight is not a plain float tensor, independent of the storage.
 
-Two things are apart: the storage of the weight, which has a name such as int8, and the dtype of the activations, in
-which the layer takes its input and gives its output. Whoever trains, counts or wraps such a layer knows this class;
-only storages.py names the ones that there are.
+The storage of the weight, which has a name such as int8, and the dtype of the activations, which is that of the layer's
+input and output, are separate. Code that trains, counts or wraps such a layer knows only this class; only storages.py
+names its subclasses.
 """
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -16,15 +16,15 @@ from torch import nn
 
 
 class FrozenLinear(nn.Module, abc.ABC):
-    """x W' + b with a frozen weight W [N, K], differentiable in x alone.
+    """x W' + b with a frozen weight W [N, K], differentiable in x only.
 
-    A base class and not a Protocol: PEFT finds the layers that it wraps by isinstance, and a Protocol's looks for
-    names, which nn.Module's `__getattr__` and wrappers that hand names through can make up. Not an nn.Linear, so that
-    nothing takes it for one and adds floats to its weight.
+    A base class and not a Protocol: PEFT finds the layers to wrap by isinstance, and a Protocol's isinstance looks up
+    attributes, which nn.Module's `__getattr__` and forwarding wrappers can fake. Not an nn.Linear, so that no code adds
+    floats to its weight.
     """
 
     storage: ClassVar[str]
-    """The name of the storage, as the recipe's `precision` has it."""
+    """The name of the storage, a value of the recipe's `precision`."""
     in_features: int
     """K."""
     out_features: int
@@ -32,7 +32,7 @@ class FrozenLinear(nn.Module, abc.ABC):
     dtype: torch.dtype
     """Of the activations."""
     weight: torch.Tensor
-    """What is stored, a buffer in the layout of the storage. PEFT reads its device."""
+    """The stored weight, a buffer in the layout of the storage. PEFT reads its device."""
     bias: torch.Tensor | None
     """b, [N], a buffer."""
 
@@ -50,17 +50,17 @@ class FrozenLinear(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def store(self, weight: torch.Tensor) -> None:
-        """Keep another weight, float [N, K]."""
+        """Replace the weight, float [N, K]."""
 
     def count_weights(self) -> int:
-        """How many numbers W and b have, whatever the storage adds or packs together."""
+        """The number of elements in W and b, whatever the storage adds or packs."""
         return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
 
 
 def input_gradient_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The product that takes the output's gradient [T, N] of a linear layer to its input's [T, K].
+    """The product that maps a linear layer's output gradient [T, N] to its input gradient [T, K].
 
-    None for a layer that is more than its weight and a bias, such as one with a LoRA: that takes autograd.
+    None for a layer with more than a weight and a bias, such as a LoRA, which needs autograd.
     """
     if isinstance(layer, FrozenLinear):
         return layer.input_gradient
@@ -69,14 +69,14 @@ def input_gradient_of(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor
     return None
 
 
-TRACED_AS_ONE: list[Callable[..., Any]] = []
-"""The products that the compiler takes as one operation each."""
+TRACED_AS_ONE: list[Callable[..., torch.Tensor]] = []
+"""The products that the compiler treats as single operations."""
 
 
 def traced_as_one(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Decorates a product of a storage: the compiler takes it as one operation and traces both directions through it.
+    """Decorates a storage's product: the compiler treats it as a single operation, in both directions.
 
-    Its tensors may come in a NamedTuple.
+    Its tensors may be in a NamedTuple.
     """
     TRACED_AS_ONE.append(product)
     torch.compiler.allow_in_graph(product)

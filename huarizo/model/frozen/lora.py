@@ -1,10 +1,9 @@
-"""LoRA on a frozen layer with a storage of its own, registered with PEFT through its hook for custom modules.
+"""LoRA on a FrozenLinear, registered with PEFT through its hook for custom modules.
 
     y = W_stored x + scaling B A dropout(x)
 
-A [r, K] and B [N, r] are kept in fp32 and multiplied in the dtype of the activations, as autocast would. They see the
-activations that the float model would see, not quantised ones, so that the adapter is right for the float model:
-it is saved as an ordinary PEFT adapter.
+A [r, K] and B [N, r] are stored in fp32 and multiplied in the dtype of the activations, as under autocast. They see the
+float activations, not quantised ones, so the adapter fits the float model. It is saved as an ordinary PEFT adapter.
 Seen with peft 0.19 to 0.21; tests/model/frozen/test_lora.py fails when the hook moves.
 """
 
@@ -21,11 +20,11 @@ from torch import nn
 from huarizo.model.dropout import HashedDropout
 from huarizo.model.frozen.linear import FrozenLinear
 
-NEEDS_NO_WEIGHT = ("gaussian", "eva")  # inits by name that do not look at the base weight
+NEEDS_NO_WEIGHT = ("gaussian", "eva")  # initialisations that do not read the base weight
 
 
 class FrozenLoraLinear(nn.Module, LoraLayer):
-    """A FrozenLinear with adapters. PEFT makes it.
+    """A FrozenLinear with adapters, created by PEFT.
 
     Raises:
         ValueError: LoRA variants that change more than adding B A x (DoRA and others), or a LoRA bias.
@@ -38,7 +37,7 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
         config: LoraConfig,
         r: int = 0,
         lora_alpha: int = 1,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
@@ -49,7 +48,7 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
-    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> None:
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: object) -> None:
         if config.lora_bias:
             raise ValueError(f"lora_bias is not supported with precision {self._storage}. Use precision=bf16 or fp32")
         try:
@@ -68,7 +67,7 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
         else:
             super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of x."""
         result = self.base_layer(x)
         if self.disable_adapters:
@@ -83,13 +82,13 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
                 result = result + F.linear(h, b)
         return result
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
+    def merge(self, *args: object, **kwargs: object) -> None:
         raise ValueError(
-            f"an adapter is not merged into {self._storage} weights: load the float base and merge it there"
+            f"an adapter can't be merged into {self._storage} weights. Load the float base and merge it there"
         )
 
     def unmerge(self) -> None:
-        raise ValueError(f"nothing was merged: an adapter is not merged into {self._storage} weights")
+        raise ValueError(f"nothing was merged: an adapter can't be merged into {self._storage} weights")
 
     @property
     def _storage(self) -> str:
@@ -98,7 +97,7 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
 
 @contextmanager
 def _float_weight(base: FrozenLinear) -> Iterator[None]:
-    """Shows the weight in float32 inside the block, for inits that read and change it (PiSSA, OLoRA)."""
+    """Inside the block the weight is float32, for initialisations that read and change it (PiSSA, OLoRA)."""
     quantised, shown = base.weight, base.dequantised()
     before = shown.clone()
     base.weight = shown
@@ -111,6 +110,6 @@ def _float_weight(base: FrozenLinear) -> Iterator[None]:
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """Tell PEFT what to make of a frozen layer. The registration is not saved with the adapter."""
+    """Register FrozenLoraLinear as PEFT's layer for FrozenLinear. The registration is not saved with the adapter."""
     config._register_custom_module({FrozenLinear: FrozenLoraLinear})
     return config

@@ -1,6 +1,6 @@
-"""Measures whether a frozen layer is worth keeping in int8 on a device, as training would use it: in both directions.
+"""Measures whether int8 pays on a device: the forward and backward pass of a whole frozen layer, as in training.
 
-The products alone say little: what goes in is rotated and rounded first, and what comes out is scaled and rotated.
+The products alone say little, because inputs are rotated and rounded and outputs are scaled and rotated.
 """
 
 import time
@@ -13,7 +13,7 @@ from huarizo.model.frozen.int8 import quantise
 
 
 def int8_gain(on: torch.device, dtype: torch.dtype, rows: int = 4096, size: int = 2048) -> float:
-    """How many times as fast an int8 layer [size, size] is as one in `dtype`, for `rows` tokens; 0 where it fails.
+    """How many times as fast an int8 layer [size, size] is as one in `dtype`, for `rows` tokens; 0 if it fails.
 
     Each is run for MEASURING / 2 seconds, and its fastest run counts.
     """
@@ -27,7 +27,7 @@ def int8_gain(on: torch.device, dtype: torch.dtype, rows: int = 4096, size: int 
 
 
 def _fastest(layer: nn.Module, x: torch.Tensor) -> float:
-    """Seconds of the fastest forward and backward pass, the first one aside, in which libraries are loaded."""
+    """Seconds of the fastest forward and backward pass, except the first one, which loads libraries."""
 
     def step() -> None:
         torch.autograd.grad(layer(x), x, torch.ones_like(x))

@@ -1,6 +1,6 @@
-"""The storages that a frozen base can be kept in instead of floats, by the names that the recipe's `precision` has.
+"""The storages of a frozen base other than floats, by their names in the recipe's `precision`.
 
-A new one is a subclass of `FrozenLinear` in a file of its own and a row here.
+A new one is a subclass of `FrozenLinear` in a file of its own and an entry here.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from huarizo.model.frozen.linear import FrozenLinear
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """A way to keep the weights of linear layers."""
+    """A way to store the weights of linear layers."""
 
     quantise: Callable[[Sequence[nn.Linear], torch.Tensor], Sequence[FrozenLinear]]
-    """Makes the layers for linears that share one input from them and its peaks: float32 [K], the largest |x_j| seen
-    of each input channel."""
+    """(linears that share one input, peaks) -> their quantised layers. peaks: float32 [K], the largest |x_j| seen of
+    each input channel."""
     bytes_per_weight: float
-    """Of memory, for estimates."""
+    """For estimates of memory."""
 
 
 STORAGES: dict[str, Storage] = {

@@ -235,7 +235,7 @@ def test_wrong_sizes_and_missing_layers_are_named_by_its_names(folder: Path) -> 
     config = read_config(folder)
     assert weight_bytes(config, "fp32", torch.float32) > weight_bytes(config, "int8", torch.float32)
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(ModelError, match="it has 3 layers, but in the weights are 2"):
+    with pytest.raises(ModelError, match="it has 3 layers, but the weights have 2"):
         read_config(folder)
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
     with pytest.raises(ModelError, match=rf"{architecture_of(config).embedding}.weight has the shape \[97, 64\]"):

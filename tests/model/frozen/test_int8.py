@@ -227,7 +227,7 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=name):
         load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())
     save_file(weights | {name: taken[:5].clone()}, file)
-    with pytest.raises(ModelError, match=rf"{name} has the shape \[5, 64\], where config.json wants \[96, 64\]"):
+    with pytest.raises(ModelError, match=rf"{name} has the shape \[5, 64\], but config.json requires \[96, 64\]"):
         load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=str(tmp_path)):
