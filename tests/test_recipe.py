@@ -67,7 +67,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["hf_datasets", "/data/hf_datasets/alpaca.json", "hf_transformers_models_of_the_year"])
 def test_a_path_with_hf_in_it_is_no_token(word: str) -> None:
     assert make_recipe(data={"train": word}).data.train == word
-    with pytest.raises(RecipeError, match="never holds a token"):
+    with pytest.raises(RecipeError, match="never holds a hub token"):
         make_recipe(data={"train": f"{word} hf_{'aB3' * 12}"})
 
 

@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "no head": (lambda t: t.pop("lm_head.weight"), "have no lm_head.weight .looked for in model.safetensors"),
     "no tensor": (lambda t: t.pop(UP), f"have no {UP} "),
     "seven gone": (lambda t: [t.pop(n) for n in list(t)[:7]], "and 2 more"),
-    "shape": (lambda t: t.update({UP: t[UP][:5].clone()}), f"model.safetensors: {UP} has the shape .5, 64., where"),
+    "shape": (lambda t: t.update({UP: t[UP][:5].clone()}), f"model.safetensors: {UP} has the shape .5, 64., but"),
     "a bias that is not used": (lambda t: t.update({"lm_head.bias": torch.ones(260)}), "lm_head.bias has no place"),
     "integers": (lambda t: t.update({UP: t[UP].to(torch.int8)}), f"{UP} is stored as I8, so this base is quantised"),
     "fp8": (lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), "F8_E4M3, so this base is quantised"),
