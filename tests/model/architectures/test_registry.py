@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from huarizo.data.packing import pack
+from huarizo.data.tokens import Example
 from huarizo.errors import ModelError
 from huarizo.model.adapter import load_adapter
 from huarizo.model.architectures.architecture import Architecture
@@ -46,7 +47,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 generator = torch.Generator().manual_seed(0)
 ROWS = [torch.randint(97, (length,), generator=generator).tolist() for length in (9, 30, 17)]
-EXAMPLES = [{"input_ids": row, "labels": [-100] * 4 + row[4:]} for row in ROWS]
+EXAMPLES = [Example(row, [-100] * 4 + row[4:]) for row in ROWS]
 
 
 class ToyConfig(LlamaConfig):
@@ -159,7 +160,7 @@ def seeded(model: Any) -> Any:
     return model
 
 
-def loss_and_gradients(model: Any, examples: list[dict[str, list[int]]]) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: Any, examples: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = PackedLoss(model.get_base_model())(model, pack(examples))
     loss.backward()
@@ -174,8 +175,8 @@ def test_a_float_base_equals_stock_transformers_example_by_example(folder: Path)
     sums: dict[str, torch.Tensor] = {}
     total = 0.0
     for example in EXAMPLES:
-        loss, gradients = padded_loss_and_gradients(stock, [example])
-        count = len(example["labels"]) - 4
+        loss, gradients = padded_loss_and_gradients(stock, [{"input_ids": example.input_ids, "labels": example.labels}])
+        count = len(example.labels) - 4
         total += loss * count
         sums = {name: sums.get(name, 0) + count * gradient for name, gradient in gradients.items()}
         assert loss_and_gradients(ours, [example])[0] == pytest.approx(loss * count, rel=1e-5)
