@@ -41,7 +41,7 @@ DECIDED_ELSEWHERE = {
     "remove_unused_columns": "batches are packed",
     "label_smoothing_factor": "the loss is the cross-entropy at labelled positions",
     "push_to_hub": "a run stays on this machine",
-    "hub_token": "use HF_TOKEN or `hf auth login`; a recipe never holds a token",
+    "hub_token": "use HF_TOKEN or `hf auth login`; a recipe never holds a hub token",
     "disable_tqdm": "Huarizo shows its own progress",
     "torch_compile": "use `training.compile`",
     "torch_compile_backend": "use `training.compile`",

@@ -36,7 +36,7 @@ MISTAKES = {
     "training: {learning_rate: .nan}": ["training.learning_rate"],
     "training: 3": ["training: input should be a valid dictionary"],
     "trainer: {fp16: true}": ["'fp16' can't be set here: use `precision`"],
-    "trainer: {hub_token: x}": ["a recipe never holds a token"],
+    "trainer: {hub_token: x}": ["a recipe never holds a hub token"],
     "trainer: {warmup_stps: 3}": ["Did you mean 'warmup_steps'?"],
     "samples: -1": ["samples: input should be greater than or equal to 0"],
     "model: a\nmodel: b": ["the key 'model' appears twice"],

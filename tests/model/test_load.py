@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from huarizo.data.packing import pack
+from huarizo.data.tokens import Example
 from huarizo.errors import MachineError, ModelError
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import activation_bytes_per_token, load_base, positions, weight_bytes
@@ -96,7 +97,7 @@ def test_no_memory_for_a_float_base_has_int8_as_a_remedy(
 
 def test_dropout_in_the_attention_of_a_base_has_no_say(tmp_path: Path) -> None:
     make_model(attention_dropout=0.5).save_pretrained(tmp_path)
-    batch = pack([{"input_ids": list(range(4, 40)), "labels": list(range(4, 40))}])
+    batch = pack([Example(list(range(4, 40)), list(range(4, 40)))])
     plain = load_base(tmp_path, torch.float32, CPU)
     quantised = load_quantised_base(tmp_path, "int8", torch.float32, CPU, batch)
     for base in (plain, quantised):
