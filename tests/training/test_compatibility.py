@@ -23,7 +23,7 @@ from tests.training.make import edit_recipe, printed
 
 PLAN = Plan(
     device="cpu: test", world_size=1, choice=Choice("fp32", "", torch.float32), micro_batch_tokens=64,
-    activation_checkpointing=False, compiled=True, compilation="",
+    activation_checkpointing=False, spread=False, compiled=True, compilation="",
     memory=Memory(weights=0, adapter=0, activations=0, available=0),
 )  # fmt: skip
 
