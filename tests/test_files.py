@@ -65,7 +65,7 @@ def test_a_folder_keeps_its_name_where_the_last_step_fails(
     assert (target / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_what_libraries_in_rust_say_of_the_disk_is_told(tmp_path: Path) -> None:
+def test_what_libraries_in_rust_say_of_the_disk_is_reported(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     with pytest.raises(MachineError, match=r"could not be written: .*\. "), writing(tmp_path / "x"):
@@ -170,7 +170,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_own(tmp_path / "state.json")
 
 
-def test_a_folder_that_can_not_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="could not be written"):
         make_folder(tmp_path / "file" / "runs")

@@ -38,7 +38,7 @@ def test_a_model_is_spread_only_where_one_card_can_not_hold_it(monkeypatch: pyte
     [("13.0", "The NVIDIA driver on your system is too old (found version 11040)", "its driver is too old: update it"),
      ("13.0", "", "torch finds no working driver"), (None, "", "is built without CUDA")],
 )  # fmt: skip
-def test_a_card_that_torch_can_not_use_is_told(
+def test_a_card_that_torch_can_not_use_is_reported(
     cuda: str | None, said: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def available() -> bool:

@@ -47,7 +47,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("text", MISTAKES)
-def test_a_mistake_is_told_with_its_key(text: str, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_with_its_key(text: str, tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(text)
     with pytest.raises(RecipeError) as error:
@@ -56,7 +56,7 @@ def test_a_mistake_is_told_with_its_key(text: str, tmp_path: Path) -> None:
     assert error.value.exit_code == 2
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("modle: x\nlora: {r: 0}\ntrainer: {fp16: true}")
     with pytest.raises(RecipeError) as error:
@@ -129,7 +129,7 @@ PLACES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_what_is_no_recipe_is_told_at_once(tmp_path: Path, place: str) -> None:
+def test_what_is_no_recipe_is_reported_at_once(tmp_path: Path, place: str) -> None:
     make, said = PLACES[place]
     make(tmp_path / "recipe.yaml")
     with pytest.raises(RecipeError, match=f"recipe.yaml: .*{said}"):

@@ -18,7 +18,7 @@ def test_a_short_output_that_nobody_takes(tmp_path: Path, redirection: str, code
     assert done.returncode == code and len(done.stderr.splitlines()) == (code == 3), done.stderr
 
 
-def test_a_name_that_no_file_can_have_is_told(
+def test_a_name_that_no_file_can_have_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "keep_terminal_plain", lambda: None)

@@ -16,7 +16,7 @@ from tests.commands.make import ENVIRONMENT, call
 
 
 @pytest.mark.parametrize("read", [commands._standard_input, lambda: commands._line("> ")])
-def test_an_input_without_end_or_that_can_not_be_read_is_told(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_without_end_or_that_can_not_be_read_is_reported(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with Path("/dev/zero").open(encoding="utf-8") as endless:
         monkeypatch.setattr("sys.stdin", endless)
         with pytest.raises(UserError, match="standard input has more than"):

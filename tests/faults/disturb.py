@@ -31,7 +31,7 @@ def progress_can_not_be_written(lab: Lab, run: Path) -> None:
 
 
 def disk_stays_full(lab: Lab, run: Path) -> None:
-    """From some moment on nothing can be written: exit 3, the adapter is rescued, the run can be gone on with."""
+    """From some moment on nothing can be written: exit 3, the adapter is rescued, the run can be resumed."""
     before = fail_at(range(_at(lab, 0.48), 10**9), errno.ENOSPC, inside=run / "run")
     assert ended(start(run, lab.folder / "recipe.yaml", before)) == 3, _log(run)
     _check_rescued(lab, run)

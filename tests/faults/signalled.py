@@ -1,4 +1,4 @@
-"""SIGTERM wherever a run is: it ends within seconds, says what is kept, and the run can be gone on with.
+"""SIGTERM wherever a run is: it ends within seconds, says what is kept, and the run can be resumed.
 
 Each case has one function take a minute in one of its calls, as a large model does, and sends the signal there.
 """

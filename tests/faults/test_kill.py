@@ -1,4 +1,4 @@
-"""Runs that are killed and gone on with end byte for byte as if nothing had happened; the long form is `make faults`."""
+"""Runs that are killed and resumed end byte for byte as if nothing had happened; the long form is `make faults`."""
 
 import json
 import subprocess

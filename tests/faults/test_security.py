@@ -102,14 +102,14 @@ def test_a_safetensors_header_of_any_length_takes_no_memory(tiny_model_folder: P
     ],
     ids=range(12),
 )  # fmt: skip
-def test_odd_headers_of_safetensors_are_told(tmp_path: Path, tensor: Any) -> None:
+def test_odd_headers_of_safetensors_are_reported(tmp_path: Path, tensor: Any) -> None:
     header = json.dumps({"a": tensor}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(ValueError, match="^a.safetensors is not a whole safetensors file"):
         tensors_in(tmp_path / "a.safetensors")
 
 
-def test_a_nested_header_of_safetensors_is_told(tmp_path: Path) -> None:
+def test_a_nested_header_of_safetensors_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 100_000) + b"[" * 100_000)
     with pytest.raises(ValueError, match="^a.safetensors is not a whole safetensors file"):
         tensors_in(tmp_path / "a.safetensors")
@@ -126,7 +126,7 @@ FILES = [
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_pipe_in_a_models_folder_is_told(tiny_model_folder: Path, name: str) -> None:
+def test_a_pipe_in_a_models_folder_is_reported(tiny_model_folder: Path, name: str) -> None:
     (tiny_model_folder / name).unlink(missing_ok=True)
     os.mkfifo(tiny_model_folder / name)
     with pytest.raises(ModelError, match=f"{name} is a pipe or a device"):
@@ -134,7 +134,7 @@ def test_a_pipe_in_a_models_folder_is_told(tiny_model_folder: Path, name: str) -
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
-def test_a_folder_or_a_dead_link_in_place_of_a_file_is_told(tiny_model_folder: Path, name: str) -> None:
+def test_a_folder_or_a_dead_link_in_place_of_a_file_is_reported(tiny_model_folder: Path, name: str) -> None:
     (tiny_model_folder / name).unlink(missing_ok=True)
     (tiny_model_folder / name).symlink_to("nowhere")
     with pytest.raises(ModelError, match=name):
@@ -149,7 +149,7 @@ def test_a_folder_or_a_dead_link_in_place_of_a_file_is_told(tiny_model_folder: P
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
 )
-def test_odd_json_in_a_models_folder_is_told(tiny_model_folder: Path, name: str, text: str) -> None:
+def test_odd_json_in_a_models_folder_is_reported(tiny_model_folder: Path, name: str, text: str) -> None:
     if name == "model.safetensors.index.json":
         (tiny_model_folder / "model.safetensors").unlink()
     (tiny_model_folder / name).write_text(text)
@@ -163,7 +163,7 @@ def test_odd_json_in_a_models_folder_is_told(tiny_model_folder: Path, name: str,
         assert name == "tokenizer_config.json" and text == '{"model": null}'
 
 
-def test_a_pattern_that_never_ends_in_a_tokenizer_is_told(
+def test_a_pattern_that_never_ends_in_a_tokenizer_is_reported(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tiny_model_folder / "tokenizer.json"
@@ -272,7 +272,7 @@ def test_an_adapter_that_asks_for_more_is_refused(adapter: Path, field: str, val
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "other"])
-def test_a_pipe_in_an_adapters_folder_is_told(adapter: Path, name: str) -> None:
+def test_a_pipe_in_an_adapters_folder_is_reported(adapter: Path, name: str) -> None:
     (adapter / name).unlink(missing_ok=True)
     os.mkfifo(adapter / name)
     with pytest.raises(ModelError, match="is a pipe or a device|no adapter here"):
@@ -298,7 +298,7 @@ def test_adapters_and_checkpoints_hold_no_pickle(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000, " " * 2_000_000])
-def test_a_broken_adapter_configuration_is_told(adapter: Path, text: str) -> None:
+def test_a_broken_adapter_configuration_is_reported(adapter: Path, text: str) -> None:
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(ModelError, match="can't be read"):
         check_adapter(adapter)
@@ -374,7 +374,7 @@ def test_merge_keys_of_a_foreign_card_do_not_unfold(tmp_path: Path) -> None:
 # Tokens
 
 
-def test_no_token_is_ever_told(tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path) -> None:
+def test_no_token_is_ever_shown(tmp_path: Path, tiny_model_folder: Path, alpaca_file: Path) -> None:
     recipe = {"model": str(tiny_model_folder), "data": {"train": str(alpaca_file)}, "training": {"compile": False},
               "output": str(tmp_path / "run"), "trainer": {"report_to": "none"}}  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -64,7 +64,7 @@ def odd_hub() -> str:
     server.server_close()
 
 
-def test_odd_answers_are_told(odd_hub: str, tmp_path: Path) -> None:
+def test_odd_answers_are_reported(odd_hub: str, tmp_path: Path) -> None:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     settings = {"HF_ENDPOINT": odd_hub, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_x", "NO_PROXY": "127.0.0.1"}
     settings |= {"PYTHONPATH": str(Path(__file__).parents[2])}

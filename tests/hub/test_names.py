@@ -447,7 +447,7 @@ def test_repositories_without_a_trainable_model(online: Outcome, hub_server: Hub
 # Tokens
 
 
-def test_an_invalid_token_is_told_before_anything_is_fetched(online: Outcome, hub_server: HubServer) -> None:
+def test_an_invalid_token_is_reported_before_anything_is_fetched(online: Outcome, hub_server: HubServer) -> None:
     said = online.failure("public, bad token", "HubError", "HF_TOKEN", "not valid", "/settings/tokens", "hf auth login")
     assert "Public models need no token" in said
     assert hub_server.url in said
@@ -525,7 +525,7 @@ def test_a_dotenv_that_is_not_the_users_own_is_ignored(
     assert access.log_in() is None
 
 
-def test_a_dotenv_that_is_no_file_is_ignored_and_a_huge_one_told(
+def test_a_dotenv_that_is_no_file_is_ignored_and_a_huge_one_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -209,7 +209,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_can_be_known_before_is_told_before_anything_is_sent(
+def test_what_can_be_known_before_is_reported_before_anything_is_sent(
     online: Outcome, server: HubServer, name: str
 ) -> None:
     online.failure(name, "HubError", *REFUSED[name])

@@ -73,7 +73,7 @@ def test_a_run_is_found_by_its_folder_and_by_its_adapter(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("base", "message"), [("", "base_model_name_or_path is empty"), ("/no/such/model", "no such file or folder")]
 )
-def test_a_base_that_can_not_be_found_is_told(foreign: Path, base: str, message: str) -> None:
+def test_a_base_that_can_not_be_found_is_reported(foreign: Path, base: str, message: str) -> None:
     file = foreign / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
     with pytest.raises(UserError, match=message):
@@ -81,7 +81,7 @@ def test_a_base_that_can_not_be_found_is_told(foreign: Path, base: str, message:
 
 
 @pytest.mark.parametrize("name", ["nothing-of-that-name", "./no/run", "/no/run"])
-def test_what_is_not_there_is_told(name: str) -> None:
+def test_what_is_not_there_is_reported(name: str) -> None:
     with pytest.raises(HuarizoError, match="not a run folder"):
         find_tuned(name)
 

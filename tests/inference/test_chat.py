@@ -53,7 +53,7 @@ def test_a_system_message_begins_a_new_conversation(assistant: Assistant) -> Non
         ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system!') }}{% endif %}" + CHATML, "no system!"),
     ],
 )  # fmt: skip
-def test_a_system_message_that_the_template_does_not_take_is_told(
+def test_a_system_message_that_the_template_does_not_take_is_reported(
     assistant: Assistant, template: str, said: str
 ) -> None:
     tokenizer = make_tokenizer(template)
@@ -66,7 +66,7 @@ def test_a_system_message_that_the_template_does_not_take_is_told(
     assert assistant.unheard("Be rude.") == ""
 
 
-def test_what_is_no_text_is_told_and_nothing_is_lost(assistant: Assistant) -> None:
+def test_what_is_no_text_is_reported_and_nothing_is_lost(assistant: Assistant) -> None:
     good, broken, _ = talk(assistant, "Hi", "Hi \udcff", "Hi")
     assert "not UTF-8 text" in broken and good
     lines: list[Any] = ["Hi", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), EOFError()]

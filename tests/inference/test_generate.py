@@ -214,7 +214,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(assistant: Assistant, m
 
 
 @pytest.mark.parametrize("error", [NO_MEMORY, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")])
-def test_a_model_that_memory_does_not_hold_is_told(
+def test_a_model_that_memory_does_not_hold_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     tuned = make_tuned(tmp_path)

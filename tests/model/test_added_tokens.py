@@ -164,7 +164,7 @@ def test_a_token_that_the_tokenizer_has_is_trained_where_it_is(tmp_path: Path) -
         ({"lora": {"options": {"modules_to_save": ["lm_head"]}}}, "name embedding and head.*not lm_head alone"),
     ],
 )
-def test_what_does_not_fit_is_told_before_rows_are_read(values: Any, told: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_reported_before_rows_are_read(values: Any, told: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     with pytest.raises(UserError, match=told):
         fine_tune(recipe_for(base, tmp_path, **values), console=QUIET)

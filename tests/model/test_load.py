@@ -78,7 +78,7 @@ def test_a_bug_while_a_float_base_is_built_keeps_its_own_name(
 
 
 @pytest.mark.parametrize("error", [OSError("input/output error"), SafetensorError("header too large")])
-def test_a_file_that_breaks_is_told(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_breaks_is_reported(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model().save_pretrained(tmp_path)
     monkeypatch.setattr(FROM_PRETRAINED, failing(error))
     with pytest.raises(ModelError, match=f"{tmp_path}: the weights can't be loaded: {error}"):

@@ -94,7 +94,7 @@ def test_what_is_refused_is_refused_before_rows_are_read(name: str, tiny_model_f
         assert not (tmp_path / "run").exists()
 
 
-def test_dora_on_8_bit_is_told_before_rows_are_read(tmp_path: Path) -> None:
+def test_dora_on_8_bit_is_reported_before_rows_are_read(tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="use_dora: not supported with precision int8"):
         check_lora(tmp_path, make_recipe(lora={"options": {"use_dora": True}}).lora, "int8")

@@ -157,7 +157,7 @@ def test_the_bases_dtype_is_kept_and_added_to_in_fp32(tmp_path: Path) -> None:
     assert len(weights.shards) > 1 and sorted(parts) == sorted(weights.names())
 
 
-def test_a_weight_that_its_dtype_can_not_hold_is_told(tmp_path: Path) -> None:
+def test_a_weight_that_its_dtype_can_not_hold_is_reported(tmp_path: Path) -> None:
     base, adapter = make_pair(tmp_path, {}, ["q_proj"], dtype=torch.float16)
     file = adapter / "adapter_model.safetensors"
     save_file({name: tensor * 1000 for name, tensor in load_file(file).items()}, file)
@@ -179,7 +179,7 @@ def test_a_weight_that_its_dtype_can_not_hold_is_told(tmp_path: Path) -> None:
     ],
     ids=["no B", "no magnitude", "other names", "nan"],
 )
-def test_a_damaged_adapter_is_told_before_anything_is_merged(
+def test_a_damaged_adapter_is_reported_before_anything_is_merged(
     tmp_path: Path, options: dict[str, Any], change: Any, message: str
 ) -> None:
     base, adapter = make_pair(tmp_path, options, ["q_proj"])
@@ -196,7 +196,7 @@ def test_magnitudes_are_not_dropped(tmp_path: Path) -> None:
         MergedWeights(base, adapter)
 
 
-def test_a_module_that_the_configuration_does_not_target_is_told(tmp_path: Path) -> None:
+def test_a_module_that_the_configuration_does_not_target_is_reported(tmp_path: Path) -> None:
     base, adapter = make_pair(tmp_path, {}, ["q_proj", "v_proj"])
     change_config(adapter, target_modules=["q_proj"])
     with pytest.raises(ModelError, match="v_proj can't be merged"):

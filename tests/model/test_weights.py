@@ -80,7 +80,7 @@ class PanicException(BaseException):
 
 @pytest.mark.parametrize("use", ["int8", "merging"])
 @pytest.mark.parametrize("error", [PanicException("index out of bounds"), OSError("odd header"), KeyError("shape")])
-def test_whatever_the_library_says_of_a_file_is_told_with_its_name(
+def test_whatever_the_library_says_of_a_file_is_reported_with_its_name(
     error: BaseException, use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def give_up(*_: Any, **__: Any) -> None:
@@ -107,7 +107,7 @@ def test_no_memory_for_a_tensor_is_the_machines_fault(tmp_path: Path, monkeypatc
     "index",
     ["[]", '{"weight_map": 3}', '{"weight_map": {"a": 3, "b": "x"}}', '{"weight_map": {"a": [1]}}', "[" * 10_000],
 )
-def test_an_odd_index_is_told(index: str, use: str, tmp_path: Path) -> None:
+def test_an_odd_index_is_reported(index: str, use: str, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(index)

@@ -140,7 +140,7 @@ def test_what_llama_cpp_does_not_have_is_refused(tmp_path: Path, config: dict[st
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
 
 
-def test_what_a_type_can_not_hold_is_told(tmp_path: Path) -> None:
+def test_what_a_type_can_not_hold_is_reported(tmp_path: Path) -> None:
     tuned = make_tuned(tmp_path)
     change_weights(tuned, lambda name, tensor: tensor + 1e5 if "down_proj" in name else tensor)
     with pytest.raises(ModelError, match=r"down_proj.weight: 100\d+ is too large for F16.*bf16 or f32"):
@@ -170,7 +170,7 @@ def test_the_file_is_the_same_each_time_and_has_the_name_that_was_asked_for(tmp_
     assert export_gguf(tuned, file, "f16", force=True).read_bytes() == before
 
 
-def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported(tmp_path: Path) -> None:
     tuned, choice = make_tuned(tmp_path), random.Random(0)
     whole = export_adapter(tuned, tmp_path / "adapter.gguf").read_bytes()
     assert is_adapter(tmp_path / "adapter.gguf")

@@ -107,7 +107,7 @@ def test_one_of_several_chat_templates_is_the_trained_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("limit", [2_000, 100_000, 400_000])
-def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
+def test_a_disk_that_is_full_is_reported_and_leaves_nothing(tmp_path: Path, limit: int) -> None:
     tuned = make_tuned(tmp_path)
     with limited_files(limit), pytest.raises(MachineError, match="merged: could not be written"):
         merge(tuned, tmp_path / "merged")
@@ -120,7 +120,7 @@ def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path, limit: i
      '{"temperature": {}}', '{"do_sample": 1}', '{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', '{"bos_token_id": 1.5}',
      '{"num_return_sequences": 7}', '{"early_stopping": {}}', '{"to_dict": 1}', "[" * 10_000],
 )  # fmt: skip
-def test_broken_settings_of_the_base_are_told(tmp_path: Path, settings: str) -> None:
+def test_broken_settings_of_the_base_are_reported(tmp_path: Path, settings: str) -> None:
     tuned = make_tuned(tmp_path)
     (tuned.base / "generation_config.json").write_text(settings)
     with pytest.raises(ModelError, match="generation_config.json: can't be read as settings"):

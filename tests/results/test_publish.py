@@ -156,7 +156,7 @@ def test_a_token_in_a_modelfile_is_never_sent(run: Run) -> None:
         ("samples", "7"), ("samples", "[]"), ("samples", "{}"), ("samples", '{"instruction": 3, "input": "", "before": "", "after": ""}'),
     ],
 )  # fmt: skip
-def test_a_damaged_record_of_the_run_is_told(run: Run, name: str, line: str) -> None:
+def test_a_damaged_record_of_the_run_is_reported(run: Run, name: str, line: str) -> None:
     getattr(run, name).write_text(f"{getattr(run, name).read_text()}{line}\n")
     with pytest.raises(UserError, match=f"{name}.jsonl"):
         publication(run, "ann/hello")
@@ -175,7 +175,7 @@ def test_tokens_that_look_like_paths_stay(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["../hello", "ann/hello/more", "ann/", "an n/hello", ""])
-def test_a_name_that_no_repository_can_have_is_told_before_the_list(run: Run, name: str) -> None:
+def test_a_name_that_no_repository_can_have_is_reported_before_the_list(run: Run, name: str) -> None:
     with pytest.raises(UserError, match="has the form"):
         publication(run, name)
 

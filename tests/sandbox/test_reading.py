@@ -24,7 +24,7 @@ PLACES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("read", [open_file, read_bytes, read_text, read_json])
 @pytest.mark.parametrize("place", PLACES)
-def test_what_is_no_file_is_told_at_once(tmp_path: Path, place: str, read: Callable[[Path], Any]) -> None:
+def test_what_is_no_file_is_reported_at_once(tmp_path: Path, place: str, read: Callable[[Path], Any]) -> None:
     make, said = PLACES[place]
     make(tmp_path / "a")
     with pytest.raises(OSError, match=said):

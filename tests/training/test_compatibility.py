@@ -94,7 +94,7 @@ def test_a_changed_setting_is_refused_unless_it_is_used(key: str) -> None:
         changes_since(checkpoint, with_value(USED[key]), now)
 
 
-def test_a_setting_that_is_not_refused_is_used_and_told(stopped: Run, console: Console) -> None:
+def test_a_setting_that_is_not_refused_is_used_and_reported(stopped: Run, console: Console) -> None:
     for key, value in {"lora.dropout": 0.0, "training.epochs": 3, "training.eval_every": 3}.items():
         edit_recipe(stopped, key, value)
     edit_recipe(stopped, "trainer", {"max_grad_norm": 1e-9, "logging_steps": 2})
@@ -131,7 +131,7 @@ def test_a_moved_model_and_moved_data_are_the_same(
     assert "resuming from step 4" in printed(console) and "changed since" not in printed(console)
 
 
-def test_other_kernels_instructions_and_compilation_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_kernels_instructions_and_compilation_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(model="model", data={"train": "rows.json"})
     states: list[dict[str, Any]] = []
     for flags, there in ((frozenset({"avx2", "avx512f", "sse"}), ("attention", "dropout")), (frozenset({"avx2"}), ())):

@@ -77,7 +77,7 @@ def test_a_held_out_prompt_without_room_for_an_answer_is_no_sample(tiny_model_fo
     assert [sample.instruction for sample in result.samples] == ["Who are you?"]
 
 
-def test_data_that_changes_during_the_run_is_told(
+def test_data_that_changes_during_the_run_is_reported(
     recipe: Recipe, console: Console, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = huarizo.training.session.load_model

@@ -37,7 +37,7 @@ CPU, FP32 = torch.device("cpu"), Choice("fp32", "", torch.float32)
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_can_not_work_is_told_and_leaves_nothing(wrong: str, tmp_path: Path) -> None:
+def test_what_can_not_work_is_reported_and_leaves_nothing(wrong: str, tmp_path: Path) -> None:
     settings, said = WRONG[wrong]
     recipe = make_recipe(
         model=str(tmp_path / "none"), data={"train": str(tmp_path / "no.json")}, trainer=settings, precision="fp32",
@@ -48,7 +48,7 @@ def test_what_can_not_work_is_told_and_leaves_nothing(wrong: str, tmp_path: Path
     assert not any(tmp_path.iterdir())
 
 
-def test_a_tracker_that_is_not_installed_is_told_with_what_installs_it() -> None:
+def test_a_tracker_that_is_not_installed_is_reported_with_what_installs_it() -> None:
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     absent = sorted(PACKAGES.keys() - set(get_available_reporting_integrations()))
