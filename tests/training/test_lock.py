@@ -59,12 +59,11 @@ def test_a_lock_of_a_process_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     import platform
 
     monkeypatch.setattr("huarizo.training.lock.fcntl", None)
-    (tmp_path / ".lock").write_text(json.dumps({"pid": 2**22 + 1, "host": platform.node()}))
-    with RunLock(tmp_path):
-        pass
-    (tmp_path / ".lock").write_text("not JSON")
-    with RunLock(tmp_path):
-        pass
+    for left_behind in (json.dumps({"pid": 2**22 + 1, "host": platform.node()}), "not JSON"):
+        (tmp_path / ".lock").write_text(left_behind)
+        with RunLock(tmp_path) as lock:
+            lock.require_held()
+            assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
 
 OTHER = {"pid": 77, "host": "other-machine", "token": "another"}
