@@ -4,6 +4,7 @@
 reads environment variables.
 """
 
+import atexit
 import functools
 import os
 import time
@@ -106,12 +107,19 @@ def from_first(make: Callable[[], str], on: torch.device) -> str:
     from accelerate import PartialState
 
     PartialState(cpu=on.type != "cuda")
+    atexit.register(_leave_group)
     content = torch.tensor(list(make().encode() if rank() == 0 else b""), dtype=torch.uint8, device=on)
     length = torch.tensor(len(content), device=on)
     torch.distributed.broadcast(length, 0)
     content = content if rank() == 0 else torch.empty(int(length), dtype=torch.uint8, device=on)
     torch.distributed.broadcast(content, 0)
     return bytes(content.tolist()).decode()
+
+
+def _leave_group() -> None:
+    """Stop the threads of the process group. A process that exits while they still run can abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def name_of(on: torch.device) -> str:

@@ -80,11 +80,13 @@ def test_a_slow_format_is_measured_by_one_small_product(monkeypatch: pytest.Monk
     assert rates["int8"] == pytest.approx(2e-9 * 32 * 2048**2 / 10)
 
 
-def test_all_processes_get_the_text_of_the_first(tmp_path: Path) -> None:
+def test_all_processes_get_the_text_of_the_first_and_leave_their_group(tmp_path: Path) -> None:
     (tmp_path / "ask.py").write_text(
-        "import torch\n"
+        "import atexit, torch\n"
         "from huarizo.host import rank\n"
         "from huarizo.machine import from_first\n"
+        f"def leave(): open(f'{tmp_path}/{{rank()}}', 'a').write(f'|{{torch.distributed.is_initialized()}}')\n"
+        "atexit.register(leave)  # runs after what from_first registers\n"
         "texts = [from_first(lambda: text * (rank() == 0), torch.device('cpu')) for text in ('', 'llama 라마')]\n"
         f"open(f'{tmp_path}/{{rank()}}', 'w').write('|'.join(texts))\n"
     )
@@ -93,4 +95,4 @@ def test_all_processes_get_the_text_of_the_first(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [(tmp_path / name).read_text() for name in "01"] == ["|llama 라마"] * 2
+    assert [(tmp_path / name).read_text() for name in "01"] == ["|llama 라마|False"] * 2
