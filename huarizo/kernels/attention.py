@@ -48,7 +48,7 @@ class Call(ctypes.Structure):
     )
 
 
-def library() -> ctypes.CDLL | str:
+def library() -> build.Library | str:
     """The library compiled from attention.c, or the reason why there is none."""
     return build.load("attention", Call)
 

@@ -1,9 +1,13 @@
 """Compiles a C source of this package on first use and loads it, or returns the reason why it can't.
 
-The machine's own compiler builds the library for this CPU. It is cached under a name that is a hash of everything it
-depends on, so no binary is shipped and none is used on the wrong machine. Its digest is stored beside it, in a folder
-that only this user can write: a damaged library is built again, and one that someone else may have put there is not
-loaded. Every kernel has an equivalent in plain torch, so a missing library is not an error.
+The machine's own compiler builds the library for the best tier of this CPU (tiers.py) that it knows. It is cached under
+a name that is a hash of everything it depends on, so no binary is shipped and none is used on the wrong machine. Its
+digest is stored beside it, in a folder that only this user can write: a damaged library is built again, and one that
+someone else may have put there is not loaded. Every kernel has an equivalent in plain torch, so a missing library is
+not an error.
+
+The kernels run on the threads of torch's OpenMP runtime. With a compiler that can't use that one (clang on Linux,
+Apple's), they start threads of their own in each call, which costs some 50 microseconds (threads.h).
 """
 
 import ctypes
@@ -14,57 +18,81 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch  # noqa: F401  # loads the OpenMP runtime to share
+import torch  # loads the OpenMP runtime to share
 
 from huarizo.errors import MachineError
 from huarizo.files import sha256_of, write_whole
-from huarizo.host import cache_folder, cpu_flags
+from huarizo.host import cache_folder
+from huarizo.kernels.tiers import Tier, tiers
 
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
+OPENMP, OWN_THREADS = ("-fopenmp",), ("-pthread", "-Wno-unknown-pragmas")
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 TIME_LIMIT = 120  # seconds for one compilation
-REQUIRED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})  # by every kernel
+
+
+@dataclass(frozen=True)
+class Library:
+    """A loaded library of kernels."""
+
+    functions: ctypes.CDLL
+    tier: Tier
+    openmp: bool
+    """Whether it runs on torch's threads; otherwise it starts its own in each call."""
+
+
+class _Unusable(Exception):
+    """A library that was compiled but can't be used."""
 
 
 @functools.cache
-def load(name: str, call: type[ctypes.Structure]) -> ctypes.CDLL | str:
+def load(name: str, call: type[ctypes.Structure]) -> Library | str:
     """The library compiled from `{name}.c`, from the cache if possible, or the reason why there is none.
 
     call: the binding's counterpart of the struct that the library's functions take; both must have the same size.
     """
-    if missing := REQUIRED - cpu_flags():
-        return f"this CPU has no {', '.join(sorted(missing))}"
+    if not tiers():
+        return "this CPU has no vector instructions that the kernels know"
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return f"no C compiler: none of {', '.join(COMPILERS)} is on the PATH"
-    try:
-        return _loaded(_compiled(Path(__file__).with_name(f"{name}.c"), compiler), call)
-    except subprocess.TimeoutExpired:
-        return f"{compiler} took longer than {TIME_LIMIT} seconds"
-    except subprocess.CalledProcessError as error:
-        return f"{compiler} failed: {(error.stderr or '').strip()[-500:] or error.returncode}"
-    except OSError as error:
-        return f"no kernel from {compiler}: {error}"
+    reason = ""
+    for tier in tiers():
+        for threads in (OPENMP, OWN_THREADS):
+            try:
+                file = _compiled(Path(__file__).with_name(f"{name}.c"), compiler, (*FLAGS, *tier.options, *threads))
+                return Library(_loaded(file, call), tier, threads == OPENMP)
+            except subprocess.TimeoutExpired:
+                return f"{compiler} took longer than {TIME_LIMIT} seconds"
+            except subprocess.CalledProcessError as error:
+                reason = reason or f"{compiler} failed: {(error.stderr or '').strip()[-500:] or error.returncode}"
+            except _Unusable as error:
+                reason = reason or str(error)
+            except OSError as error:
+                return f"no kernel from {compiler}: {error}"
+    return reason
 
 
-def _compiled(source: Path, compiler: str) -> Path:
+def _compiled(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
     """The library's file, from the cache or newly compiled and moved into place atomically."""
     folder = cache_folder() / "kernels"
     _make_own(folder)
     # linked to torch's OpenMP runtime first, so that the compiler's own isn't needed
-    flags = [*FLAGS, "-Wl,--as-needed", *_openmp_runtimes()[:1]]
+    linked = [*(["-Wl,--as-needed", *_openmp_runtimes()[:1]] if "-fopenmp" in flags else []), "-lm"]
     version = _run([compiler, "--version"], folder)
-    sources = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
-    parts = (*sources, *flags, version, *sorted(cpu_flags()))
-    library = folder / f"{source.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
+    sources = [file.read_text() for file in (source, *sorted(source.parent.rglob("*.h")))]
+    digest = hashlib.sha256(chr(0).join((*sources, *flags, *linked, version)).encode()).hexdigest()
+    library = folder / f"{source.stem}-{digest[:32]}.so"
     if not _is_whole(library):
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as made:
             new = Path(made) / library.name
-            _run([compiler, *flags[: len(FLAGS)], str(source), "-o", str(new), *flags[len(FLAGS) :], "-lm"], Path(made))
+            _run([compiler, *flags, str(source), "-o", str(new), *linked], Path(made))
             content = new.read_bytes()
         # another process may do the same, even with other bytes: each writes its library, then that library's digest
         _put(library, content)
@@ -119,22 +147,27 @@ def _run(command: list[str], scratch: Path) -> str:
     ).stdout
 
 
-def _loaded(library: Path, call: type[ctypes.Structure]) -> ctypes.CDLL | str:
-    """Load the library. Returns a reason instead if its `Call` has another size than the binding's, or if it loads a
-    second OpenMP runtime, which would compete with torch's for the cores.
+def _loaded(library: Path, call: type[ctypes.Structure]) -> ctypes.CDLL:
+    """Load the library.
+
+    Raises:
+        _Unusable: its `Call` has another size than the binding's, or it loads a second OpenMP runtime, which would
+            compete with torch's for the cores.
     """
     before = _openmp_runtimes()
     loaded = ctypes.CDLL(str(library))
     if more := sorted(set(_openmp_runtimes()) - set(before)):
-        return f"the compiler uses another OpenMP runtime than torch: {', '.join(more)}"
+        raise _Unusable(f"the compiler uses another OpenMP runtime than torch: {', '.join(more)}")
     size = loaded.huarizo_call_size
     size.restype = ctypes.c_int64
     if size() != ctypes.sizeof(call):
-        return f"Call has {size()} bytes in the library and {ctypes.sizeof(call)} in its binding"
+        raise _Unusable(f"Call has {size()} bytes in the library and {ctypes.sizeof(call)} in its binding")
     return loaded
 
 
 def _openmp_runtimes() -> list[str]:
     """Files of the OpenMP runtimes that this process has loaded, torch's own first."""
+    if sys.platform == "darwin":
+        return sorted(map(str, (Path(torch.__file__).parent / "lib").glob("libomp*.dylib")))
     found = set(re.findall(r"/.*/lib(?:gomp|i?omp)[^/\n]*\.so[^/\n]*", Path("/proc/self/maps").read_text()))
     return sorted(found, key=lambda file: ("/torch/" not in file, file))

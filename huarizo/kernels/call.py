@@ -9,6 +9,8 @@ import ctypes
 
 import torch
 
+from huarizo.kernels.build import Library
+
 BAD_BOUNDARIES, NO_MEMORY = 1, 2  # return values of a kernel, as in vectors.h
 
 
@@ -25,14 +27,17 @@ def address(wanted_by: str, tensor: torch.Tensor | None, dtype: torch.dtype, *sh
     return tensor.data_ptr()
 
 
-def run(library: ctypes.CDLL | str, function: str, call: ctypes.Structure) -> None:
+def run(library: Library | str, function: str, call: ctypes.Structure) -> None:
     """Call `huarizo_{function}` of a loaded library.
 
     Raises:
+        RuntimeError: the library isn't there.
         MemoryError: there is no memory for its workspace.
         ValueError: the boundaries of the examples don't rise from 0 to the row's length.
     """
-    status = getattr(library, f"huarizo_{function}")(ctypes.byref(call))
+    if isinstance(library, str):
+        raise RuntimeError(f"no kernel: {library}")
+    status = getattr(library.functions, f"huarizo_{function}")(ctypes.byref(call))
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for {function}")
     if status == BAD_BOUNDARIES:

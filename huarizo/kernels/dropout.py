@@ -35,7 +35,7 @@ class Call(ctypes.Structure):
     )
 
 
-def library() -> ctypes.CDLL | str:
+def library() -> build.Library | str:
     """The library compiled from dropout.c, or the reason why there is none."""
     return build.load("dropout", Call)
 

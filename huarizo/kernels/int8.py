@@ -45,7 +45,7 @@ class Call(ctypes.Structure):
     )
 
 
-def library() -> ctypes.CDLL | str:
+def library() -> build.Library | str:
     """The library compiled from int8.c, or the reason why there is none."""
     return build.load("int8", Call)
 
