@@ -1,16 +1,53 @@
-/* Shared by the kernels: vectors of 16 fp32 lanes, and elements that are bf16 or fp32.
+/* Vectors of 32-bit numbers, alike on every instruction set, and elements that are bf16 or fp32.
  *
- * A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code serves both.
+ * A `vec` has LANES fp32 numbers, an `ints` as many int32. C's operators work on both, lane by lane, and the header of
+ * the instruction set (isa/) adds what they can't express:
+ *
+ *     set, set_int                 one number in all lanes
+ *     fma                          a * b + c, rounded once
+ *     larger, larger_bits          of two fp32 numbers, the second if either is a NaN; of two unsigned integers
+ *     nearest, floor_of, float_of  fp32 to int32, to nearest with ties to even or downwards, and back
+ *     times_power                  y * 2^whole, for a whole number of at least -127, which gives 0
+ *     swap                         exchanges neighbours that are 1, 2, 4 or 8 lanes apart
+ *     sum_of, sum_of_ints, largest_of, largest_bits_of    over the lanes
+ *     mask, first, both, keep      some lanes; the first `count`; those in two masks; zeros in the other lanes
+ *     above, at_least              compares fp32 numbers, and unsigned integers
+ *     choose                       a in a mask's lanes, b in the others
+ *     load_first, store_first      the first `count` 32-bit numbers; others are zero, and neither read nor written
+ *     load_halves, store_halves    16-bit numbers, zero-extended to ints, and the lower halves of ints
+ *     load_first_halves, store_first_halves               the first `count` of those
+ *     gather                       32-bit numbers at `stride` bytes from each other, the first `count`
+ *     store_pairs                  two vectors as bf16, interleaved (a0 b0 a1 b1 ...) and one after the other
+ *     multiply_halves              sum + the dot product of two bf16 numbers in each lane
+ *     round_halves                 fp32 as bf16 in the lower halves, rounded to nearest, ties to even
+ *
+ * Sums over lanes are in an order of the instruction set's own. All else is exact or rounded once, so it is the same
+ * everywhere. A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code
+ * serves both.
  */
 #ifndef VECTORS_H
 #define VECTORS_H
 
-#include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LANES = 16, LINE = 64 /* bytes of a cache line */, WORD = 4, ALL = 0xFFFF /* lanes, as a mask */ };
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#elif defined(__ARM_NEON)
+#define LANES 4
+#else
+#error "no instruction set that the kernels know"
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+
+enum { LINE = 64 /* bytes of a cache line */, WORD = 4 };
 enum { OK = 0, BAD_BOUNDARIES = 1, NO_MEMORY = 2 }; /* return values of a kernel */
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -18,66 +55,104 @@ INLINE int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to 
 INLINE int64_t pair_of(int bf16) { return bf16 ? 2 : 1; } /* elements in a word */
 INLINE int64_t size_of(int bf16) { return bf16 ? 2 : 4; }
 
-/* The first `count` lanes; none for a negative count. */
-INLINE __mmask16 first(int64_t count)
+INLINE ints shifted_right(ints x, const int by) { return (ints)((bits)x >> by); } /* zeros come in */
+INLINE ints magnitude(vec x) { return (ints)x & 0x7FFFFFFF; }                     /* |x|, as bits */
+
+INLINE vec load_vec(const void *from)
 {
-    return count >= LANES ? 0xFFFF : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
+    vec x;
+    memcpy(&x, from, sizeof x);
+    return x;
 }
+
+INLINE ints load_ints(const void *from)
+{
+    ints x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE void store_vec(void *to, vec x) { memcpy(to, &x, sizeof x); }
+INLINE void store_ints(void *to, ints x) { memcpy(to, &x, sizeof x); }
+
+/* 0, 1, 2, ... */
+INLINE ints lane_numbers(void)
+{
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load_ints(numbers);
+}
+
+/* fp32 as bf16 in the lower halves of the lanes, rounded to nearest, ties to even; a NaN stays one. */
+INLINE ints rounded_in_software(vec x)
+{
+    ints number = (ints)x, odd = shifted_right(number, 16) & 1;
+    ints nan = (ints)(x != x) & 0x7FC00000; /* without it the sum could carry over the largest exponent */
+    return shifted_right((number + odd + 0x7FFF) | nan, 16);
+}
+
+/* sum + the dot product of two bf16 numbers in each lane, as two fused multiply-adds. */
+#define MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right)                                                  \
+    fma((vec)((left) & (int32_t)0xFFFF0000u), (vec)((right) & (int32_t)0xFFFF0000u),                   \
+        fma((vec)((left) << 16), (vec)((right) << 16), sum))
+
+#if LANES == 16
+#include "isa/avx512.h"
+#elif LANES == 8
+#include "isa/avx2.h"
+#else
+#include "isa/neon.h"
+#endif
+
+#ifdef STORE_PAIRS_IN_SOFTWARE
+INLINE void store_pairs(char *pairs, char *a_to, char *b_to, vec a, vec b)
+{
+    ints low = round_halves(a), high = round_halves(b);
+    store_ints(pairs, low | high << 16);
+    if (a_to) {
+        store_halves(a_to, low);
+        store_halves(b_to, high);
+    }
+}
+#endif
 
 /* sum += left * right, word by word. */
-INLINE __m512 multiply_add(const int bf16, __m512 sum, __m512i left, __m512i right)
+INLINE vec multiply_add(const int bf16, vec sum, ints left, ints right)
 {
-    if (!bf16)
-        return _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(right), sum);
-#ifdef __AVX512BF16__
-    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
-#else
-    __m512i upper = _mm512_set1_epi32((int)0xFFFF0000u);
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(left, 16)),
-                          _mm512_castsi512_ps(_mm512_slli_epi32(right, 16)), sum);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(left, upper)),
-                           _mm512_castsi512_ps(_mm512_and_si512(right, upper)), sum);
-#endif
+    return bf16 ? multiply_halves(sum, left, right) : fma((vec)left, (vec)right, sum);
 }
 
-/* Loads 16 elements as fp32; masked-out ones are zero and not read. */
-INLINE __m512 load(const int bf16, __mmask16 mask, const char *from)
+/* LANES elements as fp32. */
+INLINE vec load(const int bf16, const char *from)
 {
-    int all = __builtin_constant_p(mask) && mask == ALL;
-    if (!bf16)
-        return all ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(mask, from);
-    __m256i elements = all ? _mm256_loadu_si256((const __m256i *)from) : _mm256_maskz_loadu_epi16(mask, from);
-    __m512i halves = _mm512_cvtepu16_epi32(elements);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16));
+    return bf16 ? (vec)(load_halves(from) << 16) : load_vec(from);
 }
 
-/* 16 numbers as bf16 in the lower halves of the lanes, rounded to nearest, ties to even. */
-INLINE __m512i halves_of(__m512 x)
+/* The first `count` elements as fp32; the others are zero, and are not read. */
+INLINE vec load_part(const int bf16, const char *from, int64_t count)
 {
-    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    if (count >= LANES)
+        return load(bf16, from);
+    return bf16 ? (vec)(load_first_halves(from, count) << 16) : (vec)load_first(from, count);
 }
 
-/* Stores 16 numbers as elements, those in the mask. */
-INLINE void store(const int bf16, __mmask16 mask, char *to, __m512 x)
+/* LANES numbers as elements. */
+INLINE void store(const int bf16, char *to, vec x)
 {
-    int all = __builtin_constant_p(mask) && mask == ALL;
-    if (!bf16) {
-        if (all)
-            _mm512_storeu_ps(to, x);
-        else
-            _mm512_mask_storeu_ps(to, mask, x);
-        return;
-    }
-#ifdef __AVX512BF16__
-    __m256i elements = (__m256i)_mm512_cvtneps_pbh(x);
-#else
-    __m256i elements = _mm512_cvtepi32_epi16(halves_of(x));
-#endif
-    if (all)
-        _mm256_storeu_si256((__m256i *)to, elements);
+    if (bf16)
+        store_halves(to, round_halves(x));
     else
-        _mm256_mask_storeu_epi16(to, mask, elements);
+        store_vec(to, x);
+}
+
+/* The first `count` numbers as elements. */
+INLINE void store_part(const int bf16, char *to, vec x, int64_t count)
+{
+    if (count >= LANES)
+        store(bf16, to, x);
+    else if (bf16)
+        store_first_halves(to, round_halves(x), count);
+    else
+        store_first(to, (ints)x, count);
 }
 
 #endif

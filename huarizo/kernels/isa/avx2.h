@@ -1,0 +1,105 @@
+/* AVX2 with FMA. See vectors.h and int8_products.h. */
+
+#include <immintrin.h>
+#include <math.h>
+
+typedef ints mask; /* all bits of a lane, or none */
+
+INLINE vec set(float x) { return (vec)_mm256_set1_ps(x); }
+INLINE ints set_int(int32_t x) { return (ints)_mm256_set1_epi32(x); }
+INLINE vec fma(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE ints larger_bits(ints a, ints b) { return (ints)_mm256_max_epu32((__m256i)a, (__m256i)b); }
+INLINE ints nearest(vec x) { return (ints)_mm256_cvtps_epi32((__m256)x); }
+INLINE ints floor_of(vec x) { return (ints)_mm256_cvtps_epi32(_mm256_floor_ps((__m256)x)); }
+INLINE vec float_of(ints x) { return (vec)_mm256_cvtepi32_ps((__m256i)x); }
+
+INLINE vec times_power(vec y, vec whole) { return y * (vec)((nearest(whole) + 127) << 23); }
+
+INLINE vec swap(vec x, const int apart)
+{
+    switch (apart) {
+    case 1: return (vec)_mm256_permute_ps((__m256)x, 0xB1);
+    case 2: return (vec)_mm256_permute_ps((__m256)x, 0x4E);
+    default: return (vec)_mm256_permute2f128_ps((__m256)x, (__m256)x, 1);
+    }
+}
+
+INLINE float sum_of(vec x)
+{
+    x = x + swap(x, 4);
+    x = x + swap(x, 2);
+    return x[0] + x[1];
+}
+
+INLINE int32_t sum_of_ints(ints x)
+{
+    x = x + (ints)swap((vec)x, 4);
+    x = x + (ints)swap((vec)x, 2);
+    return x[0] + x[1];
+}
+
+INLINE float largest_of(vec x)
+{
+    x = larger(x, swap(x, 4));
+    x = larger(x, swap(x, 2));
+    return larger(x, swap(x, 1))[0];
+}
+
+INLINE uint32_t largest_bits_of(ints x)
+{
+    x = larger_bits(x, (ints)swap((vec)x, 4));
+    x = larger_bits(x, (ints)swap((vec)x, 2));
+    return (uint32_t)larger_bits(x, (ints)swap((vec)x, 1))[0];
+}
+
+INLINE mask first(int64_t count) { return set_int((int32_t)(count < LANES ? count : LANES)) > lane_numbers(); }
+INLINE mask both(mask a, mask b) { return a & b; }
+INLINE mask above(vec a, vec b) { return a > b; }
+INLINE mask at_least(ints a, ints b) { return larger_bits(a, b) == a; }
+INLINE ints keep(mask m, ints x) { return m & x; }
+INLINE vec choose(mask m, vec a, vec b) { return (vec)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)m); }
+
+INLINE ints load_first(const void *from, int64_t count)
+{
+    return (ints)_mm256_maskload_epi32(from, (__m256i)first(count));
+}
+
+INLINE void store_first(void *to, ints x, int64_t count)
+{
+    _mm256_maskstore_epi32(to, (__m256i)first(count), (__m256i)x);
+}
+
+INLINE ints load_halves(const void *from) { return (ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(from)); }
+
+INLINE void store_halves(void *to, ints x)
+{
+    __m256i halves = _mm256_packus_epi32(_mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xFFFF)), _mm256_setzero_si256());
+    _mm_storeu_si128(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xD8)));
+}
+
+INLINE ints load_first_halves(const void *from, int64_t count)
+{
+    uint16_t halves[LANES] = {0};
+    for (int64_t i = 0; i < count && i < LANES; i++)
+        memcpy(halves + i, (const char *)from + 2 * i, 2);
+    return load_halves(halves);
+}
+
+INLINE void store_first_halves(void *to, ints x, int64_t count)
+{
+    uint16_t halves[LANES];
+    store_halves(halves, x);
+    for (int64_t i = 0; i < count && i < LANES; i++)
+        memcpy((char *)to + 2 * i, halves + i, 2);
+}
+
+INLINE ints gather(const void *from, int64_t stride, int64_t count)
+{
+    __m256i offsets = (__m256i)(lane_numbers() * (int32_t)stride);
+    return (ints)_mm256_mask_i32gather_epi32(_mm256_setzero_si256(), from, offsets, (__m256i)first(count), 1);
+}
+
+INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right); }
+INLINE ints round_halves(vec x) { return rounded_in_software(x); }
+#define STORE_PAIRS_IN_SOFTWARE

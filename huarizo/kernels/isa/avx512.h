@@ -1,0 +1,91 @@
+/* AVX512 with BW, DQ and VL; VNNI and BF16 where the tier has them. See vectors.h and int8_products.h. */
+
+#include <immintrin.h>
+
+typedef __mmask16 mask;
+
+INLINE vec set(float x) { return (vec)_mm512_set1_ps(x); }
+INLINE ints set_int(int32_t x) { return (ints)_mm512_set1_epi32(x); }
+INLINE vec fma(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE ints larger_bits(ints a, ints b) { return (ints)_mm512_max_epu32((__m512i)a, (__m512i)b); }
+INLINE ints nearest(vec x) { return (ints)_mm512_cvtps_epi32((__m512)x); }
+INLINE vec float_of(ints x) { return (vec)_mm512_cvtepi32_ps((__m512i)x); }
+INLINE vec times_power(vec y, vec whole) { return (vec)_mm512_scalef_ps((__m512)y, (__m512)whole); }
+INLINE float sum_of(vec x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE int32_t sum_of_ints(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
+INLINE float largest_of(vec x) { return _mm512_reduce_max_ps((__m512)x); }
+INLINE uint32_t largest_bits_of(ints x) { return _mm512_reduce_max_epu32((__m512i)x); }
+
+INLINE ints floor_of(vec x)
+{
+    return (ints)_mm512_cvt_roundps_epi32((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+
+INLINE vec swap(vec x, const int apart)
+{
+    switch (apart) {
+    case 1: return (vec)_mm512_permute_ps((__m512)x, 0xB1);
+    case 2: return (vec)_mm512_permute_ps((__m512)x, 0x4E);
+    case 4: return (vec)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xB1);
+    default: return (vec)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4E);
+    }
+}
+
+INLINE mask first(int64_t count) { return count >= LANES ? 0xFFFF : count <= 0 ? 0 : (mask)((1u << count) - 1); }
+INLINE mask both(mask a, mask b) { return a & b; }
+INLINE mask above(vec a, vec b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
+INLINE mask at_least(ints a, ints b) { return _mm512_cmpge_epu32_mask((__m512i)a, (__m512i)b); }
+INLINE ints keep(mask m, ints x) { return (ints)_mm512_maskz_mov_epi32(m, (__m512i)x); }
+INLINE vec choose(mask m, vec a, vec b) { return (vec)_mm512_mask_mov_ps((__m512)b, m, (__m512)a); }
+
+INLINE ints load_first(const void *from, int64_t count) { return (ints)_mm512_maskz_loadu_epi32(first(count), from); }
+INLINE void store_first(void *to, ints x, int64_t count) { _mm512_mask_storeu_epi32(to, first(count), (__m512i)x); }
+
+INLINE ints load_halves(const void *from)
+{
+    return (ints)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+}
+
+INLINE ints load_first_halves(const void *from, int64_t count)
+{
+    return (ints)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), from));
+}
+
+INLINE void store_halves(void *to, ints x) { _mm256_storeu_si256(to, _mm512_cvtepi32_epi16((__m512i)x)); }
+
+INLINE void store_first_halves(void *to, ints x, int64_t count)
+{
+    _mm256_mask_storeu_epi16(to, first(count), _mm512_cvtepi32_epi16((__m512i)x));
+}
+
+INLINE ints gather(const void *from, int64_t stride, int64_t count)
+{
+    __m512i offsets = (__m512i)(lane_numbers() * (int32_t)stride);
+    return (ints)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(count), offsets, from, 1);
+}
+
+#ifdef __AVX512BF16__
+INLINE vec multiply_halves(vec sum, ints left, ints right)
+{
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+}
+
+INLINE ints round_halves(vec x) { return (ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+
+INLINE void store_pairs(char *pairs, char *a_to, char *b_to, vec a, vec b)
+{
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(order, both));
+    if (a_to) {
+        _mm256_storeu_si256((__m256i *)a_to, _mm512_castsi512_si256(both));
+        _mm256_storeu_si256((__m256i *)b_to, _mm512_extracti64x4_epi64(both, 1));
+    }
+}
+#else
+INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right); }
+INLINE ints round_halves(vec x) { return rounded_in_software(x); }
+#define STORE_PAIRS_IN_SOFTWARE
+#endif
