@@ -1,49 +1,56 @@
-/* The products of a frozen int8 linear layer and the operations around them, for CPUs with AVX512-VNNI.
+/* The products of a frozen int8 linear layer and the operations around them.
  *
  *     quantise  q = round(z / s) with z = rotate(x * factor) and s = max|z| / 127 of a row
  *     forward   y = rotate((q W') * s * scale) + x_F F' + bias
  *     backward  g_x = rotate((q W) * s) * factor, with q and s of z = rotate(g) * scale, rounded stochastically
  *
  * W is int8 [N, K], one copy for both directions; F, the float weight, is [N, k]; rotate multiplies each block of
- * BLOCK neighbours in a row by the Hadamard matrix, computed as sums and differences of pairs. The reference in plain
+ * COLUMNS neighbours in a row by the Hadamard matrix, computed as sums and differences of pairs. The reference in plain
  * torch is huarizo/model/frozen/int8.py.
  *
- * vpdpbusd adds to each of 16 int32 the dot product of four unsigned and four signed bytes. The weight is therefore
- * stored as unsigned bytes, with 128 added, and every sum starts from -128 times the sum of the quantised row.
+ * The weight is stored in panels of COLUMNS outputs, [panel][word][COLUMNS], as unsigned bytes with 128 added. A word is
+ * four neighbours along the depth in int8, two in bf16 and one in fp32. What multiplies it depends on the instruction
+ * set (vectors.h):
  *
- * A tile is ROWS rows times COLUMNS columns over the whole depth, with the sums in registers. 32 bits of the left
- * operand, a `word`, are broadcast to a vector; the right operand is a panel [depth in words][COLUMNS]. A word is four
- * neighbours along the depth in int8, two in bf16 (vdpbf16ps) and one in fp32 (fma). The weight is stored as the panels
- * of the forward product, [panel][word][COLUMNS]. The panels of the backward product are made from it, in groups that
- * fit a core's own cache. Complete int8 sums are converted to fp32, scaled and rotated; the float channels and the bias
- * are added; and the result is rounded once, when it is stored.
+ *     OFFSET  words of the left operand, signed, are broadcast and multiplied by unsigned words of the panel as it is
+ *             stored; every sum starts from -128 times the sum of the quantised row (vpdpbusd)
+ *     PAIRS   both operands are widened to int16, in words of two (vpmaddwd)
+ *     else    the panel is made signed (sdot)
+ *
+ * A tile is TILE_ROWS rows times COLUMNS columns over the whole depth, with the sums of TILE_VECTORS vectors of columns
+ * in registers. Panels that must be changed first, as all of the backward product must, are brought in by groups that
+ * fit a core's own cache. Complete sums are converted to fp32, scaled and rotated; the float channels and the bias are
+ * added; and the result is rounded once, when it is stored.
  *
  * The tiles of a call are numbered panel by panel, and every thread takes an equal share of consecutive ones. Integer
  * sums are exact, and every number of the result is computed in the same order on any thread, so results are
- * bit-identical for any number of threads. A row with a NaN or an infinity gets the scale NaN and a result of NaNs.
+ * bit-identical for any number of threads; in fp32 also for any instruction set. A row with a NaN or an infinity gets
+ * the scale NaN and a result of NaNs.
  */
 
+#include "threads.h"
 #include "vectors.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 
 enum {
-    ROWS = 12,                  /* 12 x 2 vectors of sums, 2 of the right operand and 1 of the left */
-    VECTORS = 2,
-    COLUMNS = VECTORS * LANES,
-    BLOCK = COLUMNS,            /* channels that are rotated together */
-    UNIT = 4,                   /* threads share rows in units; rows that don't fill ROWS are tiles of one unit */
+    COLUMNS = 32,               /* of a panel, and channels that are rotated together */
+    VECTORS = COLUMNS / LANES,
+    FOUR = 4 * LANES,           /* numbers that become one vector of bytes */
+    PASS = TILE_VECTORS * LANES, /* columns whose sums are in registers */
+    PASSES = COLUMNS / PASS,
+    WIDE = PAIRS ? 2 : 1,       /* bytes of a number in an operand */
     UNROLL = 4,                 /* in words; every depth is a multiple of it */
+    BLOCK_BYTES = COLUMNS * COLUMNS,
     GROUP_BYTES = 256 << 10,    /* of a group of panels, which all rows are multiplied by before the next group */
     GROUP_PANELS = 8,
 };
-_Static_assert(ROWS % UNIT == 0, "tiles are whole units");
+_Static_assert(TILE_ROWS % TILE_UNIT == 0, "tiles are whole units");
+_Static_assert(TILE_ROWS % FINISHED_ROWS == 0 && COLUMNS % PASS == 0, "tiles are whole parts");
 
-enum { ONE = 0x3F800000, MINUS = (int)0xBF800000u }; /* the bits of 1 and of -1 */
+enum { ONE = 0x3F800000 }; /* the bits of 1 */
 
 /* The arguments of a call. `x` is [T, K] in forward and quantise, and the gradient [T, N] in backward; `out` is the
  * result of forward or backward, contiguous. Strides are in bytes. N and K of the weight are padded to multiples of
@@ -65,9 +72,6 @@ typedef struct {
 
 int64_t huarizo_call_size(void) { return sizeof(Call); }
 
-/* The first `count` of 32 elements; none for a negative count. */
-INLINE __mmask32 first32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
-
 /* ------------------------------------------------------------------------------------------------------- workspace */
 
 typedef struct { char *data; int64_t size; } Space;
@@ -82,7 +86,11 @@ static char *workspace(int64_t size)
         kept.size = padded(size, 2 << 20);
         kept.data = aligned_alloc(2 << 20, kept.size);
         if (kept.data)
+#ifdef MADV_HUGEPAGE
             madvise(kept.data, kept.size, MADV_HUGEPAGE);
+#else
+            (void)0;
+#endif
         else
             kept.size = 0;
     }
@@ -99,54 +107,44 @@ INLINE void *take(char **space, int64_t size)
 
 /* ---------------------------------------------------------------------------------------------------- quantisation */
 
-/* 64 int32 as bytes, in order, saturated. */
-INLINE __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d)
-{
-    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    __m512i low = _mm512_packs_epi32(a, b), high = _mm512_packs_epi32(c, d);
-    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
-}
-
-/* Fractions in [0, 1) of start + place / golden ratio, in units of 2^-32, for places `at` to `at` + 15. */
-INLINE __m512 noise(int64_t at, uint32_t start)
+/* Fractions in [0, 1) of start + place / golden ratio, in units of 2^-32, for places from `at` on. */
+INLINE vec noise(int64_t at, uint32_t start)
 {
     const uint32_t golden = 0x9E3779B9u;
-    const __m512i lanes = _mm512_mullo_epi32(_mm512_set1_epi32((int)golden),
-                                             _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-    __m512i x = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)(start + (uint32_t)at * golden)));
-    x = _mm512_or_si512(_mm512_srli_epi32(x, 9), _mm512_set1_epi32(ONE));
-    return _mm512_sub_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(1));
+    ints x = lane_numbers() * (int32_t)golden + set_int((int32_t)(start + (uint32_t)at * golden));
+    return (vec)(shifted_right(x, 9) | ONE) - set(1);
 }
 
-/* sum + place^4 in the lanes where y is above zero; the lanes are places `at` to `at` + 15. */
-INLINE __m512i add_above_zero(__m512i sum, __m512 y, int64_t at)
+/* sum + place^4 in the lanes where y is above zero; the lanes are places from `at` on. */
+INLINE ints add_above_zero(ints sum, vec y, int64_t at)
 {
-    __m512i place = _mm512_add_epi32(_mm512_set1_epi32((int)at),
-                                     _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-    __mmask16 above = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_GT_OQ);
-    place = _mm512_mullo_epi32(place, place);
-    return _mm512_mask_add_epi32(sum, above, sum, _mm512_mullo_epi32(place, place));
+    ints place = lane_numbers() + set_int((int32_t)at);
+    place = place * place;
+    return sum + keep(above(y, set(0)), place * place);
 }
 
-/* x times the Hadamard matrix of order 16, as sums and differences of lanes 1, 2, 4 and 8 apart. */
-INLINE __m512 rotate_lanes(__m512 x)
+/* Rotates a block: sums and differences of channels 1, 2, 4, 8 and 16 apart. */
+INLINE void rotate(vec block[VECTORS])
 {
-    x = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set4_epi32(MINUS, ONE, MINUS, ONE)), _mm512_permute_ps(x, 0xB1));
-    x = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set4_epi32(MINUS, MINUS, ONE, ONE)), _mm512_permute_ps(x, 0x4E));
-    x = _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set_epi32(MINUS, MINUS, MINUS, MINUS, ONE, ONE, ONE, ONE,
-                                                                MINUS, MINUS, MINUS, MINUS, ONE, ONE, ONE, ONE)),
-                        _mm512_shuffle_f32x4(x, x, 0xB1));
-    return _mm512_fmadd_ps(x, _mm512_castsi512_ps(_mm512_set_epi32(MINUS, MINUS, MINUS, MINUS, MINUS, MINUS, MINUS, MINUS,
-                                                                   ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE)),
-                           _mm512_shuffle_f32x4(x, x, 0x4E));
+    UNROLLED for (int j = 0; j < VECTORS; j++)
+        UNROLLED for (int apart = 1; apart < LANES; apart *= 2) {
+            vec sign = (vec)((lane_numbers() & apart) != 0);
+            block[j] = fused(block[j], (vec)(((ints)sign & (int32_t)0x80000000u) | ONE), swap(block[j], apart));
+        }
+    UNROLLED for (int apart = 1; apart < VECTORS; apart *= 2)
+        UNROLLED for (int j = 0; j < VECTORS; j++)
+            if (!(j & apart)) {
+                vec low = block[j], high = block[j + apart];
+                block[j] = low + high;
+                block[j + apart] = low - high;
+            }
 }
 
-/* Rotates one block. */
-INLINE void rotate(__m512 *a, __m512 *b)
+/* The part of a row that starts at `from`, of `count` elements, times `factor` if that isn't NULL. */
+INLINE vec load_scaled(const int bf16, const char *from, const float *factor, int64_t count)
 {
-    __m512 low = rotate_lanes(*a), high = rotate_lanes(*b);
-    *a = _mm512_add_ps(low, high);
-    *b = _mm512_sub_ps(low, high);
+    vec x = load_part(bf16, from, count);
+    return factor ? x * load_part(0, (const char *)factor, count) : x;
 }
 
 /* Quantises one row of `count` elements, padded with zeros to `stride` bytes, a multiple of 64, and writes its scale
@@ -157,61 +155,52 @@ INLINE void quantise_row(const int bf16, const int gradient, const char *x, cons
                          int64_t count, float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
 {
     /* Magnitudes compare as their bits do as integers, and a NaN is the largest. */
-    __m512i top[VECTORS] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    __m512i signs = _mm512_setzero_si512();
-    for (int64_t i = 0; i < padded(count, LINE); i += BLOCK) {
-        __m512 y[VECTORS];
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; j++) {
+    ints top = set_int(0), signs = set_int(0);
+    for (int64_t i = 0; i < padded(count, LINE); i += COLUMNS) {
+        vec y[VECTORS];
+        UNROLLED for (int j = 0; j < VECTORS; j++) {
             int64_t at = i + j * LANES;
-            __mmask16 mask = first(count - at);
-            y[j] = load(bf16, mask, x + at * size_of(bf16));
-            if (!gradient)
-                y[j] = _mm512_mul_ps(y[j], _mm512_maskz_loadu_ps(mask, factor + at));
+            y[j] = at < count ? load_scaled(bf16, x + at * size_of(bf16), gradient ? NULL : factor + at, count - at)
+                              : set(0);
         }
-        rotate(&y[0], &y[1]);
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; j++) {
+        rotate(y);
+        UNROLLED for (int j = 0; j < VECTORS; j++) {
             if (gradient && i < count)
-                y[j] = _mm512_mul_ps(y[j], _mm512_loadu_ps(factor + i + j * LANES));
-            top[j] = _mm512_max_epu32(top[j], _mm512_castps_si512(_mm512_abs_ps(y[j])));
+                y[j] = y[j] * load_vec(factor + i + j * LANES);
+            top = larger_bits(top, magnitude(y[j]));
             if (gradient)
                 signs = add_above_zero(signs, y[j], i + j * LANES);
-            _mm512_storeu_ps(scratch + i + j * LANES, y[j]);
+            store_vec(scratch + i + j * LANES, y[j]);
         }
     }
-    uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(top[0], top[1]));
+    uint32_t number = largest_bits_of(top);
     float most, scale;
-    memcpy(&most, &bits, sizeof most);
-    scale = bits >= 0x7F800000u ? NAN : (most < 1e-12f ? 1e-12f : most) * (float)(1.0 / 127);
-    memcpy(&bits, &scale, sizeof bits);
-    __m512 inverse = _mm512_set1_ps(1.0f / scale);
-    __m512i sum = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
-    uint32_t start = (bits >> 8) * 0x85EBCA6Bu + (uint32_t)_mm512_reduce_add_epi32(signs) * 0x27D4EB2Fu;
-    for (int64_t i = 0; i < stride; i += LINE) {
-        __m512i bytes = _mm512_setzero_si512();
-        if (i < count) {
-            __m512i y[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                __m512 step = _mm512_mul_ps(_mm512_loadu_ps(scratch + i + j * LANES), inverse);
-                if (gradient)
-                    y[j] = _mm512_cvt_roundps_epi32(_mm512_add_ps(step, noise(i + j * LANES, start)),
-                                                    _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-                else
-                    y[j] = _mm512_cvtps_epi32(step);
-            }
-            bytes = bytes_of(y[0], y[1], y[2], y[3]);
+    memcpy(&most, &number, sizeof most);
+    scale = number >= 0x7F800000u ? NAN : (most < 1e-12f ? 1e-12f : most) * (float)(1.0 / 127);
+    memcpy(&number, &scale, sizeof number);
+    vec inverse = set(1.0f / scale);
+    ints sum = set_int(0);
+    uint32_t start = (number >> 8) * 0x85EBCA6Bu + (uint32_t)sum_of_ints(signs) * 0x27D4EB2Fu;
+    int64_t end = padded(count, LINE);
+    for (int64_t i = 0; i < end; i += FOUR) {
+        ints y[4];
+        UNROLLED for (int j = 0; j < 4; j++) {
+            vec step = load_vec(scratch + i + j * LANES) * inverse;
+            y[j] = gradient ? floor_of(step + noise(i + j * LANES, start)) : nearest(step);
         }
-        sum = _mm512_dpbusd_epi32(sum, ones, bytes);
-        _mm512_storeu_si512(to + i, bytes);
+        store_bytes(to + i, y);
     }
+    memset(to + end, 0, stride - end);
+    if (OFFSET)
+        for (int64_t i = 0; i < end; i += LINE)
+            sum = add_bytes(sum, to + i);
     *scale_to = scale;
-    *start_to = -128 * _mm512_reduce_add_epi32(sum);
+    *start_to = -OFFSET * sum_of_ints(sum);
 }
 
 /* The arguments of quantising the rows of a call's x. */
 typedef struct {
+    const Call *call;
     int gradient;
     const float *factor;
     int64_t count, stride;
@@ -221,8 +210,10 @@ typedef struct {
 } Quantisation;
 
 /* Quantises the share of `thread`. */
-static void quantise_rows(const Call *call, const Quantisation *q, int64_t thread, int64_t threads)
+static void quantise_share(void *shared, int64_t thread, int64_t threads)
 {
+    const Quantisation *q = shared;
+    const Call *call = q->call;
     float *scratch = q->scratch + thread * q->stride;
     for (int64_t row = call->rows * thread / threads; row < call->rows * (thread + 1) / threads; row++) {
         const char *x = call->x + row * call->x_stride;
@@ -238,46 +229,86 @@ static void quantise_rows(const Call *call, const Quantisation *q, int64_t threa
     }
 }
 
-/* ---------------------------------------------------------------------------------------------------------- panels */
+/* -------------------------------------------------------------------------------------------------------- operands */
 
-INLINE int64_t panel_bytes(int64_t words) { return words * COLUMNS * WORD; }
+INLINE int64_t panel_bytes(int64_t words) { return words * COLUMNS * WORD; } /* as stored */
 
-/* Result i has the i-th 128 bits of each of a, b, c, d. */
-INLINE void transpose_lanes(__m512i *a, __m512i *b, __m512i *c, __m512i *d)
+/* The depth of an operand in words of the weight: a PAIRS operand has the lower and then the upper pairs of LANES words
+ * at a time. */
+INLINE int64_t operand_words(int64_t words) { return PAIRS ? padded(words, LANES) : words; }
+
+INLINE int64_t operand_bytes(int64_t words) { return operand_words(words) * COLUMNS * WORD * WIDE; } /* of a panel */
+
+typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
+
+/* Words of four bytes as pairs of int16: bytes 0 and 2, and bytes 1 and 3. */
+INLINE void widen(ints words, char *lower, char *upper)
 {
-    __m512i low = _mm512_shuffle_i32x4(*a, *b, 0x44), high = _mm512_shuffle_i32x4(*a, *b, 0xEE);
-    __m512i low_2 = _mm512_shuffle_i32x4(*c, *d, 0x44), high_2 = _mm512_shuffle_i32x4(*c, *d, 0xEE);
-    *a = _mm512_shuffle_i32x4(low, low_2, 0x88);
-    *b = _mm512_shuffle_i32x4(low, low_2, 0xDD);
-    *c = _mm512_shuffle_i32x4(high, high_2, 0x88);
-    *d = _mm512_shuffle_i32x4(high, high_2, 0xDD);
+    store_ints(lower, (ints)((shorts)words << 8 >> 8));
+    store_ints(upper, (ints)((shorts)words >> 8));
 }
 
-/* The backward product's panel that starts at column `at`. Its depth is `panels` forward panels of `words` words each.
+/* Words `from` to `to` of a panel as those of an operand. words: [to - from][COLUMNS] in the stored format.
  *
- * Blocks of 4 by 4 bytes, outputs by inputs, are transposed within their 128 bits, then moved to their words. */
-static void pack_columns(char *to, const char *weight, int64_t at, int64_t panels, int64_t words)
+ * In an operand of PAIRS the columns of one pass follow each other: [pass][pair][PASS]. */
+INLINE void bring_in(char *operand, const char *words, int64_t from, int64_t to, int64_t depth)
 {
-    const __m512i turn = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
-    for (int64_t panel = 0; panel < panels; panel++, to += panel_bytes(COLUMNS / WORD)) {
+    if (OFFSET) {
+        memcpy(operand + from * COLUMNS * WORD, words, (to - from) * COLUMNS * WORD);
+        return;
+    }
+    for (int64_t k = from; k < to; k++)
+        UNROLLED for (int j = 0; j < VECTORS; j++) {
+            ints bytes = load_ints(words + ((k - from) * COLUMNS + j * LANES) * WORD) ^ (int32_t)0x80808080u;
+            if (PAIRS) {
+                char *pass = operand + j / TILE_VECTORS * operand_words(depth) * PASS * WORD * 2;
+                char *at = pass + ((k / LANES * 2 * LANES + k % LANES) * PASS + j % TILE_VECTORS * LANES) * WORD;
+                widen(bytes, at, at + LANES * PASS * WORD);
+            } else
+                store_ints(operand + (k * COLUMNS + j * LANES) * WORD, bytes);
+        }
+}
+
+/* The operand of the panel at `panel` of the weight, for the forward product. */
+static void bring_in_panel(char *operand, const char *panel, int64_t words)
+{
+    bring_in(operand, panel, 0, words, words);
+    for (int64_t k = words; k < operand_words(words); k++) /* only with PAIRS */
+        UNROLLED for (int j = 0; j < VECTORS; j++) {
+            char *pass = operand + j / TILE_VECTORS * operand_words(words) * PASS * WORD * 2;
+            char *at = pass + ((k / LANES * 2 * LANES + k % LANES) * PASS + j % TILE_VECTORS * LANES) * WORD;
+            widen(set_int(0), at, at + LANES * PASS * WORD);
+        }
+}
+
+/* The operand of the backward product that starts at column `at`. Its depth is `panels` panels of the weight, whose
+ * depth is `words`. */
+static void bring_in_columns(char *operand, const char *weight, int64_t at, int64_t panels, int64_t words)
+{
+    const int64_t per_block = COLUMNS / WORD;
+    for (int64_t panel = 0; panel < panels; panel++) {
         const char *from = weight + panel * panel_bytes(words) + at / WORD * COLUMNS * WORD;
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++)
-            _mm_prefetch(from + 2 * panel_bytes(words) + i * LINE, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; part++) { /* 16 outputs, 16 inputs */
-            int inputs = part % 2, outputs = part / 2;
-            __m512i lines[4];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-                lines[i] = _mm512_shuffle_epi8(
-                    _mm512_loadu_si512(from + (inputs * 4 + i) * COLUMNS * WORD + outputs * LINE), turn);
-            transpose_lanes(&lines[0], &lines[1], &lines[2], &lines[3]);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-                _mm512_store_si512(to + (outputs * 4 + i) * COLUMNS * WORD + inputs * LINE, lines[i]);
+        for (int i = 0; i < BLOCK_BYTES; i += LINE)
+            __builtin_prefetch(from + 2 * panel_bytes(words) + i);
+        if (OFFSET) {
+            turn_block(operand + panel * BLOCK_BYTES, from);
+        } else {
+            char turned[BLOCK_BYTES];
+            turn_block(turned, from);
+            bring_in(operand, turned, panel * per_block, (panel + 1) * per_block, panels * per_block);
         }
     }
+}
+
+/* `count` quantised rows as PAIRS, [rows][pairs][2], padded with zeros to TILE_ROWS rows. */
+static void bring_in_rows(char *operand, int64_t operand_stride, const char *rows, int64_t stride, int64_t count,
+                          int64_t words)
+{
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < words; k += LANES) {
+            char *at = operand + i * operand_stride + 2 * k * WORD;
+            widen(load_first(rows + i * stride + k * WORD, words - k), at, at + LANES * WORD);
+        }
 }
 
 /* ----------------------------------------------------------------------------------------------------------- tiles */
@@ -289,76 +320,69 @@ INLINE int word_at(const char *from)
     return word;
 }
 
-INLINE void multiply_floats(const int bf16, const int rows, int64_t words, const char *left, int64_t stride,
-                            const char *right, __m512 sum[ROWS][VECTORS])
+/* Sums of `rows` rows and the columns of one pass, over `depth` words of the operands. */
+INLINE void multiply_pass(const int rows, int64_t depth, const char *left, int64_t stride, const char *right,
+                          const int64_t right_step, ints sum[TILE_ROWS][TILE_VECTORS])
 {
-    for (int64_t k = 0; k < words; k++, right += COLUMNS * WORD) {
-        __m512i a = _mm512_loadu_si512(right), b = _mm512_loadu_si512(right + LINE);
-#pragma GCC unroll 12
-        for (int i = 0; i < rows; i++) {
-            __m512i spread = _mm512_set1_epi32(word_at(left + i * stride + k * WORD));
-            sum[i][0] = multiply_add(bf16, sum[i][0], spread, a);
-            sum[i][1] = multiply_add(bf16, sum[i][1], spread, b);
-        }
-    }
-}
-
-/* sum += left * right. Inline assembly, because with the intrinsic gcc 12 moves and spills the sums of a tile. */
-INLINE void add_products(__m512i *sum, __m512i left, __m512i right)
-{
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(right), "v"(left));
-}
-
-INLINE void multiply_bytes(const int rows, int64_t words, const char *left, int64_t stride, const char *right,
-                           __m512i sum[ROWS][VECTORS])
-{
-    const char *at[ROWS / 3];
-#pragma GCC unroll 4
-    for (int i = 0; i < (rows + 2) / 3; i++)
+    const char *at[(TILE_ROWS + 2) / 3];
+    UNROLLED for (int i = 0; i < (rows + 2) / 3; i++)
         at[i] = left + 3 * i * stride;
-    for (int64_t k = 0; k < words; k += UNROLL) {
-#pragma GCC unroll 4
-        for (int u = 0; u < UNROLL; u++) {
-            __m512i a = _mm512_loadu_si512(right), b = _mm512_loadu_si512(right + LINE);
-            right += COLUMNS * WORD;
-#pragma GCC unroll 12
-            for (int i = 0; i < rows; i++) {
-                __m512i spread = _mm512_set1_epi32(word_at(at[i / 3] + i % 3 * stride + u * WORD));
-                add_products(&sum[i][0], spread, a);
-                add_products(&sum[i][1], spread, b);
+    for (int64_t k = 0; k < depth; k += UNROLL) {
+        UNROLLED for (int u = 0; u < UNROLL; u++) {
+            ints columns[TILE_VECTORS];
+            UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
+                columns[j] = load_ints(right + j * LANES * WORD);
+            right += right_step;
+            UNROLLED for (int i = 0; i < rows; i++) {
+                ints spread = set_int(word_at(at[i / 3] + i % 3 * stride + u * WORD));
+                UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
+                    dot(&sum[i][j], spread, columns[j]);
             }
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < (rows + 2) / 3; i++)
+        UNROLLED for (int i = 0; i < (rows + 2) / 3; i++)
             at[i] += UNROLL * WORD;
     }
 }
 
-/* Stores the first `count` of 32 numbers as elements. */
-INLINE void store_columns(const int bf16, char *to, int64_t count, __m512 a, __m512 b)
+/* Sums of `rows` rows and COLUMNS columns, from the initial value of each row. */
+INLINE void multiply(const int rows, int64_t depth, const char *left, int64_t stride, const char *right,
+                     const int32_t *start, int64_t count, ints sum[TILE_ROWS][VECTORS])
 {
-#ifdef __AVX512BF16__
-    if (bf16) {
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-        if (count >= COLUMNS)
-            _mm512_storeu_si512(to, both);
+    UNROLLED for (int pass = 0; pass < PASSES; pass++) {
+        ints part[TILE_ROWS][TILE_VECTORS];
+        UNROLLED for (int i = 0; i < rows; i++)
+            UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
+                part[i][j] = OFFSET ? set_int(start[i < count ? i : 0]) : set_int(0);
+        if (PAIRS)
+            multiply_pass(rows, 2 * depth, left, stride, right + pass * 2 * depth * PASS * WORD, PASS * WORD, part);
         else
-            _mm512_mask_storeu_epi16(to, first32(count), both);
-        return;
+            multiply_pass(rows, depth, left, stride, right + pass * PASS * WORD, COLUMNS * WORD, part);
+        UNROLLED for (int i = 0; i < rows; i++)
+            UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
+                sum[i][pass * TILE_VECTORS + j] = part[i][j];
     }
-#endif
-    if (count >= COLUMNS) {
-        store(bf16, ALL, to, a);
-        store(bf16, ALL, to + LANES * size_of(bf16), b);
-    } else {
-        store(bf16, first(count), to, a);
-        store(bf16, first(count - LANES), to + LANES * size_of(bf16), b);
+}
+
+/* y += float channels of `rows` rows times those of a panel. */
+INLINE void multiply_floats(const int bf16, const int rows, int64_t words, const char *left, const char *right,
+                            vec y[][VECTORS])
+{
+    for (int64_t k = 0; k < words; k++, right += COLUMNS * WORD) {
+        ints columns[VECTORS];
+        UNROLLED for (int j = 0; j < VECTORS; j++)
+            columns[j] = load_ints(right + j * LANES * WORD);
+        UNROLLED for (int i = 0; i < rows; i++) {
+            ints spread = set_int(word_at(left + (i * words + k) * WORD));
+            UNROLLED for (int j = 0; j < VECTORS; j++)
+                y[i][j] = multiply_add(bf16, y[i][j], spread, columns[j]);
+        }
     }
 }
 
 /* A product, left [T, words] times panels, and the operations on its result. */
 typedef struct {
     const Call *call;
+    int backward;
     int64_t rows, columns, words, float_words; /* of the result; of the two depths; float_words is 0 in backward */
     const char *left, *left_end;               /* quantised rows; their last unit, padded */
     int64_t left_stride;
@@ -367,78 +391,91 @@ typedef struct {
     const int32_t *row_start;
     const char *floats; /* the float channels, [T in units, float_words] */
     const char *bias;   /* NULL in backward and without a bias */
-    char *packed;       /* in backward: space for a group of panels per thread */
+    char *space;        /* of each thread: a group of panels that are brought in, and TILE_ROWS rows of PAIRS */
 } Product;
 
-/* The tile that starts at row `row` and column `at`. */
-INLINE void tile(const int bf16, const int rows, const Product *p, const char *panel, int64_t row, int64_t at)
+/* From sums to elements of the result: `rows` rows from row `row`, of which `count` exist, and the columns from `at`. */
+INLINE void finish(const int bf16, const int rows, const Product *p, ints sum[][VECTORS], int64_t row, int64_t count,
+                   int64_t at)
 {
-    __m512i sum[ROWS][VECTORS];
-    __m512 y[ROWS][VECTORS];
-    int64_t count = rows == UNIT ? least(UNIT, p->rows - row) : rows;
-    const char *left = count < rows ? p->left_end : p->left + row * p->left_stride;
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++)
-        sum[i][0] = sum[i][1] = _mm512_set1_epi32(p->row_start[row + (i < count ? i : 0)]);
-    multiply_bytes(rows, p->words, left, p->left_stride, panel, sum);
-    __m512 before[VECTORS], after[VECTORS];
-#pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; j++) {
-        int64_t column = at + j * LANES;
-        before[j] = p->before ? _mm512_loadu_ps(p->before + column) : _mm512_set1_ps(1);
-        after[j] = p->after ? _mm512_maskz_loadu_ps(first(p->columns - column), p->after + column) : _mm512_set1_ps(1);
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
-        __m512 row_scale = _mm512_set1_ps(p->row_scale[row + (i < count ? i : 0)]);
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; j++)
-            y[i][j] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][j]), row_scale), before[j]);
-        rotate(&y[i][0], &y[i][1]);
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; j++)
-            y[i][j] = _mm512_mul_ps(y[i][j], after[j]);
-    }
-    if (p->float_words) {
-        int64_t stride = p->float_words * WORD;
-        multiply_floats(bf16, rows, p->float_words, p->floats + row * stride, stride,
-                        p->call->float_weight + at / COLUMNS * panel_bytes(p->float_words), y);
-    }
-    if (p->bias)
-#pragma GCC unroll 2
-        for (int j = 0; j < VECTORS; j++) {
-            int64_t column = at + j * LANES;
-            __m512 bias = load(bf16, first(p->columns - column), p->bias + column * size_of(bf16));
-#pragma GCC unroll 12
-            for (int i = 0; i < rows; i++)
-                y[i][j] = _mm512_add_ps(y[i][j], bias);
+    vec y[FINISHED_ROWS][VECTORS];
+    UNROLLED for (int i = 0; i < rows; i++) {
+        vec row_scale = set(p->row_scale[row + (i < count ? i : 0)]);
+        UNROLLED for (int j = 0; j < VECTORS; j++) {
+            y[i][j] = float_of(sum[i][j]) * row_scale;
+            if (p->before)
+                y[i][j] = y[i][j] * load_vec(p->before + at + j * LANES);
         }
-    char *to = p->call->out + (row * p->columns + at) * size_of(bf16);
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++)
-        if (i < count)
-            store_columns(bf16, to + i * p->columns * size_of(bf16), p->columns - at, y[i][0], y[i][1]);
+        rotate(y[i]);
+        if (p->after)
+            UNROLLED for (int j = 0; j < VECTORS; j++) {
+                int64_t column = at + j * LANES;
+                if (column < p->columns)
+                    y[i][j] = y[i][j] * load_part(0, (const char *)(p->after + column), p->columns - column);
+            }
+    }
+    if (p->float_words)
+        multiply_floats(bf16, rows, p->float_words, p->floats + row * p->float_words * WORD,
+                        p->call->float_weight + at / COLUMNS * panel_bytes(p->float_words), y);
+    UNROLLED for (int j = 0; j < VECTORS; j++) {
+        int64_t column = at + j * LANES;
+        if (column >= p->columns)
+            break;
+        vec bias = p->bias ? load_part(bf16, p->bias + column * size_of(bf16), p->columns - column) : set(0);
+        UNROLLED for (int i = 0; i < rows; i++)
+            if (i < count) {
+                char *to = p->call->out + ((row + i) * p->columns + column) * size_of(bf16);
+                store_part(bf16, to, p->bias ? y[i][j] + bias : y[i][j], p->columns - column);
+            }
+    }
 }
 
-/* All tiles of rows `from` to `to`, in units, and `count` panels, the first of which starts at column `at`. */
-static __attribute__((noinline)) void tiles(const Product *p, const char *panels, int64_t count, int64_t at,
-                                            int64_t from, int64_t to)
+/* The tile of `rows` rows that starts at row `row` and column `at`. left: its rows. */
+INLINE void tile(const int bf16, const int rows, const Product *p, const char *left, int64_t stride, const char *panel,
+                 int64_t row, int64_t at)
 {
+    const int together = rows < FINISHED_ROWS ? rows : FINISHED_ROWS;
+    ints sum[TILE_ROWS][VECTORS];
+    int64_t count = rows == TILE_UNIT ? least(TILE_UNIT, p->rows - row) : rows;
+    multiply(rows, operand_words(p->words), left, stride, panel, p->row_start + row, count, sum);
+    UNROLLED for (int i = 0; i < rows; i += together)
+        if (i < count)
+            finish(bf16, together, p, sum + i, row + i, count - i, at);
+}
+
+INLINE int64_t pairs_stride(const Product *p) /* an odd number of lines, so that rows spread over the cache */
+{
+    return padded(operand_words(p->words) * WORD * WIDE, LINE) | LINE;
+}
+
+/* All tiles of units `from` to `to` and `count` panels, the first of which starts at column `at`.
+ * pairs: space for TILE_ROWS rows of PAIRS. */
+static __attribute__((noinline)) void tiles(const Product *p, const char *panels, int64_t panel_size, int64_t count,
+                                            int64_t at, int64_t from, int64_t to, char *pairs)
+{
+    const int64_t full = TILE_ROWS / TILE_UNIT;
     int64_t step = 0;
     for (int64_t unit = from; unit < to; unit += step) {
-        step = to - unit >= ROWS / UNIT && (unit + ROWS / UNIT) * UNIT <= p->rows ? ROWS / UNIT : 1;
+        step = to - unit >= full && (unit + full) * TILE_UNIT <= p->rows ? full : 1;
+        int64_t row = unit * TILE_UNIT, stride = p->left_stride;
+        const char *left = row + step * TILE_UNIT > p->rows ? p->left_end : p->left + row * stride;
+        if (PAIRS) {
+            bring_in_rows(pairs, pairs_stride(p), left, stride, step * TILE_UNIT, p->words);
+            left = pairs;
+            stride = pairs_stride(p);
+        }
         for (int64_t i = 0; i < count; i++) {
-            const char *panel = panels + i * panel_bytes(p->words);
+            const char *panel = panels + i * panel_size;
             int64_t column = at + i * COLUMNS;
             if (p->call->bf16) {
                 if (step > 1)
-                    tile(1, ROWS, p, panel, unit * UNIT, column);
+                    tile(1, TILE_ROWS, p, left, stride, panel, row, column);
                 else
-                    tile(1, UNIT, p, panel, unit * UNIT, column);
+                    tile(1, TILE_UNIT, p, left, stride, panel, row, column);
             } else if (step > 1)
-                tile(0, ROWS, p, panel, unit * UNIT, column);
+                tile(0, TILE_ROWS, p, left, stride, panel, row, column);
             else
-                tile(0, UNIT, p, panel, unit * UNIT, column);
+                tile(0, TILE_UNIT, p, left, stride, panel, row, column);
         }
     }
 }
@@ -447,25 +484,36 @@ static __attribute__((noinline)) void tiles(const Product *p, const char *panels
 
 INLINE int64_t group_panels(const Product *p)
 {
-    int64_t fit = GROUP_BYTES / panel_bytes(p->words);
+    int64_t fit = GROUP_BYTES / operand_bytes(p->words);
     return fit < 1 ? 1 : least(fit, GROUP_PANELS);
 }
 
-/* The share of `thread`: units `at` to `to` of all tiles, numbered panel by panel. */
-static void run_thread(const Product *p, int64_t thread, int64_t threads)
+INLINE int64_t space_of_thread(const Product *p)
 {
-    int64_t units = padded(p->rows, UNIT) / UNIT, all = padded(p->columns, COLUMNS) / COLUMNS * units;
+    return padded(group_panels(p) * operand_bytes(p->words) + TILE_ROWS * pairs_stride(p), LINE);
+}
+
+/* The share of `thread`: units `at` to `to` of all tiles, numbered panel by panel. */
+static void run_share(void *shared, int64_t thread, int64_t threads)
+{
+    const Product *p = shared;
+    const int as_stored = OFFSET != 0 && !p->backward;
+    int64_t units = padded(p->rows, TILE_UNIT) / TILE_UNIT, all = padded(p->columns, COLUMNS) / COLUMNS * units;
     int64_t at = all * thread / threads, to = all * (thread + 1) / threads, most = group_panels(p);
-    char *packed = p->packed ? p->packed + thread * most * panel_bytes(p->words) : NULL;
+    int64_t size = as_stored ? panel_bytes(p->words) : operand_bytes(p->words);
+    char *space = p->space + thread * space_of_thread(p), *pairs = space + most * operand_bytes(p->words);
     while (at < to) {
         int64_t panel = at / units, row = at % units, count = 1, end = least(units, row + to - at);
         if (row == 0 && end == units)
             count = least(most, (to - at) / units);
-        if (packed)
-            for (int64_t i = 0; i < count; i++)
-                pack_columns(packed + i * panel_bytes(p->words), p->call->weight, (panel + i) * COLUMNS,
-                             p->words / (COLUMNS / WORD), padded(p->columns, COLUMNS) / WORD);
-        tiles(p, packed ? packed : p->call->weight + panel * panel_bytes(p->words), count, panel * COLUMNS, row, end);
+        const char *weight = p->call->weight;
+        for (int64_t i = 0; i < count && !as_stored; i++)
+            if (p->backward)
+                bring_in_columns(space + i * size, weight, (panel + i) * COLUMNS, p->words / (COLUMNS / WORD),
+                                 padded(p->columns, COLUMNS) / WORD);
+            else
+                bring_in_panel(space + i * size, weight + (panel + i) * panel_bytes(p->words), p->words);
+        tiles(p, as_stored ? weight + panel * size : space, size, count, panel * COLUMNS, row, end, pairs);
         at += (count - 1) * units + end - row;
     }
 }
@@ -476,24 +524,28 @@ static void run_thread(const Product *p, int64_t thread, int64_t threads)
 int huarizo_int8_quantise(const Call *call)
 {
     Quantisation q = {
-        .factor = call->factor, .count = call->inputs, .to = call->quantised, .stride = call->quantised_stride,
-        .scale = call->row_scale, .start = call->row_start,
+        .call = call, .factor = call->factor, .count = call->inputs, .to = call->quantised,
+        .stride = call->quantised_stride, .scale = call->row_scale, .start = call->row_start,
     };
     q.scratch = (float *)workspace(q.stride * call->threads * (int64_t)sizeof(float));
     if (!q.scratch)
         return NO_MEMORY;
-#pragma omp parallel num_threads(call->threads)
-    quantise_rows(call, &q, omp_get_thread_num(), omp_get_num_threads());
+    parallel(call->threads, quantise_share, &q);
     return OK;
 }
 
-/* Gathers the float channels of rows `from` to `to`, padded with zeros to `bytes` per row. */
-static void gather(const Call *call, char *into, int64_t bytes, int64_t from, int64_t to)
+/* The float channels of some rows, padded with zeros to `bytes` per row. */
+typedef struct { const Call *call; char *to; int64_t bytes; } Gathering;
+
+/* Gathers the share of `thread`. */
+static void gather_share(void *shared, int64_t thread, int64_t threads)
 {
-    for (int64_t row = from; row < to; row++) {
+    const Gathering *g = shared;
+    const Call *call = g->call;
+    for (int64_t row = call->rows * thread / threads; row < call->rows * (thread + 1) / threads; row++) {
         const char *x = call->x + row * call->x_stride;
-        char *at = into + row * bytes;
-        memset(at + call->floats * size_of(call->bf16), 0, bytes - call->floats * size_of(call->bf16));
+        char *at = g->to + row * g->bytes;
+        memset(at + call->floats * size_of(call->bf16), 0, g->bytes - call->floats * size_of(call->bf16));
         for (int64_t f = 0; f < call->floats; f++)
             if (call->bf16)
                 memcpy(at + f * 2, x + call->float_channels[f] * 2, 2);
@@ -511,54 +563,47 @@ int huarizo_int8_forward(const Call *call)
         .left = (const char *)call->quantised, .left_stride = call->quantised_stride,
         .row_scale = call->row_scale, .row_start = call->row_start, .before = call->scale, .bias = call->bias,
     };
-    int64_t rest = call->rows % UNIT, float_bytes = p.float_words * WORD;
-    char *space = workspace(padded(call->rows, UNIT) * float_bytes + UNIT * p.left_stride + 2 * LINE);
+    int64_t rest = call->rows % TILE_UNIT, float_bytes = p.float_words * WORD;
+    char *space = workspace(padded(call->rows, TILE_UNIT) * float_bytes + TILE_UNIT * p.left_stride
+                            + space_of_thread(&p) * call->threads + 3 * LINE);
     if (!space)
         return NO_MEMORY;
-    char *floats = take(&space, padded(call->rows, UNIT) * float_bytes), *end = take(&space, UNIT * p.left_stride);
+    Gathering floats = {call, take(&space, padded(call->rows, TILE_UNIT) * float_bytes), float_bytes};
+    char *end = take(&space, TILE_UNIT * p.left_stride);
     memcpy(end, p.left + (call->rows - rest) * p.left_stride, rest * p.left_stride);
-    p.floats = floats;
+    p.floats = floats.to;
     p.left_end = end;
-#pragma omp parallel num_threads(call->threads)
-    {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        gather(call, floats, float_bytes, call->rows * thread / threads, call->rows * (thread + 1) / threads);
-#pragma omp barrier
-        run_thread(&p, thread, threads);
-    }
+    p.space = space;
+    if (call->floats)
+        parallel(call->threads, gather_share, &floats);
+    parallel(call->threads, run_share, &p);
     return OK;
 }
 
 /* Writes out [T, K] from x, the gradient [T, N]. */
 int huarizo_int8_backward(const Call *call)
 {
-    int64_t rows = padded(call->rows, UNIT);
+    int64_t rows = padded(call->rows, TILE_UNIT);
     Quantisation q = {
-        .gradient = 1, .factor = call->scale, .count = call->outputs,
+        .call = call, .gradient = 1, .factor = call->scale, .count = call->outputs,
         .stride = padded(call->outputs, LINE) | LINE, /* an odd number of lines, so that rows spread over the cache */
     };
     Product p = {
-        .call = call, .rows = call->rows, .columns = call->inputs, .words = padded(call->outputs, COLUMNS) / WORD,
-        .left_stride = q.stride, .after = call->factor,
+        .call = call, .backward = 1, .rows = call->rows, .columns = call->inputs,
+        .words = padded(call->outputs, COLUMNS) / WORD, .left_stride = q.stride, .after = call->factor,
     };
-    int64_t each = group_panels(&p) * panel_bytes(p.words) + q.stride * (int64_t)sizeof(float); /* per thread */
-    char *space = workspace(rows * (q.stride + (int64_t)(sizeof(float) + sizeof(int32_t))) + each * call->threads
-                            + 5 * LINE);
+    char *space = workspace(rows * (q.stride + (int64_t)(sizeof(float) + sizeof(int32_t))) + 5 * LINE
+                            + (space_of_thread(&p) + q.stride * (int64_t)sizeof(float)) * call->threads);
     if (!space)
         return NO_MEMORY;
     q.to = take(&space, rows * q.stride);
     p.row_scale = q.scale = take(&space, rows * sizeof(float));
     p.row_start = q.start = take(&space, rows * sizeof(int32_t));
     q.scratch = take(&space, q.stride * call->threads * sizeof(float));
-    p.packed = space;
+    p.space = space;
     p.left = (const char *)q.to;
-    p.left_end = p.left + (rows - UNIT) * p.left_stride;
-#pragma omp parallel num_threads(call->threads)
-    {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        quantise_rows(call, &q, thread, threads);
-#pragma omp barrier
-        run_thread(&p, thread, threads);
-    }
+    p.left_end = p.left + (rows - TILE_UNIT) * p.left_stride;
+    parallel(call->threads, quantise_share, &q);
+    parallel(call->threads, run_share, &p);
     return OK;
 }

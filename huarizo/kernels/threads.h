@@ -26,7 +26,7 @@ enum { MOST_THREADS = 256 };
 
 typedef struct { Work *work; void *shared; int64_t thread, threads; } Share;
 
-static void *run_share(void *argument)
+static void *start_share(void *argument)
 {
     Share *share = argument;
     share->work(share->shared, share->thread, share->threads);
@@ -41,10 +41,10 @@ static void parallel(int64_t threads, Work *work, void *shared)
     int64_t own = 0; /* shares of threads that could not be started are done here */
     for (int64_t i = threads - 1; i >= 0; i--) {
         shares[i] = (Share){work, shared, i, threads};
-        if (own || i == 0 || pthread_create(started + i, NULL, run_share, shares + i)) {
+        if (own || i == 0 || pthread_create(started + i, NULL, start_share, shares + i)) {
             if (!own)
                 own = i + 1;
-            run_share(shares + i);
+            start_share(shares + i);
         }
     }
     for (int64_t i = own; i < threads; i++)

@@ -4,7 +4,7 @@
  * the instruction set (isa/) adds what they can't express:
  *
  *     set, set_int                 one number in all lanes
- *     fma                          a * b + c, rounded once
+ *     fused                        a * b + c, rounded once
  *     larger, larger_bits          of two fp32 numbers, the second if either is a NaN; of two unsigned integers
  *     nearest, floor_of, float_of  fp32 to int32, to nearest with ties to even or downwards, and back
  *     times_power                  y * 2^whole, for a whole number of at least -127, which gives 0
@@ -21,6 +21,17 @@
  *     multiply_halves              sum + the dot product of two bf16 numbers in each lane
  *     round_halves                 fp32 as bf16 in the lower halves, rounded to nearest, ties to even
  *
+ * and for int8 products (int8.c):
+ *
+ *     PAIRS, OFFSET                whether `dot` multiplies pairs of int16, and what is added to a byte of the right operand
+ *     dot                          sum += in each lane, four products of bytes (the right ones unsigned with an OFFSET),
+ *                                  or two of int16
+ *     add_bytes                    with an OFFSET: adds 64 bytes to the lanes of a sum, in any order
+ *     store_bytes                  4 * LANES int32 as bytes, saturated
+ *     turn_block                   32 by 32 bytes from [8][32][4] to [8][32][4], the other dimension in words
+ *     TILE_ROWS, TILE_VECTORS      a tile whose sums fit the registers
+ *     TILE_UNIT, FINISHED_ROWS     rows of a tile at the end; rows whose sums are converted together
+ *
  * Sums over lanes are in an order of the instruction set's own. All else is exact or rounded once, so it is the same
  * everywhere. A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code
  * serves both.
@@ -32,6 +43,8 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+
+#define UNROLLED _Pragma("GCC unroll 32")
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -92,8 +105,8 @@ INLINE ints rounded_in_software(vec x)
 
 /* sum + the dot product of two bf16 numbers in each lane, as two fused multiply-adds. */
 #define MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right)                                                  \
-    fma((vec)((left) & (int32_t)0xFFFF0000u), (vec)((right) & (int32_t)0xFFFF0000u),                   \
-        fma((vec)((left) << 16), (vec)((right) << 16), sum))
+    fused((vec)((left) & (int32_t)0xFFFF0000u), (vec)((right) & (int32_t)0xFFFF0000u),                   \
+        fused((vec)((left) << 16), (vec)((right) << 16), sum))
 
 #if LANES == 16
 #include "isa/avx512.h"
@@ -118,7 +131,7 @@ INLINE void store_pairs(char *pairs, char *a_to, char *b_to, vec a, vec b)
 /* sum += left * right, word by word. */
 INLINE vec multiply_add(const int bf16, vec sum, ints left, ints right)
 {
-    return bf16 ? multiply_halves(sum, left, right) : fma((vec)left, (vec)right, sum);
+    return bf16 ? multiply_halves(sum, left, right) : fused((vec)left, (vec)right, sum);
 }
 
 /* LANES elements as fp32. */

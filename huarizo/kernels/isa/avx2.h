@@ -7,7 +7,7 @@ typedef ints mask; /* all bits of a lane, or none */
 
 INLINE vec set(float x) { return (vec)_mm256_set1_ps(x); }
 INLINE ints set_int(int32_t x) { return (ints)_mm256_set1_epi32(x); }
-INLINE vec fma(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE ints larger_bits(ints a, ints b) { return (ints)_mm256_max_epu32((__m256i)a, (__m256i)b); }
 INLINE ints nearest(vec x) { return (ints)_mm256_cvtps_epi32((__m256)x); }
@@ -103,3 +103,52 @@ INLINE ints gather(const void *from, int64_t stride, int64_t count)
 INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right); }
 INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 #define STORE_PAIRS_IN_SOFTWARE
+
+/* int8: see int8.c. */
+enum { TILE_ROWS = 6, TILE_VECTORS = 2, TILE_UNIT = 2, FINISHED_ROWS = 1 };
+
+#ifdef __AVXVNNI__
+enum { PAIRS = 0, OFFSET = 128 };
+
+INLINE void dot(ints *sum, ints left, ints right)
+{
+    *sum = (ints)_mm256_dpbusd_avx_epi32((__m256i)*sum, (__m256i)right, (__m256i)left);
+}
+
+INLINE ints add_bytes(ints sum, const int8_t *from)
+{
+    for (int i = 0; i < 2; i++) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)from + i);
+        sum = (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi8(1), bytes);
+    }
+    return sum;
+}
+#else
+enum { PAIRS = 1, OFFSET = 0 };
+
+INLINE void dot(ints *sum, ints left, ints right)
+{
+    *sum = *sum + (ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);
+}
+
+INLINE ints add_bytes(ints sum, const int8_t *from) { (void)from; return sum; }
+#endif
+
+INLINE void store_bytes(int8_t *to, const ints y[4])
+{
+    __m256i low = _mm256_packs_epi32((__m256i)y[0], (__m256i)y[1]);
+    __m256i high = _mm256_packs_epi32((__m256i)y[2], (__m256i)y[3]);
+    const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+
+INLINE void turn_block(char *to, const char *from)
+{
+    const __m128i turn = _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    for (int outputs = 0; outputs < 8; outputs++)
+#pragma GCC unroll 8
+        for (int inputs = 0; inputs < 8; inputs++) {
+            __m128i bytes = _mm_loadu_si128((const __m128i *)(from + inputs * 128 + outputs * 16));
+            _mm_storeu_si128((__m128i *)(to + outputs * 128 + inputs * 16), _mm_shuffle_epi8(bytes, turn));
+        }
+}

@@ -6,7 +6,7 @@ typedef __mmask16 mask;
 
 INLINE vec set(float x) { return (vec)_mm512_set1_ps(x); }
 INLINE ints set_int(int32_t x) { return (ints)_mm512_set1_epi32(x); }
-INLINE vec fma(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE ints larger_bits(ints a, ints b) { return (ints)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 INLINE ints nearest(vec x) { return (ints)_mm512_cvtps_epi32((__m512)x); }
@@ -89,3 +89,62 @@ INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HAL
 INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 #define STORE_PAIRS_IN_SOFTWARE
 #endif
+
+/* int8: see int8.c. Inline assembly, because with the intrinsic gcc 12 moves and spills the sums of a tile. */
+enum { TILE_ROWS = 12, TILE_VECTORS = 2, TILE_UNIT = 4, FINISHED_ROWS = TILE_ROWS };
+
+#ifdef __AVX512VNNI__
+enum { PAIRS = 0, OFFSET = 128 };
+
+INLINE void dot(ints *sum, ints left, ints right)
+{
+#ifdef EMULATED
+    *sum = (ints)_mm512_dpbusd_epi32((__m512i)*sum, (__m512i)right, (__m512i)left);
+#else
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(right), "v"(left));
+#endif
+}
+
+INLINE ints add_bytes(ints sum, const int8_t *from)
+{
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi8(1), _mm512_loadu_si512(from));
+}
+#else
+enum { PAIRS = 1, OFFSET = 0 };
+
+INLINE void dot(ints *sum, ints left, ints right)
+{
+    *sum = *sum + (ints)_mm512_madd_epi16((__m512i)left, (__m512i)right);
+}
+
+INLINE ints add_bytes(ints sum, const int8_t *from) { (void)from; return sum; }
+#endif
+
+INLINE void store_bytes(int8_t *to, const ints y[4])
+{
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    __m512i low = _mm512_packs_epi32((__m512i)y[0], (__m512i)y[1]);
+    __m512i high = _mm512_packs_epi32((__m512i)y[2], (__m512i)y[3]);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
+}
+
+/* Blocks of 4 by 4 bytes are transposed within their 128 bits, then moved to their words. */
+INLINE void turn_block(char *to, const char *from)
+{
+    const __m512i turn = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) { /* 16 outputs, 16 inputs */
+        int inputs = part % 2, outputs = part / 2;
+        __m512i a[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            a[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(from + (inputs * 4 + i) * 2 * LINE + outputs * LINE), turn);
+        __m512i low = _mm512_shuffle_i32x4(a[0], a[1], 0x44), high = _mm512_shuffle_i32x4(a[0], a[1], 0xEE);
+        __m512i low_2 = _mm512_shuffle_i32x4(a[2], a[3], 0x44), high_2 = _mm512_shuffle_i32x4(a[2], a[3], 0xEE);
+        char *at = to + outputs * 4 * 2 * LINE + inputs * LINE;
+        _mm512_storeu_si512(at, _mm512_shuffle_i32x4(low, low_2, 0x88));
+        _mm512_storeu_si512(at + 2 * LINE, _mm512_shuffle_i32x4(low, low_2, 0xDD));
+        _mm512_storeu_si512(at + 4 * LINE, _mm512_shuffle_i32x4(high, high_2, 0x88));
+        _mm512_storeu_si512(at + 6 * LINE, _mm512_shuffle_i32x4(high, high_2, 0xDD));
+    }
+}

@@ -6,7 +6,7 @@ typedef ints mask; /* all bits of a lane, or none */
 
 INLINE vec set(float x) { return (vec)vdupq_n_f32(x); }
 INLINE ints set_int(int32_t x) { return (ints)vdupq_n_s32(x); }
-INLINE vec fma(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+INLINE vec fused(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 INLINE ints larger_bits(ints a, ints b) { return (ints)vmaxq_u32((uint32x4_t)a, (uint32x4_t)b); }
 INLINE ints nearest(vec x) { return (ints)vcvtnq_s32_f32((float32x4_t)x); }
 INLINE ints floor_of(vec x) { return (ints)vcvtmq_s32_f32((float32x4_t)x); }
@@ -81,3 +81,34 @@ INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 /* bfdot is not used: it rounds to odd and flushes denormals, unlike two fused multiply-adds. */
 INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right); }
 #define STORE_PAIRS_IN_SOFTWARE
+
+/* int8: see int8.c. */
+enum { TILE_ROWS = 6, TILE_VECTORS = 4, TILE_UNIT = 2, FINISHED_ROWS = 1, PAIRS = 0, OFFSET = 0 };
+
+#ifdef __ARM_FEATURE_DOTPROD
+INLINE void dot(ints *sum, ints left, ints right)
+{
+    *sum = (ints)vdotq_s32((int32x4_t)*sum, (int8x16_t)left, (int8x16_t)right);
+}
+#endif
+
+INLINE ints add_bytes(ints sum, const int8_t *from) { (void)from; return sum; }
+
+INLINE void store_bytes(int8_t *to, const ints y[4])
+{
+    int16x8_t low = vcombine_s16(vqmovn_s32((int32x4_t)y[0]), vqmovn_s32((int32x4_t)y[1]));
+    int16x8_t high = vcombine_s16(vqmovn_s32((int32x4_t)y[2]), vqmovn_s32((int32x4_t)y[3]));
+    vst1q_s8(to, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
+}
+
+INLINE void turn_block(char *to, const char *from)
+{
+    static const uint8_t order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    const uint8x16_t turn = vld1q_u8(order);
+    for (int outputs = 0; outputs < 8; outputs++)
+#pragma GCC unroll 8
+        for (int inputs = 0; inputs < 8; inputs++) {
+            uint8x16_t bytes = vld1q_u8((const uint8_t *)from + inputs * 128 + outputs * 16);
+            vst1q_u8((uint8_t *)to + outputs * 128 + inputs * 16, vqtbl1q_u8(bytes, turn));
+        }
+}
