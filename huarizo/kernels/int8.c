@@ -12,8 +12,8 @@
  * four neighbours along the depth in int8, two in bf16 and one in fp32. What multiplies it depends on the instruction
  * set (vectors.h):
  *
- *     OFFSET  words of the left operand, signed, are broadcast and multiplied by unsigned words of the panel as it is
- *             stored; every sum starts from -128 times the sum of the quantised row (vpdpbusd)
+ *     OFFSET  words of the left operand, signed, are multiplied by the unsigned words of the panel as it is stored;
+ *             every sum starts from -128 times the sum of the quantised row (vpdpbusd)
  *     PAIRS   both operands are widened to int16, in words of two (vpmaddwd)
  *     else    the panel is made signed (sdot)
  *
@@ -191,11 +191,10 @@ INLINE void quantise_row(const int bf16, const int gradient, const char *x, cons
         store_bytes(to + i, y);
     }
     memset(to + end, 0, stride - end);
-    if (OFFSET)
-        for (int64_t i = 0; i < end; i += LINE)
-            sum = add_bytes(sum, to + i);
+    for (int64_t i = 0; i < end; i += LINE)
+        sum = add_bytes(sum, to + i);
     *scale_to = scale;
-    *start_to = -OFFSET * sum_of_ints(sum);
+    *start_to = -128 * sum_of_ints(sum);
 }
 
 /* The arguments of quantising the rows of a call's x. */

@@ -26,7 +26,7 @@
  *     PAIRS, OFFSET                whether `dot` multiplies pairs of int16, and what is added to a byte of the right operand
  *     dot                          sum += in each lane, four products of bytes (the right ones unsigned with an OFFSET),
  *                                  or two of int16
- *     add_bytes                    with an OFFSET: adds 64 bytes to the lanes of a sum, in any order
+ *     add_bytes                    adds 64 bytes to the lanes of a sum, in any order
  *     store_bytes                  4 * LANES int32 as bytes, saturated
  *     turn_block                   32 by 32 bytes from [8][32][4] to [8][32][4], the other dimension in words
  *     TILE_ROWS, TILE_VECTORS      a tile whose sums fit the registers
@@ -107,6 +107,13 @@ INLINE ints rounded_in_software(vec x)
 #define MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right)                                                  \
     fused((vec)((left) & (int32_t)0xFFFF0000u), (vec)((right) & (int32_t)0xFFFF0000u),                   \
         fused((vec)((left) << 16), (vec)((right) << 16), sum))
+
+/* sum += x for ints, in assembly on x86: gcc reorders sums that it sees through, and spills them. */
+#if defined(__x86_64__) && !defined(EMULATED)
+#define ADD_IN_PLACE(sum, x) __asm__("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x))
+#else
+#define ADD_IN_PLACE(sum, x) ((sum) = (sum) + (x))
+#endif
 
 #if LANES == 16
 #include "isa/avx512.h"

@@ -114,25 +114,25 @@ INLINE void dot(ints *sum, ints left, ints right)
 {
     *sum = (ints)_mm256_dpbusd_avx_epi32((__m256i)*sum, (__m256i)right, (__m256i)left);
 }
-
-INLINE ints add_bytes(ints sum, const int8_t *from)
-{
-    for (int i = 0; i < 2; i++) {
-        __m256i bytes = _mm256_loadu_si256((const __m256i *)from + i);
-        sum = (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi8(1), bytes);
-    }
-    return sum;
-}
 #else
 enum { PAIRS = 1, OFFSET = 0 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {
-    *sum = *sum + (ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);
+    ints product = (ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);
+    ADD_IN_PLACE(*sum, product);
 }
-
-INLINE ints add_bytes(ints sum, const int8_t *from) { (void)from; return sum; }
 #endif
+
+INLINE ints add_bytes(ints sum, const int8_t *from)
+{
+    for (int i = 0; i < 2; i++) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)from + i);
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+        sum = sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+    return sum;
+}
 
 INLINE void store_bytes(int8_t *to, const ints y[4])
 {

@@ -114,10 +114,15 @@ enum { PAIRS = 1, OFFSET = 0 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {
-    *sum = *sum + (ints)_mm512_madd_epi16((__m512i)left, (__m512i)right);
+    ints product = (ints)_mm512_madd_epi16((__m512i)left, (__m512i)right);
+    ADD_IN_PLACE(*sum, product);
 }
 
-INLINE ints add_bytes(ints sum, const int8_t *from) { (void)from; return sum; }
+INLINE ints add_bytes(ints sum, const int8_t *from)
+{
+    __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi8(1), _mm512_loadu_si512(from));
+    return sum + (ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
 #endif
 
 INLINE void store_bytes(int8_t *to, const ints y[4])
