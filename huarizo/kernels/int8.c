@@ -17,8 +17,8 @@
  *     PAIRS   both operands are widened to int16, in words of two (vpmaddwd)
  *     else    the panel is made signed (sdot)
  *
- * A tile is TILE_ROWS rows times TILE_VECTORS vectors of columns, with the sums in registers. DEPTH_BLOCK words of its
- * columns stay in the closest cache for a block of rows. Panels that must be changed first, as all of the backward
+ * A tile is TILE_ROWS rows times TILE_VECTORS vectors of columns, with the sums in registers. Up to DEPTH_BLOCK words of
+ * its columns stay in the closest cache for a block of rows. Panels that must be changed first, as all of the backward
  * product must, are brought in by groups that fit a core's own cache. Complete sums are converted to fp32, scaled and rotated; the float channels and the bias are
  * added; and the result is rounded once, when it is stored.
  *
@@ -418,9 +418,10 @@ INLINE void finish_rows(const int bf16, const Product *p, ints (*sums)[VECTORS],
 /* The sums of rows `row` to `end`, in units, with a panel. */
 INLINE void multiply_rows(const Product *p, const char *panel, int64_t row, int64_t end, ints (*sums)[VECTORS])
 {
-    const int64_t words = operand_words(p->words) * WIDE;
+    const int64_t words = operand_words(p->words) * WIDE, blocks = (words + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
+    const int64_t most = padded((words + blocks - 1) / blocks, UNROLL);
     for (int64_t k = 0, depth; k < words; k += depth) {
-        depth = least(DEPTH_BLOCK, words - k);
+        depth = least(most, words - k);
         for (int pass = 0; pass < PASSES; pass++) {
             const char *right = PAIRS ? panel + (pass * words + k) * PASS * WORD
                                       : panel + (k * COLUMNS + pass * PASS) * WORD;

@@ -105,7 +105,7 @@ INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 #define STORE_PAIRS_IN_SOFTWARE
 
 /* int8: see int8.c. Inline assembly, because gcc 12 reorders the sums of a tile, and spills them. */
-enum { TILE_ROWS = 6, TILE_VECTORS = 2, TILE_UNIT = 2, FINISHED_ROWS = 3, DEPTH_BLOCK = 256, TILES_TOGETHER = 16 };
+enum { TILE_ROWS = 6, TILE_VECTORS = 2, TILE_UNIT = 2, FINISHED_ROWS = 3, DEPTH_BLOCK = 384, TILES_TOGETHER = 16 };
 
 #ifdef __AVXVNNI__
 enum { PAIRS = 0, OFFSET = 128 };
