@@ -345,15 +345,15 @@ static void lay_out(const Call *call, word *space, int64_t length, Backward *b)
     space += 5 * all;
     b->q = space;
     b->grad = space + block;
-    b->q_pairs = space + 2 * block;
-    b->grad_pairs = space + 3 * block;
+    b->q_pairs = paired(call) ? space + 2 * block : b->q; /* the layouts differ only in pairs */
+    b->grad_pairs = paired(call) ? space + 3 * block : b->grad;
     b->grad_q = (float *)(space + 4 * block);
     space += 5 * block;
     b->scores = (float *)space;
     b->grad_p = b->scores + ROWS * KEYS;
     b->p_pairs = space + 2 * ROWS * KEYS;
     b->grad_s_pairs = b->p_pairs + QUERIES * KEYS;
-    b->grad_s = paired(call) ? b->grad_s_pairs + QUERIES * KEYS : b->grad_s_pairs; /* the layouts differ only in pairs */
+    b->grad_s = paired(call) ? b->grad_s_pairs + QUERIES * KEYS : b->grad_s_pairs;
 }
 
 /* P and dS of LANES keys from j on and queries `row` and `row` + 1 of the block, at `i` and `i` + 1 of scores and grad_p.
@@ -381,17 +381,25 @@ INLINE void make_pair(const int pairs, const int whole, const Backward *b, int64
         }
 }
 
-/* P and dS of ROWS queries, from query `row` of the block on, and the block's first `keys` keys, from scores and dP. */
-INLINE void make_rows(const int pairs, const Backward *b, int64_t row, int64_t keys, int64_t seen, float scale)
+/* P and dS of TOGETHER queries, from query `row` of the block on and `at` of scores and grad_p on, and the block's first
+ * `keys` keys. Query `row` sees the block's first `seen` keys. */
+INLINE void make_some(const int pairs, const Backward *b, int64_t row, int64_t at, int64_t keys, int64_t seen,
+                      vec factor)
 {
-    vec factor = set(scale);
     int64_t j, whole = least(keys, seen / LANES * LANES);
     for (j = 0; j < whole; j += LANES)
-        UNROLLED for (int64_t i = 0; i < ROWS; i += 2)
-            make_pair(pairs, 1, b, row + i, i, j, seen + i, factor);
+        UNROLLED for (int64_t i = 0; i < TOGETHER; i += 2)
+            make_pair(pairs, 1, b, row + i, at + i, j, seen + i, factor);
     for (; j < keys; j += LANES)
-        UNROLLED for (int64_t i = 0; i < ROWS; i += 2)
-            make_pair(pairs, 0, b, row + i, i, j, seen + i, factor);
+        UNROLLED for (int64_t i = 0; i < TOGETHER; i += 2)
+            make_pair(pairs, 0, b, row + i, at + i, j, seen + i, factor);
+}
+
+/* P and dS of ROWS queries. */
+INLINE void make_rows(const int pairs, const Backward *b, int64_t row, int64_t keys, int64_t seen, float scale)
+{
+    for (int64_t i = 0; i < ROWS; i += TOGETHER)
+        make_some(pairs, b, row + i, i, keys, seen + i, set(scale));
 }
 
 /* Adds the contribution of `count` queries at `query` and the keys from `key` on to all three gradients. Both are
@@ -438,8 +446,10 @@ static void read_queries(const Call *call, Backward *b, int64_t head, int64_t to
     const char *out = place(call->out, head, token);
     copy_rows(call, b->q, q, call->q.token, count);
     copy_rows(call, b->grad, grad, call->grad.token, count);
-    pack_pairs(call, b->q_pairs, q, call->q.token, count);
-    pack_pairs(call, b->grad_pairs, grad, call->grad.token, count);
+    if (paired(call)) {
+        pack_pairs(call, b->q_pairs, q, call->q.token, count);
+        pack_pairs(call, b->grad_pairs, grad, call->grad.token, count);
+    }
     memset(b->grad_q, 0, QUERIES * call->size * sizeof(float));
     memset(b->lse, 0, sizeof b->lse);
     memset(b->delta, 0, sizeof b->delta);
