@@ -16,7 +16,8 @@ from typing import Literal
 
 import torch
 
-from huarizo.host import cache_folder, cpu_name, has_fast_bf16, rank, world_size
+from huarizo.host import cache_folder, cpu_name, rank, world_size
+from huarizo.kernels.tiers import has_fast_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FixedPrecision = Literal["int8", "bf16", "fp16", "fp32"]
