@@ -10,6 +10,9 @@ from huarizo import doctor, plan
 from huarizo.kernels import attention, build, dropout, int8, tiers
 
 
+TIERS_NOW = tiers.tiers.__wrapped__  # not remembered from one CPU to the next
+
+
 @dataclass(frozen=True)
 class Cpu:
     machine: str
@@ -36,7 +39,7 @@ def pretend(
     """
     monkeypatch.setattr(tiers, "cpu_flags", lambda: cpu.flags)
     monkeypatch.setattr(tiers.platform, "machine", lambda: cpu.machine)
-    found = tiers.tiers.__wrapped__()
+    found = TIERS_NOW()
     for module in (tiers, build, plan, doctor):
         monkeypatch.setattr(module, "tiers", lambda: found, raising=False)
     tier = next((tier for tier in found if compiled_for in (None, tier.name)), None)

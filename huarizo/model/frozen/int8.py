@@ -86,9 +86,10 @@ def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
     """int8 [M, K] times int8 [K, N], exact in int32 [M, N]; either may be a transposed view.
 
     On a CPU without int8 instructions that torch uses (x86 without VNNI or AMX, ARM) its int8 product is hundreds of
-    times slower than fp32's. There the depth is split into parts whose sums fp32 holds exactly (EXACT_DEPTH 128^2 =
-    2^24); they are multiplied in fp32 and added as integers. cuBLASLt requires more than 16 rows, K and N in multiples of 8, and b in column-major order. Fewer rows
-    are padded with zeros, and another b is copied, which costs little beside the product.
+    times slower than fp32's. There the depth is split into parts whose sums fp32 holds exactly (EXACT_DEPTH 128^2 is
+    2^24); they are multiplied in fp32 and added as integers. cuBLASLt requires more than 16 rows, K and N in multiples
+    of 8, and b in column-major order. Fewer rows are padded with zeros, and another b is copied, which costs little
+    beside the product.
     """
     rows = a_MK.shape[0]
     if a_MK.device.type == "cpu" and not torch_int8():

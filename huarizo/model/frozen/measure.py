@@ -1,15 +1,53 @@
-"""Measures whether int8 pays on a device: the forward and backward pass of a whole frozen layer, as in training.
+"""Measures how fast a device multiplies, and whether int8 pays there.
 
-The products alone say little, because inputs are rotated and rounded and outputs are scaled and rotated.
+Whether it pays is measured by the forward and backward pass of a whole frozen layer, as in training: the products alone
+say little, because inputs are rotated and rounded and outputs are scaled and rotated.
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from huarizo.machine import MEASURING, seconds
-from huarizo.model.frozen.int8 import quantise
+from huarizo.kernels import int8 as kernel
+from huarizo.machine import DTYPES, MEASURED, MEASURING, FixedPrecision, float_precision, gemm_rate, rate, seconds
+from huarizo.model.frozen.int8 import Int8Linear, int8_product, is_packed, quantise, quantise_rows
+
+
+def product_rates(on: torch.device, budget: float = MEASURING) -> dict[str, float]:
+    """`product_rate` by precision, without those that fail."""
+    rates: dict[str, float] = {}
+    for precision in ("int8", "bf16", "fp16", "fp32"):
+        if precision == "fp16" and on.type == "cpu":
+            continue
+        try:
+            rates[precision] = product_rate(precision, on, budget)
+        except (RuntimeError, NotImplementedError):
+            continue
+    return rates
+
+
+def product_rate(precision: FixedPrecision, on: torch.device, budget: float = MEASURING) -> float:
+    """Measure a precision's product: GFLOP/s. int8 by the kernel on a CPU that has one, else as an int8 layer does it.
+
+    Takes about `budget` seconds (`huarizo.machine.rate`).
+    """
+    if precision != "int8":
+        return gemm_rate(precision, on, budget)
+    linear = nn.Linear(MEASURED, MEASURED, bias=False, device=on, dtype=DTYPES[float_precision(on)])
+    (layer,) = quantise([linear.requires_grad_(False)], torch.ones(MEASURED, device=on))
+    return rate(lambda rows: _int8_product(layer, rows), on, budget)
+
+
+def _int8_product(layer: Int8Linear, rows: int) -> Callable[[], torch.Tensor]:
+    """The forward product of a layer for this many rows, which are quantised already."""
+    x = torch.randn(rows, layer.in_features, dtype=layer.dtype, device=layer.weight.device)
+    if not is_packed(layer.weight):
+        x_int8, _ = quantise_rows(x.float())
+        return lambda: int8_product(x_int8, layer.weight.t())
+    quantised, floats = kernel.quantise(x, layer.input_scale), (layer.float_channels, layer.float_weight)
+    return lambda: kernel.forward(*quantised, layer.weight, layer.scale, x, *floats, None, layer.out_features)
 
 
 def int8_gain(on: torch.device, dtype: torch.dtype, rows: int = 4096, size: int = 2048) -> float:
