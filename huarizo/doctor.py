@@ -2,6 +2,7 @@
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import torch
@@ -18,16 +19,16 @@ from huarizo.plan import choose_precision
 # Frozen linear weights of TinyLlama-1.1B: 22 layers of q, k, v, o, gate, up, down, and the output head.
 TINYLLAMA_WEIGHTS = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32000 * 2048
 FLOP_PER_TOKEN = 4 * TINYLLAMA_WEIGHTS  # forward and input gradient, 2 per multiply-add; no weight gradient
+OWN_THREADS = "threads of its own (the compiler has no OpenMP that torch shares)"
 HEAD_SIZE = 64  # of TinyLlama
 BUDGET = 0.4  # seconds to measure one precision's product
 VERSIONS = ("huarizo", "torch", "transformers", "peft")
 
 
 def diagnosis() -> dict[str, str]:
-    """Lines to show, by title. Takes seconds to compile the kernels, try the compiler and measure the products."""
+    """Lines to show, by title. Takes seconds: kernels are compiled while torch's compiler is tried, then measured."""
     on = device()
-    kernels = _kernel_lines() if on.type == "cpu" else {}
-    reason = why_not(on)
+    reason, kernels = _compile(on)
     rates = product_rates(on, BUDGET)
     choice = choose_precision("auto", on, int8_gain)
     lines = {
@@ -37,7 +38,7 @@ def diagnosis() -> dict[str, str]:
         "versions": ", ".join(f"{package} {version(package)}" for package in VERSIONS)
         + f", Python {platform.python_version()}",
         "compiler": f"none: {reason}; training runs uncompiled" if reason else "works: decoder layers are compiled",
-        **kernels,
+        **(_kernel_lines(kernels) if on.type == "cpu" else {}),
         "precision": f"auto takes {choice.precision}: {choice.reason}",
     }
     for precision, rate in rates.items():
@@ -48,7 +49,16 @@ def diagnosis() -> dict[str, str]:
     return lines
 
 
-def _kernel_lines() -> dict[str, str]:
+def _compile(on: torch.device) -> tuple[str | None, dict[str, Library | str]]:
+    """Why torch can't compile (None if it can), and a CPU's kernels; both compile at the same time."""
+    if on.type != "cpu":
+        return why_not(on), {}
+    with ThreadPoolExecutor() as beside:
+        kernels = beside.submit(libraries, "int8")
+        return why_not(on), kernels.result()
+
+
+def _kernel_lines(kernels: dict[str, Library | str]) -> dict[str, str]:
     """This CPU's tier, and the state of each kernel."""
     dtype, best = DTYPES[float_precision(torch.device("cpu"))], next(iter(tiers()), None)
     if best is None:
@@ -61,7 +71,7 @@ def _kernel_lines() -> dict[str, str]:
         "attention": attention.reason_against(dtype, HEAD_SIZE),
         "dropout": dropout.reason_against(dtype),
     }
-    for name, library in libraries("int8").items():
+    for name, library in kernels.items():
         lines[f"{name} in C"] = against[name] or _state(library)
     return lines
 
@@ -70,7 +80,7 @@ def _state(library: Library | str) -> str:
     if isinstance(library, str):
         return library
     lower = f" for {library.tier.name}, the best tier that this compiler knows" if library.tier != tiers()[0] else ""
-    threads = "torch's threads" if library.openmp else "threads of its own (the compiler has no OpenMP that torch shares)"
+    threads = "torch's threads" if library.openmp else OWN_THREADS
     return f"compiled{lower}, on {threads}"
 
 

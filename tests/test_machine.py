@@ -65,7 +65,9 @@ def test_a_rate_is_measured_on_this_machine() -> None:
 
 
 @pytest.mark.parametrize(("each", "rows"), [(10.0, [1, 8]), (0.0625, [1, 8, 64, 512])], ids=["slow", "fast"])
-def test_a_slow_product_is_measured_with_few_rows(each: float, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_product_is_measured_with_few_rows(
+    each: float, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, asked = [0.0], []
 
     def wait(function: object, on: torch.device) -> float:

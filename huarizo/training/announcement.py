@@ -81,5 +81,6 @@ def _missing_kernels(precision: str) -> str:
             names.setdefault(library, []).append(name)
     if not names:
         return ""
-    missing = "; ".join(f"{'none' if len(of) == len(found) else 'no ' + ', '.join(of)}: {why}" for why, of in names.items())
+    all_of_them = any(len(of) == len(found) for of in names.values())
+    missing = "; ".join(f"{'none' if all_of_them else 'no ' + ', '.join(of)}: {why}" for why, of in names.items())
     return f"{missing}. Plain torch computes the same, more slowly"

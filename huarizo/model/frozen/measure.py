@@ -6,13 +6,14 @@ say little, because inputs are rotated and rounded and outputs are scaled and ro
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from huarizo.kernels import int8 as kernel
 from huarizo.machine import DTYPES, MEASURED, MEASURING, FixedPrecision, float_precision, gemm_rate, rate, seconds
-from huarizo.model.frozen.int8 import Int8Linear, int8_product, is_packed, quantise, quantise_rows
+from huarizo.model.frozen.int8 import FLOAT_CHANNELS, int8_product, quantise
 
 
 def product_rates(on: torch.device, budget: float = MEASURING) -> dict[str, float]:
@@ -35,19 +36,28 @@ def product_rate(precision: FixedPrecision, on: torch.device, budget: float = ME
     """
     if precision != "int8":
         return gemm_rate(precision, on, budget)
-    linear = nn.Linear(MEASURED, MEASURED, bias=False, device=on, dtype=DTYPES[float_precision(on)])
-    (layer,) = quantise([linear.requires_grad_(False)], torch.ones(MEASURED, device=on))
-    return rate(lambda rows: _int8_product(layer, rows), on, budget)
+    weight, dtype = _integers(MEASURED, on), DTYPES[float_precision(on)]
+    if on.type == "cpu" and kernel.reason_against(dtype) is None:
+        return rate(_kernel_product(weight, dtype), on, budget)
+    return rate(lambda rows: partial(int8_product, _integers(rows, on), weight.t()), on, budget)
 
 
-def _int8_product(layer: Int8Linear, rows: int) -> Callable[[], torch.Tensor]:
-    """The forward product of a layer for this many rows, which are quantised already."""
-    x = torch.randn(rows, layer.in_features, dtype=layer.dtype, device=layer.weight.device)
-    if not is_packed(layer.weight):
-        x_int8, _ = quantise_rows(x.float())
-        return lambda: int8_product(x_int8, layer.weight.t())
-    quantised, floats = kernel.quantise(x, layer.input_scale), (layer.float_channels, layer.float_weight)
-    return lambda: kernel.forward(*quantised, layer.weight, layer.scale, x, *floats, None, layer.out_features)
+def _integers(rows: int, on: torch.device) -> torch.Tensor:
+    return torch.randint(-127, 128, (rows, MEASURED), dtype=torch.int8, device=on)
+
+
+def _kernel_product(weight: torch.Tensor, dtype: torch.dtype) -> Callable[[int], Callable[[], object]]:
+    """The kernel's forward product for a number of rows, which are quantised before it is measured."""
+    packed, ones = kernel.packed(weight), torch.ones(MEASURED)
+    channels = torch.arange(FLOAT_CHANNELS)
+    float_weight = kernel.packed(torch.ones(MEASURED, FLOAT_CHANNELS, dtype=dtype))
+
+    def product(rows: int) -> Callable[[], object]:
+        x = torch.randn(rows, MEASURED, dtype=dtype)
+        quantised = kernel.quantise(x, ones)
+        return lambda: kernel.forward(*quantised, packed, ones, x, channels, float_weight, None, MEASURED)
+
+    return product
 
 
 def int8_gain(on: torch.device, dtype: torch.dtype, rows: int = 4096, size: int = 2048) -> float:
