@@ -1,4 +1,4 @@
-"""The products of a frozen int8 linear layer in C (int8.c), for bf16 and fp32 on CPUs with AVX512-VNNI.
+"""The products of a frozen int8 linear layer in C (int8.c), for bf16 and fp32.
 
 Only pointers and strides are passed to C. The results are bit-identical for any number of threads, which is torch's.
 Shapes: T tokens, K input and N output channels, k float channels. The reference is huarizo/model/frozen/int8.py.
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from huarizo.host import cpu_flags
 from huarizo.kernels import build
 from huarizo.kernels.call import address, run
+from huarizo.kernels.tiers import tiers
 
 LINE = 64  # bytes of a cache line
 COLUMNS = 32  # of a panel
@@ -57,9 +58,8 @@ def reason_against(dtype: torch.dtype) -> str | None:
         return f"there is no kernel for {dtype}"
     if "amx_int8" in cpu_flags():
         return "torch uses this CPU's AMX, which multiplies faster"
-    needed = {"avx512_vnni", "avx512_bf16"} if dtype == torch.bfloat16 else {"avx512_vnni"}
-    if missing := needed - cpu_flags():
-        return f"this CPU has no {', '.join(sorted(missing))}"
+    if tiers() and tiers()[0].int8_product is None:
+        return f"no int8 product for this CPU ({tiers()[0].name})"
     found = library()
     return found if isinstance(found, str) else None
 

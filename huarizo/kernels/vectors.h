@@ -26,11 +26,12 @@
  *     PAIRS, OFFSET                whether `dot` multiplies pairs of int16, and what is added to a byte of the right operand
  *     dot                          sum += in each lane, four products of bytes (the right ones unsigned with an OFFSET),
  *                                  or two of int16
- *     add_bytes                    with an OFFSET: adds 64 bytes to the lanes of a sum, in any order
+ *     add_bytes                    adds 64 bytes to the lanes of a sum, in any order
  *     store_bytes                  4 * LANES int32 as bytes, saturated
  *     turn_block                   32 by 32 bytes from [8][32][4] to [8][32][4], the other dimension in words
  *     TILE_ROWS, TILE_VECTORS      a tile whose sums fit the registers
  *     TILE_UNIT, FINISHED_ROWS     rows of a tile at the end; rows whose sums are converted together
+ *     DEPTH_BLOCK, TILES_TOGETHER  words of a tile's columns that stay in the closest cache, for this many tiles
  *
  * Sums over lanes are in an order of the instruction set's own. All else is exact or rounded once, so it is the same
  * everywhere. A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code

@@ -83,7 +83,8 @@ INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HAL
 #define STORE_PAIRS_IN_SOFTWARE
 
 /* int8: see int8.c. */
-enum { TILE_ROWS = 6, TILE_VECTORS = 4, TILE_UNIT = 2, FINISHED_ROWS = 1, PAIRS = 0, OFFSET = 0 };
+enum { TILE_ROWS = 6, TILE_VECTORS = 4, TILE_UNIT = 2, FINISHED_ROWS = 1, DEPTH_BLOCK = 256,
+       TILES_TOGETHER = 16, PAIRS = 0, OFFSET = 0 };
 
 #ifdef __ARM_FEATURE_DOTPROD
 INLINE void dot(ints *sum, ints left, ints right)
@@ -92,7 +93,12 @@ INLINE void dot(ints *sum, ints left, ints right)
 }
 #endif
 
-INLINE ints add_bytes(ints sum, const int8_t *from) { (void)from; return sum; }
+INLINE ints add_bytes(ints sum, const int8_t *from)
+{
+    for (int i = 0; i < 4; i++)
+        sum = (ints)vpadalq_s16((int32x4_t)sum, vpaddlq_s8(vld1q_s8(from + 16 * i)));
+    return sum;
+}
 
 INLINE void store_bytes(int8_t *to, const ints y[4])
 {
