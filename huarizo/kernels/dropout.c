@@ -28,7 +28,7 @@ enum {
 };
 
 /* The arguments of a call. x is [T, K], its stride in bytes; places are those of its rows in the step. `h` is h or g_h,
- * `out` y or g_x, `grad` g_A, all contiguous. */
+ * `out` y or g_x, `grad` g_A, all contiguous; without `out` g_x is not computed. */
 typedef struct {
     int64_t rows, inputs, rank, x_stride;
     const char *x;
@@ -55,6 +55,8 @@ INLINE bits indices(const Call *call, int64_t row, int64_t column)
 /* The mask of the elements with these indices: the kept ones. */
 INLINE mask kept(const Call *call, bits x)
 {
+    if (!call->threshold)
+        return first(LANES);
     const uint32_t multipliers[3] = {0x21F0AAAD, 0x735A2D97, 0x21F0AAAD};
     UNROLLED for (int round = 0; round < 3; round++) {
         x = (x ^ x >> 16) * multipliers[round];
@@ -284,6 +286,8 @@ INLINE void gradient_tile(const Call *call, const Gradient *g, const int bf16, c
         UNROLLED for (int j = 0; j < vectors; j++)
             store_vec(sums + rank * stride + j * LANES, sum[j]);
     }
+    if (!call->out)
+        return;
     vec grad[TALL][WIDE];
     UNROLLED for (int i = 0; i < TALL; i++)
         UNROLLED for (int j = 0; j < vectors; j++)

@@ -75,11 +75,27 @@ def down_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x, in its dtype, and of weight, float32, from the gradient of `down`'s result."""
-    weight, grad = weight.contiguous(), grad.contiguous()
+    weight = weight.contiguous()
     grad_x, grad_weight = x.new_empty(x.shape), torch.empty_like(weight)
     mask = seed, threshold, scale
-    _run("dropout_down_backward", x, places, mask, weight=weight, h=grad, out=grad_x, grad=grad_weight)
+    _run("dropout_down_backward", x, places, mask, weight=weight, h=grad.contiguous(), out=grad_x, grad=grad_weight)
     return grad_x, grad_weight
+
+
+def up_backward(
+    grad: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of h [T, r], in its dtype, and of weight, float32 [N, r], from that of y = scale h weight', [T, N].
+
+    They are products of the kind of `down`, without a dropout, with the gradient in place of x.
+    """
+    places = torch.empty(len(grad), dtype=torch.int32)  # nothing is dropped, so they don't matter
+    grad_weight = torch.empty_like(weight.t(), memory_format=torch.contiguous_format)
+    across = weight.t().contiguous()
+    grad_h = h.new_empty(h.shape)
+    _run("dropout_down", grad, places, (0, 0, scale), weight=across, h=grad_h)
+    _run("dropout_down_backward", grad, places, (0, 0, scale), weight=across, h=h.contiguous(), grad=grad_weight)
+    return grad_h, grad_weight.t()
 
 
 def _run(

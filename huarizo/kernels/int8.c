@@ -1,10 +1,11 @@
 /* The products of a frozen int8 linear layer and the operations around them.
  *
  *     quantise  q = round(z / s) with z = rotate(x * factor) and s = max|z| / 127 of a row
- *     forward   y = rotate((q W') * s * scale) + x_F F' + bias
+ *     forward   y = rotate((q W') * s * scale) + x_F F' + h (up_scale B)' + bias
  *     backward  g_x = rotate((q W) * s) * factor, with q and s of z = rotate(g) * scale, rounded stochastically
  *
- * W is int8 [N, K], one copy for both directions; F, the float weight, is [N, k]; rotate multiplies each block of
+ * W is int8 [N, K], one copy for both directions; F, the float weight, is [N, k]; h [T, r] and B [N, r] are those of a
+ * LoRA; rotate multiplies each block of
  * COLUMNS neighbours in a row by the Hadamard matrix, computed as sums and differences of pairs. The reference in plain
  * torch is huarizo/model/frozen/int8.py.
  *
@@ -67,7 +68,11 @@ typedef struct {
     const float *scale, *factor; /* [N padded]; [K], of quantise or backward */
     const int64_t *float_channels;
     const char *float_weight, *bias; /* [N / COLUMNS][k in words][COLUMNS][WORD]; [N] */
+    const char *h;   /* [T, r] */
+    const float *up; /* [N, r] */
     char *out;
+    int64_t rank; /* r */
+    float up_scale;
     int32_t bf16, threads;
 } Call;
 
@@ -365,7 +370,8 @@ INLINE void multiply_floats(const int bf16, const int rows, int64_t words, const
 typedef struct {
     const Call *call;
     int backward;
-    int64_t rows, columns, words, float_words; /* of the result; of the two depths; float_words is 0 in backward */
+    int64_t rows, columns, words; /* of the result; of the depth */
+    int64_t float_words, rank_words; /* of the depths of the other two products; 0 in backward */
     const int8_t *quantised;
     int64_t quantised_stride;
     char *left, *left_end; /* the quantised rows as an operand; those of the last unit, padded */
@@ -373,7 +379,7 @@ typedef struct {
     const float *row_scale;
     const float *before, *after; /* factors per column: before the rotation in forward, after it in backward; else NULL */
     const int32_t *row_start;    /* [T in units] */
-    const char *floats; /* the float channels, [T, float_words] */
+    char *floats, *h, *up; /* the float channels, [T, float_words]; h, [T, rank_words]; panels of up_scale B */
     const char *bias;   /* NULL in backward and without a bias */
     char *space;        /* of each thread: a group of panels that are brought in */
 } Product;
@@ -394,6 +400,9 @@ INLINE void finish(const int bf16, const int rows, const Product *p, ints (*sums
     if (p->float_words)
         multiply_floats(bf16, rows, p->float_words, p->floats + row * p->float_words * WORD,
                         p->call->float_weight + at / COLUMNS * panel_bytes(p->float_words), y);
+    if (p->rank_words)
+        multiply_floats(bf16, rows, p->rank_words, p->h + row * p->rank_words * WORD,
+                        p->up + at / COLUMNS * panel_bytes(p->rank_words), y);
     UNROLLED for (int j = 0; j < VECTORS; j++) {
         int64_t column = at + j * LANES, count = p->columns - column;
         if (count <= 0)
@@ -509,24 +518,44 @@ int huarizo_int8_quantise(const Call *call)
     return OK;
 }
 
-/* The float channels of some rows, padded with zeros to `bytes` per row. */
-typedef struct { const Call *call; char *to; int64_t bytes; } Gathering;
+/* LANES numbers of column `rank` of up_scale B, from row `at` on: as fp32, or as bf16 in the lower halves. */
+INLINE ints up_column(const Call *call, int64_t rank, int64_t at)
+{
+    int64_t count = rank < call->rank ? call->outputs - at : 0;
+    if (count <= 0)
+        return set_int(0);
+    float numbers[LANES] = {0};
+    for (int64_t i = 0; i < least(LANES, count); i++)
+        numbers[i] = call->up[(at + i) * call->rank + rank] * call->up_scale;
+    return call->bf16 ? round_halves(load_vec(numbers)) : load_ints(numbers);
+}
 
-/* Gathers the share of `thread`. */
+/* Gathers the float channels and h of the share of `thread`, and packs its panels of up_scale B. */
 static void gather_share(void *shared, int64_t thread, int64_t threads)
 {
-    const Gathering *g = shared;
-    const Call *call = g->call;
+    const Product *p = shared;
+    const Call *call = p->call;
+    int64_t size = size_of(call->bf16), panels = padded(call->outputs, COLUMNS) / COLUMNS, rank = call->rank;
     for (int64_t row = call->rows * thread / threads; row < call->rows * (thread + 1) / threads; row++) {
         const char *x = call->x + row * call->x_stride;
-        char *at = g->to + row * g->bytes;
-        memset(at + call->floats * size_of(call->bf16), 0, g->bytes - call->floats * size_of(call->bf16));
+        char *floats = p->floats + row * p->float_words * WORD, *h = p->h + row * p->rank_words * WORD;
         for (int64_t f = 0; f < call->floats; f++)
             if (call->bf16)
-                memcpy(at + f * 2, x + call->float_channels[f] * 2, 2);
+                memcpy(floats + f * 2, x + call->float_channels[f] * 2, 2);
             else
-                memcpy(at + f * 4, x + call->float_channels[f] * 4, 4);
+                memcpy(floats + f * 4, x + call->float_channels[f] * 4, 4);
+        memset(floats + call->floats * size, 0, p->float_words * WORD - call->floats * size);
+        memcpy(h, call->h + row * rank * size, rank * size);
+        memset(h + rank * size, 0, p->rank_words * WORD - rank * size);
     }
+    for (int64_t panel = panels * thread / threads; panel < panels * (thread + 1) / threads; panel++)
+        for (int64_t word = 0; word < p->rank_words; word++)
+            UNROLLED for (int j = 0; j < VECTORS; j++) {
+                int64_t at = panel * COLUMNS + j * LANES;
+                char *to = p->up + panel * panel_bytes(p->rank_words) + (word * COLUMNS + j * LANES) * WORD;
+                store_ints(to, call->bf16 ? up_column(call, 2 * word, at) | up_column(call, 2 * word + 1, at) << 16
+                                          : up_column(call, word, at));
+            }
 }
 
 /* Lays out the left operand in a workspace: its last unit and, with PAIRS, all of it. */
@@ -565,24 +594,27 @@ int huarizo_int8_forward(const Call *call)
     Product p = {
         .call = call, .rows = call->rows, .columns = call->outputs, .words = padded(call->inputs, COLUMNS) / WORD,
         .float_words = padded(call->floats * size_of(call->bf16), WORD) / WORD,
+        .rank_words = padded(call->rank * size_of(call->bf16), WORD) / WORD,
         .quantised = call->quantised, .quantised_stride = call->quantised_stride,
         .row_scale = call->row_scale, .before = call->scale, .bias = call->bias,
     };
-    int64_t float_bytes = p.float_words * WORD, starts = padded(call->rows, TILE_UNIT) * (int64_t)sizeof(int32_t);
-    char *space = workspace(call->rows * float_bytes + starts + left_bytes(&p) + space_of_thread(&p) * call->threads
-                            + 4 * LINE);
+    int64_t starts = padded(call->rows, TILE_UNIT) * (int64_t)sizeof(int32_t);
+    int64_t up_bytes = padded(call->outputs, COLUMNS) / COLUMNS * panel_bytes(p.rank_words);
+    char *space = workspace(call->rows * (p.float_words + p.rank_words) * WORD + up_bytes + starts + left_bytes(&p)
+                            + space_of_thread(&p) * call->threads + 6 * LINE);
     if (!space)
         return NO_MEMORY;
-    Gathering floats = {call, take(&space, call->rows * float_bytes), float_bytes};
+    p.floats = take(&space, call->rows * p.float_words * WORD);
+    p.h = take(&space, call->rows * p.rank_words * WORD);
+    p.up = take(&space, up_bytes);
     int32_t *row_start = take(&space, starts);
     memset(row_start, 0, starts);
     memcpy(row_start, call->row_start, call->rows * sizeof *row_start);
-    p.floats = floats.to;
     p.row_start = row_start;
     place_left(&p, &space);
     p.space = space;
-    if (call->floats)
-        parallel(call->threads, gather_share, &floats);
+    if (p.float_words || p.rank_words)
+        parallel(call->threads, gather_share, &p);
     if (PAIRS)
         parallel(call->threads, widen_share, &p);
     parallel(call->threads, run_share, &p);

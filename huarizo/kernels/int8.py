@@ -40,7 +40,11 @@ class Call(ctypes.Structure):
         ("float_channels", ctypes.c_void_p),
         ("float_weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("h", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("up_scale", ctypes.c_float),
         ("bf16", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
@@ -120,15 +124,21 @@ def forward(
     float_weight: torch.Tensor,
     bias: torch.Tensor | None,
     outputs: int,
+    h: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    up_scale: float = 1.0,
 ) -> torch.Tensor:
     """[T, N] in the dtype of x, from the results of `quantise`. weight: `packed` int8; scale: float32 [N padded].
 
     x [T, K] is read only for the float channels; float_channels: int64 [k]; float_weight: `packed`; bias: [N].
+    h: [T, r] in the dtype of x, and up: float32 [N, r], of a LoRA: up_scale h up' is added.
     """
     out = x.new_empty(x.shape[0], outputs)
     rows = {"quantised": quantised, "row_scale": row_scale, "row_start": row_start}
     floats = {"float_channels": float_channels, "float_weight": float_weight}
-    _run("int8_forward", x, x.shape[1], outputs, **rows, **floats, weight=weight, scale=scale, bias=bias, out=out)
+    low_rank = {"h": None if h is None else h.contiguous(), "up": None if up is None else up.contiguous()}
+    of_layer = {"weight": weight, "scale": scale, "bias": bias, **floats}
+    _run("int8_forward", x, x.shape[1], outputs, up_scale, **rows, **of_layer, **low_rank, out=out)
     return out
 
 
@@ -144,6 +154,9 @@ def _(
     float_weight: torch.Tensor,
     bias: torch.Tensor | None,
     outputs: int,
+    h: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    up_scale: float = 1.0,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], outputs)
 
@@ -164,11 +177,15 @@ def _(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smo
     return grad.new_empty(grad.shape[0], inverse_smoothing.shape[0])
 
 
-def _run(function: str, x: torch.Tensor, inputs: int, outputs: int, **tensors: torch.Tensor | None) -> None:
+def _run(
+    function: str, x: torch.Tensor, inputs: int, outputs: int, up_scale: float = 1.0, **tensors: torch.Tensor | None
+) -> None:
     """inputs, outputs: K and N; tensors: the fields of `Call` that the function reads or writes."""
     x = x if x.stride(1) == 1 else x.contiguous()  # keeps it alive until C returns
     rows, float_channels = x.shape[0], tensors.get("float_channels")
     floats = 0 if float_channels is None else float_channels.shape[0]
+    up = tensors.get("up")
+    rank = 0 if up is None else up.shape[1]
     panels, each, stride = -(-outputs // COLUMNS), WORD // x.element_size(), stride_of(inputs)
     wanted = {
         "quantised": (torch.int8, rows, stride),
@@ -180,11 +197,14 @@ def _run(function: str, x: torch.Tensor, inputs: int, outputs: int, **tensors: t
         "float_channels": (torch.int64, floats),
         "float_weight": (x.dtype, panels, -(-floats // each), COLUMNS, each),
         "bias": (x.dtype, outputs),
+        "h": (x.dtype, rows, rank),
+        "up": (torch.float32, outputs, rank),
         "out": (x.dtype, rows, inputs if function == "int8_backward" else outputs),
     }
     call = Call(
         rows=rows, inputs=inputs, outputs=outputs, floats=floats, x_stride=x.stride(0) * x.element_size(),
         quantised_stride=stride, x=x.data_ptr(), bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(),
+        rank=rank, up_scale=up_scale,
         **{name: address(function, tensor, *wanted[name]) for name, tensor in tensors.items()},
     )  # fmt: skip
     run(library(), function, call)

@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import FunctionCtx
 
+from huarizo.kernels import dropout as thin
 from huarizo.kernels import int8 as kernel
 from huarizo.kernels.tiers import torch_int8
-from huarizo.model.frozen.linear import FrozenLinear, traced_as_one
+from huarizo.model.dropout import THIN
+from huarizo.model.frozen.linear import FrozenLinear, LowRank, traced_as_one
 
 FLOAT_CHANNELS = 8
 BLOCK = 32  # channels that are rotated together
@@ -127,22 +128,54 @@ class Int8Weight(NamedTuple):
 
 
 class _Int8Product(torch.autograd.Function):
-    """y = x W' + b, with a gradient for x only; a packed weight is multiplied by the kernel."""
+    """y = x W' + b + scale h up', with gradients for x, h and up; a packed weight is multiplied by the kernel."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor, *parts: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, h: torch.Tensor | None, up: torch.Tensor | None, scale: float, *parts: Any
+    ) -> torch.Tensor:
         w = Int8Weight(*parts)
-        ctx.save_for_backward(w.weight, w.scale, w.inverse_smoothing)
+        ctx.save_for_backward(w.weight, w.scale, w.inverse_smoothing, h, up)
+        ctx.up_scale = scale
         if is_packed(w.weight):
-            rows = kernel.quantise(x, w.input_scale)
-            return kernel.forward(*rows, w.weight, w.scale, x, w.float_channels, w.float_weight, w.bias, w.outputs)
+            rows, of_layer = kernel.quantise(x, w.input_scale), (w.float_channels, w.float_weight, w.bias, w.outputs)
+            return kernel.forward(*rows, w.weight, w.scale, x, *of_layer, h, up, scale)
         x_int8, x_scale = quantise_rows(rotated(x.float() * w.input_scale))
         y = rotated(int8_product(x_int8, w.weight.t()).float() * x_scale * w.scale)[:, : w.outputs]
-        return (y + F.linear(x[:, w.float_channels], w.float_weight, w.bias).float()).to(x.dtype)
+        y = y + F.linear(x[:, w.float_channels], w.float_weight, w.bias).float()
+        if h is not None and up is not None:
+            y = y + LowRank(h, up, scale).product().float()
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return input_gradient(grads[0], *ctx.saved_tensors), *(None for _ in Int8Weight._fields)
+        *of_layer, h, up = ctx.saved_tensors
+        grad_h = grad_up = None
+        if h is not None:
+            in_c = is_packed(of_layer[0]) and up.shape[1] <= THIN and thin.reason_against(h.dtype) is None
+            gradients = up_backward if in_c else _up_backward_in_torch
+            grad_h, grad_up = gradients(grads[0], h, up, ctx.up_scale)
+        return input_gradient(grads[0], *of_layer), grad_h, grad_up, None, *(None for _ in Int8Weight._fields)
+
+
+@torch.library.custom_op("huarizo::up_backward", mutates_args=())
+def up_backward(
+    grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of h [T, r] and up [N, r] from that of scale h up', [T, N]."""
+    return thin.up_backward(grad, h, up, scale)
+
+
+@up_backward.register_fake
+def _(grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(h, memory_format=torch.contiguous_format), up.new_empty(up.shape[::-1]).t()
+
+
+def _up_backward_in_torch(
+    grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `up_backward`."""
+    return grad @ (up * scale).to(grad.dtype), (grad.t() @ h).float() * scale
 
 
 def input_gradient(
@@ -157,9 +190,10 @@ def input_gradient(
 
 
 @traced_as_one
-def int8_linear(x_TK: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
-    """[T, K] -> [T, N] in the dtype of x, differentiable in x."""
-    return _Int8Product.apply(x_TK, *weight)  # pyright: ignore[reportReturnType]
+def int8_linear(x_TK: torch.Tensor, weight: Int8Weight, low_rank: LowRank | None) -> torch.Tensor:
+    """[T, K] -> [T, N] in the dtype of x, differentiable in x and the low-rank term."""
+    h, up, scale = low_rank or (None, None, 1.0)
+    return _Int8Product.apply(x_TK, h, up, scale, *weight)  # pyright: ignore[reportReturnType]
 
 
 def is_packed(weight: torch.Tensor) -> bool:
@@ -221,13 +255,15 @@ class Int8Linear(FrozenLinear):
         weight = rotated(rotated(weight.float() * self.scale[:, None]).t()).t()[: self.out_features, : self.in_features]
         return (weight * self.inverse_smoothing).index_copy(1, self.float_channels, float_weight.float())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N] in the dtype of x."""
+    def forward(self, x: torch.Tensor, low_rank: LowRank | None = None) -> torch.Tensor:
+        """[..., K] -> [..., N] in the dtype of x, with the term of a LoRA added."""
         weight = Int8Weight(
             self.weight, self.scale, self.input_scale, self.inverse_smoothing,
             self.float_channels, self.float_weight, self.bias, self.out_features,
         )  # fmt: skip
-        y = int8_linear(x.flatten(0, -2), weight)
+        if low_rank is not None:
+            low_rank = low_rank._replace(h=low_rank.h.flatten(0, -2))
+        y = int8_linear(x.flatten(0, -2), weight, low_rank)
         return y.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:

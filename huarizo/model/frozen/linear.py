@@ -7,12 +7,27 @@ names its subclasses.
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # Shapes: T tokens, K input and N output channels.
+
+
+class LowRank(NamedTuple):
+    """The term scale h up' that a LoRA adds to a layer's output, differentiable in h and up."""
+
+    h: torch.Tensor
+    """[..., r], in the dtype of the activations."""
+    up: torch.Tensor
+    """float32 [N, r]."""
+    scale: float
+
+    def product(self) -> torch.Tensor:
+        """[..., N], in the dtype of h."""
+        return F.linear(self.h, (self.up * self.scale).to(self.h.dtype))
 
 
 class FrozenLinear(nn.Module, abc.ABC):
@@ -37,8 +52,8 @@ class FrozenLinear(nn.Module, abc.ABC):
     """b, [N], a buffer."""
 
     @abc.abstractmethod
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] -> [..., N] in the dtype of x."""
+    def forward(self, x: torch.Tensor, low_rank: LowRank | None = None) -> torch.Tensor:
+        """[..., K] -> [..., N] in the dtype of x, with the term of a LoRA added."""
 
     @abc.abstractmethod
     def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:

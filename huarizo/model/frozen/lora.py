@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from huarizo.model.dropout import HashedDropout
-from huarizo.model.frozen.linear import FrozenLinear
+from huarizo.model.frozen.linear import FrozenLinear, LowRank
 
 NEEDS_NO_WEIGHT = ("gaussian", "eva")  # initialisations that do not read the base weight
 
@@ -69,18 +69,24 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of x."""
-        result = self.base_layer(x)
-        if self.disable_adapters:
-            return result
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                a = cast(nn.Linear, self.lora_A[name]).weight
-                b = (cast(nn.Linear, self.lora_B[name]).weight * self.scaling[name]).to(x.dtype)
-                dropout = self.lora_dropout[name]
-                fused = isinstance(dropout, HashedDropout)
-                h = dropout.linear(x, a) if fused else F.linear(dropout(x), a.to(x.dtype))
-                result = result + F.linear(h, b)
-        return result
+        low_rank = None if self.disable_adapters else self._low_rank(x)
+        return self.base_layer(x, low_rank)
+
+    def _low_rank(self, x: torch.Tensor) -> LowRank | None:
+        """The sum of the active adapters' terms, as one term whose rank is the sum of theirs."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        terms = [self._term(name, x) for name in names]
+        if len(terms) <= 1:
+            return terms[0] if terms else None
+        ups = [term.up * term.scale for term in terms]
+        return LowRank(torch.cat([term.h for term in terms], -1), torch.cat(ups, -1), 1.0)
+
+    def _term(self, name: str, x: torch.Tensor) -> LowRank:
+        a, b = (cast(nn.Linear, linears[name]).weight for linears in (self.lora_A, self.lora_B))
+        dropout = self.lora_dropout[name]
+        fused = isinstance(dropout, HashedDropout)
+        h = dropout.linear(x, a) if fused else F.linear(dropout(x), a.to(x.dtype))
+        return LowRank(h, b.float(), self.scaling[name])
 
     def merge(self, *args: object, **kwargs: object) -> None:
         raise ValueError(

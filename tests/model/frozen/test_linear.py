@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from huarizo.errors import RecipeError
-from huarizo.model.frozen.linear import FrozenLinear, input_gradient_of
+from huarizo.model.frozen.linear import FrozenLinear, LowRank, input_gradient_of
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.frozen.lora import FrozenLoraLinear
 from huarizo.model.frozen.storages import STORAGES, Storage
@@ -42,8 +42,9 @@ class Bits(FrozenLinear):
     def dequantised(self) -> torch.Tensor:
         return self.weight[: self.out_features].view(torch.float32)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.dequantised().to(x.dtype), self.bias)
+    def forward(self, x: torch.Tensor, low_rank: LowRank | None = None) -> torch.Tensor:
+        y = F.linear(x, self.dequantised().to(x.dtype), self.bias)
+        return y if low_rank is None else y + low_rank.product()
 
     def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         return grad @ self.dequantised().to(grad.dtype)
