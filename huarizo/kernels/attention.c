@@ -1,4 +1,4 @@
-/* Causal attention over packed examples and its gradient, for CPUs with AVX512.
+/* Causal attention over packed examples and its gradient.
  *
  * The scores of an example are never stored as a whole. The forward pass takes ROWS queries at a time with all the keys
  * that they see and stores, beside the result, the logarithm of each softmax's sum. From that the backward pass
@@ -8,35 +8,37 @@
  *     dV = P' dO        dP = dO V'          dS = P * (dP - rowsum(dO * O))        dQ = dS K scale    dK = dS' Q scale
  *
  * Every product uses the same small kernel, `product`: ROWS rows times up to COLUMNS columns, summed in registers. Its
- * left operand is read 32 bits at a time and broadcast to a vector, its right operand 16 columns at a time. These 32
- * bits, a `word`, are two neighbours along the summed dimension in bf16 (vdpbf16ps) and one number in fp32 (fma), so
- * the same code serves both; `pair` is the number of elements in a word. Sums, softmax and partial gradients are fp32.
+ * left operand is read 32 bits at a time and broadcast to a vector, its right operand LANES columns at a time. These 32
+ * bits, a `word`, are one number in fp32, or two neighbours along the summed dimension in bf16 where the instruction set
+ * multiplies such pairs (vdpbf16ps), so the same code serves both; `pair` is the number of elements in a word. Elsewhere
+ * bf16 becomes fp32 when an operand is packed. Sums, softmax and partial gradients are fp32.
  *
  * Right operands are packed once per example and key/value head, and serve all the query heads that share it:
  *     columns  [panel of COLUMNS tokens][D / pair][COLUMNS]  words along D, for Q K' and dO V'
  *     pairs    [tokens / pair][D]                            words along the tokens, for P V, dS K, P' dO and dS' Q
  * P' and dS' need no transposition: a left operand has one stride for its rows and one for its depth.
  *
- * Each product ends at the diagonal, rounded up to ROWS x 16 scores. One thread computes all of one example and
+ * Each product ends at the diagonal, rounded up to ROWS x LANES scores. One thread computes all of one example and
  * key/value head, in a fixed order, on blocks counted from the example's first token. So results are bit-identical for
  * any number of threads and don't depend on the rest of the row. Padding is zeros, never a neighbour's tokens.
  */
 
+#include "threads.h"
 #include "vectors.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
-#include <string.h>
 
 enum {
-    ROWS = 6,               /* 6 x 4 vectors of sums, 4 of the right operand and 1 of the left fit the 32 registers */
-    VECTORS = 4,
+    ROWS = 6,
+    VECTORS = REGISTERS == 32 ? 4 : 2, /* ROWS x VECTORS sums, VECTORS of the right operand and 1 of the left fit */
     COLUMNS = VECTORS * LANES,
+    TOGETHER = REGISTERS == 32 ? ROWS : 2, /* rows whose softmax is computed together */
     QUERIES = 16 * ROWS,    /* queries and keys of a block of the backward pass: its scores stay in the closest cache */
     KEYS = 2 * QUERIES,
 };
 _Static_assert(KEYS % COLUMNS == 0 && KEYS % ROWS == 0 && QUERIES % ROWS == 0, "blocks are made of whole tiles");
+_Static_assert(16 % LANES == 0 && ROWS % TOGETHER == 0, "a head is whole vectors");
 
 typedef uint32_t word;
 
@@ -58,84 +60,82 @@ int64_t huarizo_call_size(void) { return sizeof(Call); }
 typedef struct { const word *words; int64_t row, step; } Left;   /* strides in words: of a row, along the depth */
 typedef struct { const word *words; int64_t step, panel; } Right; /* strides in words: along the depth, of a panel */
 
+/* Whether operands are pairs of bf16. */
+INLINE int paired(const Call *call) { return HALVES && call->bf16; }
+
 /* ------------------------------------------------------------------------------------------------------- products */
 
-/* c [ROWS, 16 * vectors] = or += left times right, over `depth` words. */
-INLINE void tile(const int bf16, const int vectors, int64_t depth, Left left, const word *right, int64_t right_step,
+/* c [ROWS, LANES * vectors] = or += left times right, over `depth` words. */
+INLINE void tile(const int pairs, const int vectors, int64_t depth, Left left, const word *right, int64_t right_step,
                  float *c, int64_t c_row, int add)
 {
-    __m512 sum[ROWS][VECTORS];
+    vec sum[ROWS][VECTORS];
     const word *upper = left.words, *lower = left.words + ROWS / 2 * left.row;
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++)
-            sum[i][j] = add ? _mm512_loadu_ps(c + i * c_row + j * LANES) : _mm512_setzero_ps();
+    UNROLLED for (int i = 0; i < ROWS; i++)
+        UNROLLED for (int j = 0; j < vectors; j++)
+            sum[i][j] = add ? load_vec(c + i * c_row + j * LANES) : set(0);
     for (int64_t k = 0; k < depth; k++) {
-        __m512i columns[VECTORS];
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++)
-            columns[j] = _mm512_loadu_si512(right + j * LANES);
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++) {
+        ints columns[VECTORS];
+        UNROLLED for (int j = 0; j < vectors; j++)
+            columns[j] = load_ints(right + j * LANES);
+        UNROLLED for (int i = 0; i < ROWS; i++) {
             const word *at = i < ROWS / 2 ? upper + i * left.row : lower + (i - ROWS / 2) * left.row;
-            __m512i spread = _mm512_set1_epi32((int)*at);
-#pragma GCC unroll 4
-            for (int j = 0; j < vectors; j++)
-                sum[i][j] = multiply_add(bf16, sum[i][j], spread, columns[j]);
+            ints spread = set_int((int32_t)*at);
+            UNROLLED for (int j = 0; j < vectors; j++)
+                sum[i][j] = multiply_add(pairs, sum[i][j], spread, columns[j]);
         }
         upper += left.step;
         lower += left.step;
         right += right_step;
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++)
-            _mm512_storeu_ps(c + i * c_row + j * LANES, sum[i][j]);
+    UNROLLED for (int i = 0; i < ROWS; i++)
+        UNROLLED for (int j = 0; j < vectors; j++)
+            store_vec(c + i * c_row + j * LANES, sum[i][j]);
 }
 
-INLINE void tiles(const int bf16, int64_t columns, int64_t depth, Left left, Right right, float *c, int64_t c_row,
+INLINE void tiles(const int pairs, int64_t columns, int64_t depth, Left left, Right right, float *c, int64_t c_row,
                   int add)
 {
     for (; columns > 0; columns -= COLUMNS, right.words += right.panel, c += COLUMNS)
-        switch (columns / LANES) {
-        case 1: tile(bf16, 1, depth, left, right.words, right.step, c, c_row, add); break;
-        case 2: tile(bf16, 2, depth, left, right.words, right.step, c, c_row, add); break;
-        case 3: tile(bf16, 3, depth, left, right.words, right.step, c, c_row, add); break;
-        default: tile(bf16, 4, depth, left, right.words, right.step, c, c_row, add); break;
-        }
+        if (columns >= COLUMNS)
+            tile(pairs, VECTORS, depth, left, right.words, right.step, c, c_row, add);
+        else if (VECTORS > 3 && columns == 3 * LANES)
+            tile(pairs, 3, depth, left, right.words, right.step, c, c_row, add);
+        else if (VECTORS > 2 && columns == 2 * LANES)
+            tile(pairs, 2, depth, left, right.words, right.step, c, c_row, add);
+        else
+            tile(pairs, 1, depth, left, right.words, right.step, c, c_row, add);
 }
 
 /* c [ROWS, columns] = or += left [ROWS, depth] times right [depth, columns].
- * columns: a multiple of 16; depth: in words. */
-static __attribute__((noinline)) void product(int bf16, int64_t columns, int64_t depth, Left left, Right right,
+ * columns: a multiple of LANES; depth: in words. */
+static __attribute__((noinline)) void product(int pairs, int64_t columns, int64_t depth, Left left, Right right,
                                               float *c, int64_t c_row, int add)
 {
-    if (bf16)
-        tiles(1, columns, depth, left, right, c, c_row, add);
+    if (pairs)
+        tiles(HALVES, columns, depth, left, right, c, c_row, add);
     else
         tiles(0, columns, depth, left, right, c, c_row, add);
 }
 
 /* ---------------------------------------------------------------------------------------------- vectors and packing */
 
-/* 2^x to 3 units in the last place, for x up to about 0: 2^round(x) times a Taylor polynomial of the rest, which is in
- * [-.5, .5]. */
-INLINE __m512 power_of_2(__m512 x)
+/* 2^x to 3 units in the last place, for x up to about 0, and 0 below about 2^-127: 2^round(x) times a Taylor polynomial
+ * of the rest, which is in [-.5, .5]. */
+INLINE vec power_of_2(vec x)
 {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* in this order a NaN stays a NaN */
-    __m512 shift = _mm512_set1_ps(12582912.0f); /* 3 << 22: adding it rounds to an integer */
-    __m512 whole = _mm512_sub_ps(_mm512_add_ps(x, shift), shift);
-    __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(1.5403530393e-4f);
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.3333558146e-3f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(9.6181291076e-3f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.5504108665e-2f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.4022650696e-1f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.9314718056e-1f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
+    x = larger(set(LEAST_POWER), x); /* in this order a NaN stays a NaN */
+    vec shift = set(12582912.0f); /* 3 << 22: adding it rounds to an integer */
+    vec whole = (x + shift) - shift;
+    vec rest = x - whole;
+    vec y = set(1.5403530393e-4f);
+    y = fused(y, rest, set(1.3333558146e-3f));
+    y = fused(y, rest, set(9.6181291076e-3f));
+    y = fused(y, rest, set(5.5504108665e-2f));
+    y = fused(y, rest, set(2.4022650696e-1f));
+    y = fused(y, rest, set(6.9314718056e-1f));
+    y = fused(y, rest, set(1.0f));
+    return times_power(y, whole);
 }
 
 /* Stores rows of fp32 as elements, times `factor`. from: [count, size]. */
@@ -143,19 +143,30 @@ static void store_rows(const Call *call, char *to, int64_t stride, const float *
 {
     for (int64_t row = 0; row < count; row++)
         for (int64_t d = 0; d < call->size; d += LANES)
-            store(call->bf16, ALL, to + row * stride + d * size_of(call->bf16),
-                  _mm512_mul_ps(_mm512_loadu_ps(from + row * call->size + d), _mm512_set1_ps(factor)));
+            store(call->bf16, to + row * stride + d * size_of(call->bf16),
+                  load_vec(from + row * call->size + d) * set(factor));
+}
+
+/* The first `count` words, or LANES if there are more, of a row of elements, from word `at` on. */
+INLINE ints load_words(const Call *call, const char *row, int64_t at, int64_t count)
+{
+    if (call->bf16 && !HALVES)
+        return (ints)load(1, row + at * size_of(1));
+    return count >= LANES ? load_ints(row + at * WORD) : load_first(row + at * WORD, count);
 }
 
 /* Left operand: `count` contiguous rows, padded with zeros to a multiple of ROWS. */
 static void copy_rows(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
-    int64_t bytes = call->size * size_of(call->bf16);
+    int64_t depth = call->size / pair_of(paired(call));
     for (int64_t row = 0; row < count; row++)
-        for (int64_t at = 0; at < bytes; at += 32)
-            _mm256_storeu_si256((__m256i *)((char *)to + row * bytes + at),
-                                _mm256_loadu_si256((const __m256i *)(from + row * stride + at)));
-    memset((char *)to + count * bytes, 0, (padded(count, ROWS) - count) * bytes);
+        if (call->bf16 && !HALVES)
+            for (int64_t k = 0; k < depth; k += LANES)
+                store_ints(to + row * depth + k, load_words(call, from + row * stride, k, LANES));
+        else
+            for (int64_t k = 0; k < depth; k += 8)
+                memcpy(to + row * depth + k, from + row * stride + k * WORD, 8 * WORD);
+    memset(to + count * depth, 0, (padded(count, ROWS) - count) * depth * WORD);
 }
 
 /* The address of a token of a head. */
@@ -170,98 +181,99 @@ INLINE void prefetch(const Call *call, Tensor tensor, int64_t head, int64_t toke
     const char *from = place(tensor, head, token);
     for (int64_t i = 0; i < ROWS; i++)
         for (int64_t at = 0; at < call->size * size_of(call->bf16); at += 64)
-            _mm_prefetch(from + i * tensor.token + at, _MM_HINT_T0);
+            __builtin_prefetch(from + i * tensor.token + at);
 }
 
 /* Right operand `pairs` of `count` tokens, padded with zeros to a multiple of ROWS. */
 static void pack_pairs(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
-    int64_t size = call->size, pair = pair_of(call->bf16), end = padded(count, ROWS);
-    memset(to + count / pair * size, 0, (end / pair - count / pair) * size * sizeof(word));
-    if (!call->bf16) {
+    if (!paired(call)) {
         copy_rows(call, to, from, stride, count);
         return;
     }
+    int64_t size = call->size;
     for (int64_t token = 0; token < count; token += 2)
         for (int64_t d = 0; d < size; d += LANES) {
             const char *at = from + token * stride + d * 2;
-            __m512i both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
-            if (token + 1 < count) {
-                __m512i next = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(at + stride)));
-                both = _mm512_or_si512(both, _mm512_slli_epi32(next, 16));
-            }
-            _mm512_storeu_si512(to + token / 2 * size + d, both);
+            ints next = token + 1 < count ? load_halves(at + stride) : set_int(0);
+            store_ints(to + token / 2 * size + d, load_halves(at) | next << 16);
         }
+    int64_t end = padded(count, 2) / 2 * size;
+    memset(to + end, 0, (padded(count, ROWS) / 2 * size - end) * WORD);
 }
 
-/* Right operand `columns` of `count` tokens, padded with zeros to a multiple of ROWS and then of 16. */
+/* Right operand `columns` of `count` tokens, padded with zeros to a multiple of ROWS and then of LANES. */
 static void pack_columns(const Call *call, word *to, const char *from, int64_t stride, int64_t count)
 {
-    int64_t depth = call->size / pair_of(call->bf16);
-    __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i offsets = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)stride));
+    int64_t depth = call->size / pair_of(paired(call));
     for (int64_t token = 0; token < padded(count, ROWS); token += LANES) {
         word *panel = to + token / COLUMNS * COLUMNS * depth + token % COLUMNS;
-        for (int64_t k = 0; k < depth; k++)
-            _mm512_storeu_si512(panel + k * COLUMNS,
-                                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(count - token), offsets,
-                                                            from + token * stride + k * 4, 1));
+        for (int64_t k = 0; k < depth; k += LANES) {
+            ints block[LANES];
+            UNROLLED for (int i = 0; i < LANES; i++)
+                block[i] = token + i < count ? load_words(call, from + (token + i) * stride, k, depth - k) : set_int(0);
+            transpose(block);
+            UNROLLED for (int i = 0; i < LANES; i++)
+                if (k + i < depth)
+                    store_ints(panel + (k + i) * COLUMNS, block[i]);
+        }
     }
 }
 
 /* -------------------------------------------------------------------------------------------------------- forward */
 
-/* Scores j to j + 15 of row i in base 2, -inf for keys that the row does not see. */
-INLINE __m512 scores_at(const float *scores, int64_t stride, int64_t i, int64_t j, int64_t seen, __m512 factor)
+/* LANES scores of row i from j on, in base 2, -inf for keys that the row does not see. */
+INLINE vec scores_at(const float *scores, int64_t stride, int64_t i, int64_t j, int64_t seen, vec factor)
 {
-    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i * stride + j), factor);
-    return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), first(seen + i - j), x);
+    return choose(first(seen + i - j), load_vec(scores + i * stride + j) * factor, set(-INFINITY));
 }
 
-/* Softmax of ROWS rows of scores, not yet divided by their sums, as elements in `p`. Row i sees its first `seen` + i
- * keys; the rest up to `keys` is zeros. `scores` and `p` are [ROWS, stride]. All rows are computed together, because a
- * single row is one chain of dependent instructions. */
-INLINE void softmax_rows(const int bf16, const float *scores, char *p, int64_t stride, int64_t seen, int64_t keys,
+/* Softmax of TOGETHER rows of scores, not yet divided by their sums, as elements of an operand in `p`. Row i sees its
+ * first `seen` + i keys; the rest up to `keys` is zeros. `scores` and `p` are [TOGETHER, stride]. Several rows are
+ * computed together, because a single row is one chain of dependent instructions. */
+INLINE void softmax_rows(const int pairs, const float *scores, char *p, int64_t stride, int64_t seen, int64_t keys,
                          float scale, float *tops, float *totals)
 {
-    __m512 factor = _mm512_set1_ps(scale), top[ROWS], total[ROWS];
+    vec factor = set(scale), top[TOGETHER], total[TOGETHER];
     int64_t j, whole = seen / LANES * LANES;
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; i++) {
-        top[i] = _mm512_set1_ps(-INFINITY);
-        total[i] = _mm512_setzero_ps();
+    UNROLLED for (int i = 0; i < TOGETHER; i++) {
+        top[i] = set(-INFINITY);
+        total[i] = set(0);
     }
     for (j = 0; j < whole; j += LANES)
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++)
-            top[i] = _mm512_max_ps(top[i], _mm512_mul_ps(_mm512_loadu_ps(scores + i * stride + j), factor));
+        UNROLLED for (int i = 0; i < TOGETHER; i++)
+            top[i] = larger(top[i], load_vec(scores + i * stride + j) * factor);
     for (; j < keys; j += LANES)
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++)
-            top[i] = _mm512_max_ps(top[i], scores_at(scores, stride, i, j, seen, factor));
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; i++) {
-        tops[i] = _mm512_reduce_max_ps(top[i]);
-        top[i] = _mm512_set1_ps(tops[i]);
+        UNROLLED for (int i = 0; i < TOGETHER; i++)
+            top[i] = larger(top[i], scores_at(scores, stride, i, j, seen, factor));
+    UNROLLED for (int i = 0; i < TOGETHER; i++) {
+        tops[i] = largest_of(top[i]);
+        top[i] = set(-tops[i]);
     }
     for (j = 0; j < whole; j += LANES)
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++) {
-            __m512 x = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i * stride + j), factor, top[i]));
-            total[i] = _mm512_add_ps(total[i], x);
-            store(bf16, ALL, p + (i * stride + j) * size_of(bf16), x);
+        UNROLLED for (int i = 0; i < TOGETHER; i++) {
+            vec x = power_of_2(fused(load_vec(scores + i * stride + j), factor, top[i]));
+            total[i] = total[i] + x;
+            store(pairs, p + (i * stride + j) * size_of(pairs), x);
         }
     for (; j < keys; j += LANES)
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; i++) {
-            __m512 x = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i * stride + j), factor, top[i]));
-            x = _mm512_maskz_mov_ps(first(seen + i - j), x);
-            total[i] = _mm512_add_ps(total[i], x);
-            store(bf16, ALL, p + (i * stride + j) * size_of(bf16), x);
+        UNROLLED for (int i = 0; i < TOGETHER; i++) {
+            vec x = power_of_2(fused(load_vec(scores + i * stride + j), factor, top[i]));
+            x = (vec)keep(first(seen + i - j), (ints)x);
+            total[i] = total[i] + x;
+            store(pairs, p + (i * stride + j) * size_of(pairs), x);
         }
-#pragma GCC unroll 6
-    for (int i = 0; i < ROWS; i++)
-        totals[i] = _mm512_reduce_add_ps(total[i]);
+    UNROLLED for (int i = 0; i < TOGETHER; i++)
+        totals[i] = sum_of(total[i]);
+}
+
+/* Softmax of ROWS rows. */
+INLINE void softmax(const int pairs, const float *scores, char *p, int64_t stride, int64_t seen, int64_t keys,
+                    float scale, float *tops, float *totals)
+{
+    for (int i = 0; i < ROWS; i += TOGETHER)
+        softmax_rows(pairs, scores + i * stride, p + i * stride * size_of(pairs), stride, seen + i, keys, scale,
+                     tops + i, totals + i);
 }
 
 /* Words of one thread's workspace for an example of `length` tokens. */
@@ -274,7 +286,7 @@ static int64_t forward_words(const Call *call, int64_t length)
 /* All query heads that share key/value head `kv` of the example at tokens begin to end. */
 static void forward_item(const Call *call, word *space, int64_t begin, int64_t end, int64_t kv)
 {
-    int64_t length = end - begin, size = call->size, pair = pair_of(call->bf16), depth = size / pair;
+    int64_t length = end - begin, size = call->size, pair = pair_of(paired(call)), depth = size / pair;
     int64_t keys = padded(length, COLUMNS) + COLUMNS, groups = call->heads / call->kv_heads;
     word *k_columns = space, *v_pairs = k_columns + keys * size, *q = v_pairs + keys * size;
     word *p = q + ROWS * size;
@@ -287,16 +299,16 @@ static void forward_item(const Call *call, word *space, int64_t begin, int64_t e
             int64_t count = least(ROWS, length - row), token = begin + row, last = head + 1 == (kv + 1) * groups;
             copy_rows(call, q, place(call->q, head, token), call->q.token, count);
             prefetch(call, call->q, last ? kv * groups : head + 1, last ? token + ROWS : token);
-            product(call->bf16, padded(row + ROWS, LANES), depth, (Left){q, depth, 1},
+            product(paired(call), padded(row + ROWS, LANES), depth, (Left){q, depth, 1},
                     (Right){k_columns, COLUMNS, COLUMNS * depth}, scores, keys, 0);
             float top[ROWS], total[ROWS];
-            if (call->bf16)
-                softmax_rows(1, scores, (char *)p, keys, row + 1, padded(row + ROWS, LANES), scale, top, total);
+            if (paired(call))
+                softmax(HALVES, scores, (char *)p, keys, row + 1, padded(row + ROWS, LANES), scale, top, total);
             else
-                softmax_rows(0, scores, (char *)p, keys, row + 1, padded(row + ROWS, LANES), scale, top, total);
+                softmax(0, scores, (char *)p, keys, row + 1, padded(row + ROWS, LANES), scale, top, total);
             for (int64_t i = 0; i < count; i++)
                 call->lse[head * call->tokens + token + i] = top[i] + log2f(total[i]);
-            product(call->bf16, size, (row + ROWS) / pair, (Left){p, keys / pair, 1}, (Right){v_pairs, size, COLUMNS},
+            product(paired(call), size, (row + ROWS) / pair, (Left){p, keys / pair, 1}, (Right){v_pairs, size, COLUMNS},
                     sums, size, 0);
             for (int64_t i = 0; i < count; i++)
                 store_rows(call, place(call->out, head, token + i), 0, sums + i * size, 1, 1.0f / total[i]);
@@ -333,78 +345,68 @@ static void lay_out(const Call *call, word *space, int64_t length, Backward *b)
     space += 5 * all;
     b->q = space;
     b->grad = space + block;
-    b->q_pairs = space + 2 * block;
-    b->grad_pairs = space + 3 * block;
+    b->q_pairs = paired(call) ? space + 2 * block : b->q; /* the layouts differ only in pairs */
+    b->grad_pairs = paired(call) ? space + 3 * block : b->grad;
     b->grad_q = (float *)(space + 4 * block);
     space += 5 * block;
     b->scores = (float *)space;
     b->grad_p = b->scores + ROWS * KEYS;
     b->p_pairs = space + 2 * ROWS * KEYS;
     b->grad_s_pairs = b->p_pairs + QUERIES * KEYS;
-    b->grad_s = call->bf16 ? b->grad_s_pairs + QUERIES * KEYS : b->grad_s_pairs; /* in fp32 both layouts are the same */
+    b->grad_s = paired(call) ? b->grad_s_pairs + QUERIES * KEYS : b->grad_s_pairs;
 }
 
-/* Stores rows x and y as 16 words for `pairs`; in bf16 also each in its own row of a left operand. */
-INLINE void store_pair(int bf16, word *pairs, __m512 x, __m512 y, word *row_x, word *row_y)
-{
-#ifdef __AVX512BF16__
-    if (bf16) {
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y, x);
-        __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(order, both));
-        if (row_x) {
-            _mm256_storeu_si256((__m256i *)row_x, _mm512_castsi512_si256(both));
-            _mm256_storeu_si256((__m256i *)row_y, _mm512_extracti64x4_epi64(both, 1));
-        }
-        return;
-    }
-#endif
-    _mm512_storeu_ps(pairs, x);
-    _mm512_storeu_ps(pairs + KEYS, y);
-}
-
-/* P and dS of 16 keys from j on and queries `row` and `row` + 1 of the block, at `i` and `i` + 1 of scores and grad_p.
+/* P and dS of LANES keys from j on and queries `row` and `row` + 1 of the block, at `i` and `i` + 1 of scores and grad_p.
  * Query `row` sees the block's first `seen` keys; above the diagonal are zeros. */
-INLINE void make_pair(const int bf16, const int whole, const Backward *b, int64_t row, int64_t i, int64_t j,
-                      int64_t seen, __m512 factor)
+INLINE void make_pair(const int pairs, const int whole, const Backward *b, int64_t row, int64_t i, int64_t j,
+                      int64_t seen, vec factor)
 {
-    __m512 p[2], grad_s[2];
-#pragma GCC unroll 2
-    for (int y = 0; y < 2; y++) {
+    vec p[2], grad_s[2];
+    UNROLLED for (int y = 0; y < 2; y++) {
         int64_t at = (i + y) * KEYS + j;
-        __m512 lse = _mm512_set1_ps(b->lse[row + y]), delta = _mm512_set1_ps(b->delta[row + y]);
-        p[y] = power_of_2(_mm512_fmsub_ps(_mm512_loadu_ps(b->scores + at), factor, lse));
+        p[y] = power_of_2(fused(load_vec(b->scores + at), factor, set(-b->lse[row + y])));
         if (!whole)
-            p[y] = _mm512_maskz_mov_ps(first(seen + y - j), p[y]);
-        grad_s[y] = _mm512_mul_ps(p[y], _mm512_sub_ps(_mm512_loadu_ps(b->grad_p + at), delta));
+            p[y] = (vec)keep(first(seen + y - j), (ints)p[y]);
+        grad_s[y] = p[y] * (load_vec(b->grad_p + at) - set(b->delta[row + y]));
     }
-    int64_t at = row / (bf16 ? 2 : 1) * KEYS + j;
-    word *left = b->grad_s + row * (KEYS / 2) + j / 2;
-    store_pair(bf16, b->p_pairs + at, p[0], p[1], NULL, NULL);
-    store_pair(bf16, b->grad_s_pairs + at, grad_s[0], grad_s[1], left, left + KEYS / 2);
+    if (pairs) {
+        int64_t at = row / 2 * KEYS + j;
+        char *left = (char *)(b->grad_s + row * (KEYS / 2) + j / 2);
+        store_pairs((char *)(b->p_pairs + at), NULL, NULL, p[0], p[1]);
+        store_pairs((char *)(b->grad_s_pairs + at), left, left + KEYS / 2 * WORD, grad_s[0], grad_s[1]);
+    } else
+        UNROLLED for (int y = 0; y < 2; y++) {
+            store_vec(b->p_pairs + (row + y) * KEYS + j, p[y]);
+            store_vec(b->grad_s + (row + y) * KEYS + j, grad_s[y]);
+        }
 }
 
-/* P and dS of ROWS queries, from query `row` of the block on, and the block's first `keys` keys, from scores and dP. */
-INLINE void make_rows(const int bf16, const Backward *b, int64_t row, int64_t keys, int64_t seen, float scale)
+/* P and dS of TOGETHER queries, from query `row` of the block on and `at` of scores and grad_p on, and the block's first
+ * `keys` keys. Query `row` sees the block's first `seen` keys. */
+INLINE void make_some(const int pairs, const Backward *b, int64_t row, int64_t at, int64_t keys, int64_t seen,
+                      vec factor)
 {
-    __m512 factor = _mm512_set1_ps(scale);
     int64_t j, whole = least(keys, seen / LANES * LANES);
     for (j = 0; j < whole; j += LANES)
-#pragma GCC unroll 3
-        for (int64_t i = 0; i < ROWS; i += 2)
-            make_pair(bf16, 1, b, row + i, i, j, seen + i, factor);
+        UNROLLED for (int64_t i = 0; i < TOGETHER; i += 2)
+            make_pair(pairs, 1, b, row + i, at + i, j, seen + i, factor);
     for (; j < keys; j += LANES)
-#pragma GCC unroll 3
-        for (int64_t i = 0; i < ROWS; i += 2)
-            make_pair(bf16, 0, b, row + i, i, j, seen + i, factor);
+        UNROLLED for (int64_t i = 0; i < TOGETHER; i += 2)
+            make_pair(pairs, 0, b, row + i, at + i, j, seen + i, factor);
+}
+
+/* P and dS of ROWS queries. */
+INLINE void make_rows(const int pairs, const Backward *b, int64_t row, int64_t keys, int64_t seen, float scale)
+{
+    for (int64_t i = 0; i < ROWS; i += TOGETHER)
+        make_some(pairs, b, row + i, i, keys, seen + i, set(scale));
 }
 
 /* Adds the contribution of `count` queries at `query` and the keys from `key` on to all three gradients. Both are
  * counted from the example's first token, and query >= key. */
 static void backward_block(const Call *call, const Backward *b, int64_t query, int64_t count, int64_t key)
 {
-    int64_t size = call->size, pair = pair_of(call->bf16), depth = size / pair, rows = padded(count, ROWS);
+    int64_t size = call->size, pair = pair_of(paired(call)), depth = size / pair, rows = padded(count, ROWS);
     int64_t ahead = query - key; /* keys of the block before the first query */
     Right k = {b->k_columns + key * depth, COLUMNS, COLUMNS * depth};
     Right v = {b->v_columns + key * depth, COLUMNS, COLUMNS * depth};
@@ -416,21 +418,21 @@ static void backward_block(const Call *call, const Backward *b, int64_t query, i
             prefetch(call, call->grad, b->next_head, b->next_token + row);
             prefetch(call, call->out, b->next_head, b->next_token + row);
         }
-        product(call->bf16, keys, depth, (Left){b->q + row * depth, depth, 1}, k, b->scores, KEYS, 0);
-        product(call->bf16, keys, depth, (Left){b->grad + row * depth, depth, 1}, v, b->grad_p, KEYS, 0);
-        if (call->bf16)
-            make_rows(1, b, row, keys, ahead + row + 1, call->scale * 1.4426950408889634f);
+        product(paired(call), keys, depth, (Left){b->q + row * depth, depth, 1}, k, b->scores, KEYS, 0);
+        product(paired(call), keys, depth, (Left){b->grad + row * depth, depth, 1}, v, b->grad_p, KEYS, 0);
+        if (paired(call))
+            make_rows(HALVES, b, row, keys, ahead + row + 1, call->scale * 1.4426950408889634f);
         else
             make_rows(0, b, row, keys, ahead + row + 1, call->scale * 1.4426950408889634f);
-        product(call->bf16, size, least(KEYS, ahead + row + ROWS) / pair,
+        product(paired(call), size, least(KEYS, ahead + row + ROWS) / pair,
                 (Left){b->grad_s + row * (KEYS / pair), KEYS / pair, 1}, k_pairs, b->grad_q + row * size, size, 1);
     }
     for (int64_t n = 0; n < least(KEYS, ahead + rows); n += ROWS) {
         int64_t from = n > ahead ? n - ahead : 0; /* the first query that sees any of these keys */
         int64_t at = from / pair * KEYS + n, words = (rows - from) / pair;
-        product(call->bf16, size, words, (Left){b->p_pairs + at, 1, KEYS},
+        product(paired(call), size, words, (Left){b->p_pairs + at, 1, KEYS},
                 (Right){b->grad_pairs + from / pair * size, size, COLUMNS}, b->grad_v + (key + n) * size, size, 1);
-        product(call->bf16, size, words, (Left){b->grad_s_pairs + at, 1, KEYS},
+        product(paired(call), size, words, (Left){b->grad_s_pairs + at, 1, KEYS},
                 (Right){b->q_pairs + from / pair * size, size, COLUMNS}, b->grad_k + (key + n) * size, size, 1);
     }
 }
@@ -444,20 +446,22 @@ static void read_queries(const Call *call, Backward *b, int64_t head, int64_t to
     const char *out = place(call->out, head, token);
     copy_rows(call, b->q, q, call->q.token, count);
     copy_rows(call, b->grad, grad, call->grad.token, count);
-    pack_pairs(call, b->q_pairs, q, call->q.token, count);
-    pack_pairs(call, b->grad_pairs, grad, call->grad.token, count);
+    if (paired(call)) {
+        pack_pairs(call, b->q_pairs, q, call->q.token, count);
+        pack_pairs(call, b->grad_pairs, grad, call->grad.token, count);
+    }
     memset(b->grad_q, 0, QUERIES * call->size * sizeof(float));
     memset(b->lse, 0, sizeof b->lse);
     memset(b->delta, 0, sizeof b->delta);
     memcpy(b->lse, call->lse + head * call->tokens + token, count * sizeof(float));
     for (int64_t i = 0; i < count; i++) {
-        __m512 sum = _mm512_setzero_ps();
+        vec sum = set(0);
         for (int64_t d = 0; d < call->size; d += LANES) {
             int64_t at = d * size_of(call->bf16);
-            sum = _mm512_fmadd_ps(load(call->bf16, ALL, grad + i * call->grad.token + at),
-                                  load(call->bf16, ALL, out + i * call->out.token + at), sum);
+            sum = fused(load(call->bf16, grad + i * call->grad.token + at),
+                        load(call->bf16, out + i * call->out.token + at), sum);
         }
-        b->delta[i] = _mm512_reduce_add_ps(sum);
+        b->delta[i] = sum_of(sum);
     }
 }
 
@@ -499,9 +503,29 @@ static int longest_first(const void *a, const void *b)
     return difference ? (difference > 0 ? 1 : -1) : (x->begin > y->begin) - (x->begin < y->begin);
 }
 
-/* Runs `item` for every example and key/value head, the longest first, each on the next free thread. */
-static int run(const Call *call, int64_t (*words)(const Call *, int64_t),
-               void (*item)(const Call *, word *, int64_t, int64_t, int64_t))
+typedef void Item(const Call *, word *, int64_t, int64_t, int64_t);
+
+/* Every example and key/value head, the longest first, each on the next free thread. */
+typedef struct {
+    const Call *call;
+    Item *item;
+    const Example *examples;
+    word *space; /* [threads, each] */
+    int64_t each, next;
+} Items;
+
+static void run_items(void *shared, int64_t thread, int64_t threads)
+{
+    (void)threads;
+    Items *items = shared;
+    int64_t kv_heads = items->call->kv_heads, count = items->call->examples * kv_heads, i;
+    while ((i = __atomic_fetch_add(&items->next, 1, __ATOMIC_RELAXED)) < count) {
+        Example example = items->examples[i / kv_heads];
+        items->item(items->call, items->space + thread * items->each, example.begin, example.end, i % kv_heads);
+    }
+}
+
+static int run(const Call *call, int64_t (*words)(const Call *, int64_t), Item *item)
 {
     int64_t count = call->examples;
     if (count < 0 || call->cu_seqlens[0] != 0 || call->cu_seqlens[count] != call->tokens)
@@ -517,24 +541,16 @@ static int run(const Call *call, int64_t (*words)(const Call *, int64_t),
         }
     }
     qsort(examples, count, sizeof *examples, longest_first);
-    int64_t each = count ? padded(words(call, examples[0].end - examples[0].begin), LANES) : 0;
-    word *space = aligned_alloc(64, (each * call->threads + LANES) * sizeof(word));
-    if (!space) {
-        free(examples);
-        return NO_MEMORY;
+    int64_t each = count ? padded(words(call, examples[0].end - examples[0].begin), LINE / WORD) : 0;
+    word *space = aligned_alloc(LINE, each * call->threads * WORD + LINE);
+    if (space) {
+        Items items = {call, item, examples, space, each, 0};
+        parallel(call->threads, run_items, &items);
     }
-#pragma omp parallel num_threads(call->threads)
-    {
-        word *own = space + each * omp_get_thread_num();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * call->kv_heads; i++) {
-            Example example = examples[i / call->kv_heads];
-            item(call, own, example.begin, example.end, i % call->kv_heads);
-        }
-    }
+    int status = space ? OK : NO_MEMORY;
     free(space);
     free(examples);
-    return OK;
+    return status;
 }
 
 /* Writes out and lse from q, k and v. */

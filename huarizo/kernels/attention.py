@@ -1,4 +1,4 @@
-"""Packed attention and its gradient in C (attention.c), for bf16 and fp32 on CPUs with AVX512.
+"""Packed attention and its gradient in C (attention.c), for bf16 and fp32.
 
 Only pointers and strides are passed to C. The results are bit-identical for any number of threads, which is torch's.
 Shapes: H query heads, K key/value heads, T tokens of the packed row, D head size.
@@ -9,7 +9,6 @@ import functools
 
 import torch
 
-from huarizo.host import cpu_flags
 from huarizo.kernels import build
 from huarizo.kernels.call import address, run
 
@@ -60,8 +59,6 @@ def reason_against(dtype: torch.dtype, size: int) -> str | None:
         return f"there is no kernel for {dtype}"
     if size % 16 or not 0 < size <= LARGEST:
         return f"a head's size must be a multiple of 16 up to {LARGEST}, not {size}"
-    if dtype == torch.bfloat16 and "avx512_bf16" not in cpu_flags():
-        return "this CPU has no avx512_bf16"
     found = library()
     return found if isinstance(found, str) else None
 

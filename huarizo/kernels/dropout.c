@@ -8,22 +8,23 @@
  * seed. It is rounds of xor-shift and multiply modulo 2^32; the constants are from C. Wellons' hash prospector. The
  * reference in plain torch is huarizo/model/dropout.py.
  *
- * x is [T, K], A [r, K]. The products never store the whole mask or dropout(x). They sum over `words`: two neighbours
- * along the sum in bf16 (vdpbf16ps), one number in fp32 (fma). Threads share the rows in the forward pass and the
+ * x is [T, K], A [r, K]. The products never store the whole mask or dropout(x). They sum over `words`: one number in fp32,
+ * or two neighbours along the sum in bf16 where the instruction set multiplies such pairs (vdpbf16ps); elsewhere bf16
+ * becomes fp32 first. Threads share the rows in the forward pass and the
  * columns in the backward pass, and every number is computed in a fixed order, so results are bit-identical for any
  * number of threads.
  */
+#include "threads.h"
 #include "vectors.h"
 
-#include <omp.h>
 #include <stdlib.h>
-#include <string.h>
 
 enum {
-    ROWS = 4,    /* of x that are read together in the forward pass */
-    TALL = 8,    /* and in the backward pass */
-    RANKS = 4,   /* rows of A that are read together in the forward pass; A is padded to a multiple */
-    SUMS = 8192, /* numbers of g_A that stay in a core's closest cache */
+    ROWS = 4,                             /* of x that are read together in the forward pass */
+    RANKS = REGISTERS == 32 ? 4 : 2,      /* and rows of A with them; A is padded to a multiple */
+    TALL = REGISTERS == 32 ? 8 : 4,       /* rows and vectors of x that are read together in the backward pass */
+    WIDE = REGISTERS == 32 ? 1 : 2,
+    SUMS = REGISTERS == 32 ? 8192 : 4096, /* numbers of g_A that stay in a core's closest cache */
 };
 
 /* The arguments of a call. x is [T, K], its stride in bytes; places are those of its rows in the step. `h` is h or g_h,
@@ -42,273 +43,331 @@ typedef struct {
 
 int64_t huarizo_call_size(void) { return sizeof(Call); }
 
-/* The mask of 16 elements of a row from column `column` on: the kept ones. */
-INLINE __mmask16 kept(const Call *call, int64_t row, int64_t column)
+/* Whether products are of pairs of bf16. */
+INLINE int paired(const Call *call) { return HALVES && call->bf16; }
+
+/* The indices that are hashed for LANES elements of a row from column `column` on. */
+INLINE bits indices(const Call *call, int64_t row, int64_t column)
 {
-    int64_t at = call->places[row] * call->inputs + column;
-    const __m512i multipliers[3] = {_mm512_set1_epi32(0x21F0AAAD), _mm512_set1_epi32(0x735A2D97),
-                                    _mm512_set1_epi32(0x21F0AAAD)};
-    __m512i seed = _mm512_set1_epi32((int)call->seed);
-    __m512i x = _mm512_add_epi32(_mm512_set1_epi32((int)at),
-                                 _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-#pragma GCC unroll 3
-    for (int round = 0; round < 3; round++) {
-        x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), multipliers[round]);
-        x = _mm512_add_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), seed);
+    return (bits)set_int((int32_t)(call->places[row] * call->inputs + column)) + (bits)lane_numbers();
+}
+
+/* The mask of the elements with these indices: the kept ones. */
+INLINE mask kept(const Call *call, bits x)
+{
+    const uint32_t multipliers[3] = {0x21F0AAAD, 0x735A2D97, 0x21F0AAAD};
+    UNROLLED for (int round = 0; round < 3; round++) {
+        x = (x ^ x >> 16) * multipliers[round];
+        x = (x ^ x >> 15) + call->seed;
     }
-    return _mm512_cmpge_epu32_mask(x, _mm512_set1_epi32((int)call->threshold));
+    return at_least((ints)x, set_int((int32_t)call->threshold));
 }
 
-/* Loads the kept ones of 16 elements of a row from column `column` on, as fp32, or as bf16 in the lower half of each
- * lane; the others are zero. */
-INLINE __m512i load_kept(const Call *call, const int bf16, int64_t row, int64_t column, __mmask16 *mask)
+/* The first `count` of LANES elements as fp32, or in `pairs` as bf16 in the lower half of each lane; those that aren't in
+ * the mask are zero. */
+INLINE ints load_kept(const int bf16, const int pairs, mask kept_ones, const char *from, int64_t count)
 {
-    const char *from = call->x + row * call->x_stride + column * size_of(bf16);
-    *mask = kept(call, row, column) & first(call->inputs - column);
-    return bf16 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(*mask, from)) : _mm512_maskz_loadu_epi32(*mask, from);
+    if (!pairs)
+        return keep(kept_ones, (ints)load_part(bf16, from, count));
+    return keep(kept_ones, count >= LANES ? load_halves(from) : load_first_halves(from, count));
 }
 
-/* Stores the first `count` of 16 numbers as elements. */
-INLINE void store_first(const Call *call, int64_t count, char *to, int64_t at, __m512 x)
-{
-    store(call->bf16, first(count), to + at * size_of(call->bf16), x);
-}
-
-INLINE void store_one(const Call *call, char *to, int64_t at, float x)
-{
-    store_first(call, 1, to, at, _mm512_set1_ps(x));
-}
-
-/* The bits of element i of an array. */
+/* An element of an array, in the lower half in `pairs`, else as fp32. */
 INLINE uint32_t element_at(const Call *call, const char *from, int64_t i)
 {
-    return call->bf16 ? ((const uint16_t *)from)[i] : ((const uint32_t *)from)[i];
+    if (!call->bf16)
+        return ((const uint32_t *)from)[i];
+    return (uint32_t)((const uint16_t *)from)[i] << (HALVES ? 0 : 16);
+}
+
+/* The first `count` of LANES weights, rounded as x is, in the lower halves in `pairs`, else as fp32. */
+INLINE ints load_weights(const Call *call, const float *from, int64_t count)
+{
+    vec x = load_part(0, (const char *)from, count);
+    return !call->bf16 ? (ints)x : round_halves(x) << (HALVES ? 0 : 16);
 }
 
 /* --------------------------------------------------------------------------------------------------------- dropout */
 
+INLINE void drop_rows(const Call *call, const int bf16, int64_t from, int64_t to)
+{
+    for (int64_t row = from; row < to; row++) {
+        const char *x = call->x + row * call->x_stride;
+        char *out = call->out + row * call->inputs * size_of(bf16);
+        bits index = indices(call, row, 0);
+        for (int64_t k = 0; k < call->inputs; k += LANES, index += LANES) {
+            int64_t count = call->inputs - k;
+            vec y = (vec)load_kept(bf16, 0, kept(call, index), x + k * size_of(bf16), count);
+            store_part(bf16, out + k * size_of(bf16), y * call->scale, count);
+        }
+    }
+}
+
+static void drop_share(void *shared, int64_t thread, int64_t threads)
+{
+    const Call call = *(const Call *)shared; /* a copy, which no store can change */
+    int64_t from = call.rows * thread / threads, to = call.rows * (thread + 1) / threads;
+    if (call.bf16)
+        drop_rows(&call, 1, from, to);
+    else
+        drop_rows(&call, 0, from, to);
+}
+
 /* Writes out [T, K] from x. */
 int huarizo_dropout(const Call *call)
 {
-    __m512 scale = _mm512_set1_ps(call->scale);
-#pragma omp parallel for num_threads(call->threads) schedule(static)
-    for (int64_t row = 0; row < call->rows; row++)
-        for (int64_t k = 0; k < call->inputs; k += LANES) {
-            __mmask16 mask = kept(call, row, k) & first(call->inputs - k);
-            const char *from = call->x + row * call->x_stride + k * size_of(call->bf16);
-            store_first(call, call->inputs - k, call->out, row * call->inputs + k,
-                        _mm512_mul_ps(load(call->bf16, mask, from), scale));
-        }
+    parallel(call->threads, drop_share, (void *)call);
     return OK;
 }
 
 /* ------------------------------------------------------------------------------------------------------------ down */
 
-/* A as words along K: [r padded to RANKS][words]. */
-static void pack_along_inputs(const Call *call, uint32_t *to, int64_t words)
+/* Of one call: A as words along K, [r padded to RANKS][words], and ROWS rows of dropout(x) for each thread. */
+typedef struct { const Call *call; uint32_t *weight, *kept_rows; int64_t words; } Down;
+
+static void pack_along_inputs(const Down *d)
 {
+    const Call *call = d->call;
     for (int64_t rank = 0; rank < call->rank; rank++)
         for (int64_t k = 0; k < call->inputs; k += LANES) {
-            __m512 weight = _mm512_maskz_loadu_ps(first(call->inputs - k), call->weight + rank * call->inputs + k);
-            store_first(call, call->inputs - k, (char *)(to + rank * words), k, weight);
+            ints weights = load_weights(call, call->weight + rank * call->inputs + k, call->inputs - k);
+            uint32_t *to = d->weight + rank * d->words;
+            if (paired(call))
+                store_halves((uint16_t *)to + k, weights);
+            else
+                store_ints(to + k, weights);
         }
 }
 
 /* ROWS rows of h from row `row` on. kept_rows: [ROWS, words]. */
-INLINE void down_rows(const Call *call, const int bf16, const uint32_t *weight, uint32_t *kept_rows, int64_t words,
-                      int64_t row)
+INLINE void down_rows(const Call *call, const Down *d, const int bf16, uint32_t *kept_rows, int64_t row)
 {
-    int64_t count = least(ROWS, call->rows - row);
-    __mmask16 mask;
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < call->inputs; k += LANES) {
-            __m512i x = load_kept(call, bf16, row + i, k, &mask);
-            char *to = (char *)(kept_rows + i * words) + k * size_of(bf16);
-            if (bf16)
-                _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(x));
+    const int pairs = bf16 && HALVES;
+    int64_t count = least(ROWS, call->rows - row), words = d->words;
+    for (int64_t i = 0; i < count; i++) {
+        const char *from = call->x + (row + i) * call->x_stride;
+        char *to = (char *)(kept_rows + i * words);
+        bits index = indices(call, row + i, 0);
+        for (int64_t k = 0; k < call->inputs; k += LANES, index += LANES) {
+            ints x = load_kept(bf16, pairs, kept(call, index), from + k * size_of(bf16), call->inputs - k);
+            if (pairs)
+                store_halves(to + k * size_of(1), x);
             else
-                _mm512_storeu_si512(to, x);
+                store_ints(to + k * WORD, x);
         }
+    }
     for (int64_t rank = 0; rank < call->rank; rank += RANKS) {
-        __m512 sum[ROWS][RANKS];
-#pragma GCC unroll 4
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < RANKS; j++)
-                sum[i][j] = _mm512_setzero_ps();
+        vec sum[ROWS][RANKS];
+        UNROLLED for (int i = 0; i < ROWS; i++)
+            UNROLLED for (int j = 0; j < RANKS; j++)
+                sum[i][j] = set(0);
         for (int64_t k = 0; k < words; k += LANES) {
-            __m512i right[RANKS];
-#pragma GCC unroll 4
-            for (int j = 0; j < RANKS; j++)
-                right[j] = _mm512_loadu_si512(weight + (rank + j) * words + k);
-#pragma GCC unroll 4
-            for (int i = 0; i < ROWS; i++) {
-                __m512i left = _mm512_loadu_si512(kept_rows + i * words + k);
-#pragma GCC unroll 4
-                for (int j = 0; j < RANKS; j++)
-                    sum[i][j] = multiply_add(bf16, sum[i][j], left, right[j]);
+            ints right[RANKS];
+            UNROLLED for (int j = 0; j < RANKS; j++)
+                right[j] = load_ints(d->weight + (rank + j) * words + k);
+            UNROLLED for (int i = 0; i < ROWS; i++) {
+                ints left = load_ints(kept_rows + i * words + k);
+                UNROLLED for (int j = 0; j < RANKS; j++)
+                    sum[i][j] = multiply_add(pairs, sum[i][j], left, right[j]);
             }
         }
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < least(RANKS, call->rank - rank); j++)
-                store_one(call, call->h, (row + i) * call->rank + rank + j,
-                          _mm512_reduce_add_ps(sum[i][j]) * call->scale);
+        UNROLLED for (int i = 0; i < ROWS; i++)
+            UNROLLED for (int j = 0; j < RANKS; j++)
+                if (i < count && rank + j < call->rank)
+                    store_part(bf16, call->h + ((row + i) * call->rank + rank + j) * size_of(bf16),
+                               set(sum_of(sum[i][j]) * call->scale), 1);
     }
+}
+
+static void down_share(void *shared, int64_t thread, int64_t threads)
+{
+    const Down *d = shared;
+    const Call call = *d->call; /* a copy, which no store can change */
+    int64_t blocks = padded(call.rows, ROWS) / ROWS;
+    uint32_t *kept_rows = d->kept_rows + ROWS * thread * d->words;
+    for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++)
+        if (call.bf16)
+            down_rows(&call, d, 1, kept_rows, block * ROWS);
+        else
+            down_rows(&call, d, 0, kept_rows, block * ROWS);
 }
 
 /* Writes h [T, r] from x and weight. */
 int huarizo_dropout_down(const Call *call)
 {
-    int64_t words = padded(call->inputs, LANES * 2) / pair_of(call->bf16), blocks = padded(call->rows, ROWS) / ROWS;
-    int64_t ranks = padded(call->rank, RANKS);
+    int64_t words = padded(call->inputs, LANES * 2) / pair_of(paired(call)), ranks = padded(call->rank, RANKS);
     uint32_t *space = calloc((ranks + ROWS * call->threads) * words, sizeof *space);
     if (!space)
         return NO_MEMORY;
-    pack_along_inputs(call, space, words);
-#pragma omp parallel num_threads(call->threads)
-    {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        uint32_t *kept_rows = space + (ranks + ROWS * thread) * words;
-        for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++)
-            if (call->bf16)
-                down_rows(call, 1, space, kept_rows, words, block * ROWS);
-            else
-                down_rows(call, 0, space, kept_rows, words, block * ROWS);
-    }
+    Down d = {call, space, space + ranks * words, words};
+    pack_along_inputs(&d);
+    parallel(call->threads, down_share, &d);
     free(space);
     return OK;
 }
 
 /* -------------------------------------------------------------------------------------------------------- gradient */
 
-/* A [words of ranks][K padded] and g_h [T][words of ranks] as words along the ranks; g_h as words along the rows,
- * [words of rows][r]. */
-typedef struct { uint32_t *weight, *grads, *row_words; int64_t rank_words, columns; } Packed;
+/* Of one call: A [words of ranks][K padded] and g_h [T][words of ranks] as words along the ranks; g_h as words along the
+ * rows, [words of rows][r]; and the sums of g_A, `each` for each thread. */
+typedef struct {
+    const Call *call;
+    uint32_t *weight, *grads, *row_words;
+    float *sums;
+    int64_t rank_words, columns, each, most; /* most: vectors of columns that are summed together */
+} Gradient;
 
-static void pack_gradient(const Call *call, const Packed *p, int64_t thread, int64_t threads)
+static void pack_share(void *shared, int64_t thread, int64_t threads)
 {
-    int64_t pair = pair_of(call->bf16), row_words = (call->rows + pair - 1) / pair;
-    for (int64_t i = p->rank_words * thread / threads; i < p->rank_words * (thread + 1) / threads; i++)
+    const Gradient *g = shared;
+    const Call *call = g->call;
+    int64_t pair = pair_of(paired(call)), row_words = (call->rows + pair - 1) / pair;
+    for (int64_t i = g->rank_words * thread / threads; i < g->rank_words * (thread + 1) / threads; i++)
         for (int64_t k = 0; k < call->inputs; k += LANES) {
-            __m512i word = _mm512_setzero_si512();
+            ints word = set_int(0);
             for (int64_t j = 0; j < least(pair, call->rank - i * pair); j++) {
                 const float *from = call->weight + (i * pair + j) * call->inputs + k;
-                __m512 weight = _mm512_maskz_loadu_ps(first(call->inputs - k), from);
-                __m512i element = call->bf16 ? halves_of(weight) : _mm512_castps_si512(weight);
-                word = _mm512_or_si512(word, j ? _mm512_slli_epi32(element, 16) : element);
+                word = word | load_weights(call, from, call->inputs - k) << 16 * (int)j;
             }
-            _mm512_storeu_si512(p->weight + i * p->columns + k, word);
+            store_ints(g->weight + i * g->columns + k, word);
         }
     for (int64_t row = call->rows * thread / threads; row < call->rows * (thread + 1) / threads; row++)
-        for (int64_t i = 0; i < p->rank_words; i++) {
+        for (int64_t i = 0; i < g->rank_words; i++) {
             uint32_t word = 0;
             for (int64_t j = 0; j < least(pair, call->rank - i * pair); j++)
                 word |= element_at(call, call->h, row * call->rank + i * pair + j) << 16 * j;
-            p->grads[row * p->rank_words + i] = word;
+            g->grads[row * g->rank_words + i] = word;
         }
     for (int64_t at = row_words * thread / threads; at < row_words * (thread + 1) / threads; at++)
         for (int64_t rank = 0; rank < call->rank; rank++) {
             uint32_t word = 0;
             for (int64_t j = 0; j < least(pair, call->rows - at * pair); j++)
                 word |= element_at(call, call->h, (at * pair + j) * call->rank + rank) << 16 * j;
-            p->row_words[at * call->rank + rank] = word;
+            g->row_words[at * call->rank + rank] = word;
         }
 }
 
-/* Computes g_x of up to TALL rows, `count`, and adds their part of g_A, in the 16 columns from `column` on. sums: the
- * sums of g_A in these columns, [r, stride]. */
-INLINE void gradient_tile(const Call *call, const int bf16, const Packed *p, float *sums, int64_t stride, int64_t row,
-                          int64_t count, int64_t column)
+/* Computes g_x of up to TALL rows, `count`, and adds their part of g_A, in `vectors` vectors of columns from `column` on.
+ * sums: the sums of g_A in these columns, [r, stride]. */
+INLINE void gradient_tile(const Call *call, const Gradient *g, const int bf16, const int vectors, float *sums, int64_t stride,
+                          int64_t row, int64_t count, int64_t column)
 {
-    const int pair = bf16 ? 2 : 1;
-    __m512i x[TALL];
-    __m512 grad[TALL];
-    __mmask16 mask[TALL];
-#pragma GCC unroll 8
-    for (int i = 0; i < TALL; i++) {
-        grad[i] = _mm512_setzero_ps();
-        x[i] = _mm512_setzero_si512();
-        if (i < count)
-            x[i] = load_kept(call, bf16, row + i, column, &mask[i]);
+    const int pairs = bf16 && HALVES, pair = pairs ? 2 : 1;
+    ints x[TALL][WIDE];
+    mask kept_ones[TALL][WIDE];
+    UNROLLED for (int i = 0; i < TALL; i++) {
+        const char *from = call->x + (row + i) * call->x_stride + column * size_of(bf16);
+        bits index = i < count ? indices(call, row + i, column) : (bits)set_int(0);
+        UNROLLED for (int j = 0; j < vectors; j++) {
+            x[i][j] = set_int(0);
+            kept_ones[i][j] = kept(call, index + (uint32_t)(j * LANES));
+            if (i < count)
+                x[i][j] = load_kept(bf16, pairs, kept_ones[i][j], from + j * LANES * size_of(bf16),
+                                    call->inputs - column - j * LANES);
+        }
     }
-    if (bf16)
-#pragma GCC unroll 4
-        for (int i = 0; i < TALL / 2; i++)
-            x[i] = _mm512_or_si512(x[2 * i], _mm512_slli_epi32(x[2 * i + 1], 16));
+    if (pairs)
+        UNROLLED for (int i = 0; i < TALL / 2; i++)
+            UNROLLED for (int j = 0; j < vectors; j++)
+                x[i][j] = x[2 * i][j] | x[2 * i + 1][j] << 16;
     int64_t words = (count + pair - 1) / pair;
     for (int64_t rank = 0; rank < call->rank; rank++) {
-        __m512 sum = _mm512_loadu_ps(sums + rank * stride);
-#pragma GCC unroll 8
-        for (int i = 0; i < TALL / pair; i++)
-            if (i < words)
-                sum = multiply_add(bf16, sum, x[i],
-                                   _mm512_set1_epi32((int)p->row_words[(row / pair + i) * call->rank + rank]));
-        _mm512_storeu_ps(sums + rank * stride, sum);
+        vec sum[WIDE];
+        UNROLLED for (int j = 0; j < vectors; j++)
+            sum[j] = load_vec(sums + rank * stride + j * LANES);
+        UNROLLED for (int i = 0; i < TALL / pair; i++)
+            if (i < words) {
+                ints spread = set_int((int32_t)g->row_words[(row / pair + i) * call->rank + rank]);
+                UNROLLED for (int j = 0; j < vectors; j++)
+                    sum[j] = multiply_add(pairs, sum[j], x[i][j], spread);
+            }
+        UNROLLED for (int j = 0; j < vectors; j++)
+            store_vec(sums + rank * stride + j * LANES, sum[j]);
     }
-    for (int64_t word = 0; word < p->rank_words; word++) {
-        __m512i weight = _mm512_loadu_si512(p->weight + word * p->columns + column);
-#pragma GCC unroll 8
-        for (int i = 0; i < TALL; i++)
-            if (i < count)
-                grad[i] = multiply_add(bf16, grad[i], weight,
-                                       _mm512_set1_epi32((int)p->grads[(row + i) * p->rank_words + word]));
+    vec grad[TALL][WIDE];
+    UNROLLED for (int i = 0; i < TALL; i++)
+        UNROLLED for (int j = 0; j < vectors; j++)
+            grad[i][j] = set(0);
+    for (int64_t word = 0; word < g->rank_words; word++) {
+        ints weight[WIDE];
+        UNROLLED for (int j = 0; j < vectors; j++)
+            weight[j] = load_ints(g->weight + word * g->columns + column + j * LANES);
+        UNROLLED for (int i = 0; i < TALL; i++)
+            if (i < count) {
+                ints spread = set_int((int32_t)g->grads[(row + i) * g->rank_words + word]);
+                UNROLLED for (int j = 0; j < vectors; j++)
+                    grad[i][j] = multiply_add(pairs, grad[i][j], weight[j], spread);
+            }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < TALL; i++)
-        if (i < count)
-            store_first(call, call->inputs - column, call->out, (row + i) * call->inputs + column,
-                        _mm512_maskz_mul_ps(mask[i], grad[i], _mm512_set1_ps(call->scale)));
+    UNROLLED for (int i = 0; i < TALL; i++)
+        UNROLLED for (int j = 0; j < vectors; j++)
+            if (i < count) {
+                int64_t at = column + j * LANES;
+                store_part(bf16, call->out + ((row + i) * call->inputs + at) * size_of(bf16),
+                           (vec)keep(kept_ones[i][j], (ints)(grad[i][j] * call->scale)), call->inputs - at);
+            }
+}
+
+/* Up to TALL rows, `count`, in columns `from` to `to`. */
+INLINE void gradient_rows(const Call *call, const Gradient *g, const int bf16, float *sums, int64_t stride, int64_t row, int64_t count,
+                          int64_t from, int64_t to)
+{
+    int64_t column = from;
+    for (; column + (WIDE - 1) * LANES < to; column += WIDE * LANES)
+        gradient_tile(call, g, bf16, WIDE, sums + column - from, stride, row, count, column);
+    for (; column < to; column += LANES)
+        gradient_tile(call, g, bf16, 1, sums + column - from, stride, row, count, column);
 }
 
 /* Computes g_x and g_A in columns `from` to `to`. sums: [r, stride]. */
-INLINE void gradient_columns(const Call *call, const int bf16, const Packed *p, float *sums, int64_t from, int64_t to)
+INLINE void gradient_columns(const Call *call, const Gradient *g, const int bf16, float *sums, int64_t from, int64_t to)
 {
     int64_t stride = padded(to - from, 2 * LANES) + LANES, row; /* odd, so that ranks spread over the cache */
     memset(sums, 0, call->rank * stride * sizeof *sums);
     for (row = 0; row + TALL <= call->rows; row += TALL)
-        for (int64_t column = from; column < to; column += LANES)
-            gradient_tile(call, bf16, p, sums + column - from, stride, row, TALL, column);
+        gradient_rows(call, g, bf16, sums, stride, row, TALL, from, to);
     if (row < call->rows)
-        for (int64_t column = from; column < to; column += LANES)
-            gradient_tile(call, bf16, p, sums + column - from, stride, row, call->rows - row, column);
+        gradient_rows(call, g, bf16, sums, stride, row, call->rows - row, from, to);
     for (int64_t rank = 0; rank < call->rank; rank++)
         for (int64_t column = from; column < to; column += LANES)
-            _mm512_mask_storeu_ps(call->grad + rank * call->inputs + column, first(to - column),
-                                  _mm512_mul_ps(_mm512_loadu_ps(sums + rank * stride + column - from),
-                                                _mm512_set1_ps(call->scale)));
+            store_part(0, (char *)(call->grad + rank * call->inputs + column),
+                       load_vec(sums + rank * stride + column - from) * call->scale, to - column);
+}
+
+static void gradient_share(void *shared, int64_t thread, int64_t threads)
+{
+    const Gradient *g = shared;
+    const Call call = *g->call; /* a copy, which no store can change */
+    int64_t vectors = padded(call.inputs, LANES) / LANES, end = vectors * (thread + 1) / threads;
+    float *sums = g->sums + thread * g->each;
+    for (int64_t at = vectors * thread / threads, step; at < end; at += step) {
+        step = least(g->most, end - at);
+        int64_t to = least((at + step) * LANES, call.inputs);
+        if (call.bf16)
+            gradient_columns(&call, g, 1, sums, at * LANES, to);
+        else
+            gradient_columns(&call, g, 0, sums, at * LANES, to);
+    }
 }
 
 /* Writes out [T, K] and grad [r, K] from x, weight and h, the gradient of h. */
 int huarizo_dropout_down_backward(const Call *call)
 {
-    int64_t pair = pair_of(call->bf16), row_words = (call->rows + pair - 1) / pair;
-    int64_t vectors = padded(call->inputs, LANES) / LANES;
-    int64_t most = SUMS / LANES / call->rank < 1 ? 1 : SUMS / LANES / call->rank; /* vectors that are summed together */
-    Packed p = {.rank_words = (call->rank + pair - 1) / pair, .columns = (vectors | 1) * LANES};
-    int64_t each = call->rank * (most + 2) * LANES;
-    uint32_t *space = malloc((p.rank_words * (p.columns + call->rows) + row_words * call->rank + each * call->threads)
+    int64_t pair = pair_of(paired(call)), row_words = (call->rows + pair - 1) / pair;
+    int64_t vectors = padded(call->inputs, LANES) / LANES, most = SUMS / LANES / (call->rank ? call->rank : 1);
+    Gradient g = {.call = call, .rank_words = (call->rank + pair - 1) / pair, .columns = (vectors | 1) * LANES};
+    g.most = most < WIDE ? WIDE : most / WIDE * WIDE;
+    g.each = call->rank * (g.most + 2) * LANES;
+    uint32_t *space = malloc((g.rank_words * (g.columns + call->rows) + row_words * call->rank + g.each * call->threads)
                              * sizeof *space);
     if (!space)
         return NO_MEMORY;
-    p.weight = space;
-    p.grads = p.weight + p.rank_words * p.columns;
-    p.row_words = p.grads + p.rank_words * call->rows;
-    float *sums = (float *)(p.row_words + row_words * call->rank);
-#pragma omp parallel num_threads(call->threads)
-    {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        pack_gradient(call, &p, thread, threads);
-#pragma omp barrier
-        int64_t end = vectors * (thread + 1) / threads;
-        for (int64_t at = vectors * thread / threads, step; at < end; at += step) {
-            step = least(most, end - at);
-            int64_t to = least((at + step) * LANES, call->inputs);
-            if (call->bf16)
-                gradient_columns(call, 1, &p, sums + thread * each, at * LANES, to);
-            else
-                gradient_columns(call, 0, &p, sums + thread * each, at * LANES, to);
-        }
-    }
+    g.weight = space;
+    g.grads = g.weight + g.rank_words * g.columns;
+    g.row_words = g.grads + g.rank_words * call->rows;
+    g.sums = (float *)(g.row_words + row_words * call->rank);
+    parallel(call->threads, pack_share, &g);
+    parallel(call->threads, gradient_share, &g);
     free(space);
     return OK;
 }

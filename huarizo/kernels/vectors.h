@@ -7,7 +7,7 @@
  *     fused                        a * b + c, rounded once
  *     larger, larger_bits          of two fp32 numbers, the second if either is a NaN; of two unsigned integers
  *     nearest, floor_of, float_of  fp32 to int32, to nearest with ties to even or downwards, and back
- *     times_power                  y * 2^whole, for a whole number of at least -127, which gives 0
+ *     times_power                  y * 2^whole, for a whole number of at least LEAST_POWER, which gives 0
  *     swap                         exchanges neighbours that are 1, 2, 4 or 8 lanes apart
  *     sum_of, sum_of_ints, largest_of, largest_bits_of    over the lanes
  *     mask, first, both, keep      some lanes; the first `count`; those in two masks; zeros in the other lanes
@@ -16,10 +16,12 @@
  *     load_first, store_first      the first `count` 32-bit numbers; others are zero, and neither read nor written
  *     load_halves, store_halves    16-bit numbers, zero-extended to ints, and the lower halves of ints
  *     load_first_halves, store_first_halves               the first `count` of those
- *     gather                       32-bit numbers at `stride` bytes from each other, the first `count`
  *     store_pairs                  two vectors as bf16, interleaved (a0 b0 a1 b1 ...) and one after the other
- *     multiply_halves              sum + the dot product of two bf16 numbers in each lane
+ *     multiply_halves              sum + the dot product of two bf16 numbers in each lane; HALVES says whether that is
+ *                                  one instruction
  *     round_halves                 fp32 as bf16 in the lower halves, rounded to nearest, ties to even
+ *
+ *     REGISTERS                    vectors that the CPU has room for
  *
  * and for int8 products (int8.c):
  *
@@ -34,7 +36,7 @@
  *     DEPTH_BLOCK, TILES_TOGETHER  words of a tile's columns that stay in the closest cache, for this many tiles
  *
  * Sums over lanes are in an order of the instruction set's own. All else is exact or rounded once, so it is the same
- * everywhere. A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code
+ * everywhere, but for results of times_power below 2^-126. A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code
  * serves both.
  */
 #ifndef VECTORS_H
@@ -128,6 +130,20 @@ INLINE void store_pairs(char *pairs, char *a_to, char *b_to, vec a, vec b)
     }
 }
 #endif
+
+/* Exchanges rows and columns of LANES by LANES words. */
+INLINE void transpose(ints rows[LANES])
+{
+    UNROLLED for (int apart = 1; apart < LANES; apart *= 2) {
+        mask upper = at_least(lane_numbers() & apart, set_int(1));
+        UNROLLED for (int i = 0; i < LANES; i++)
+            if (!(i & apart)) {
+                vec low = (vec)rows[i], high = (vec)rows[i + apart];
+                rows[i] = (ints)choose(upper, swap(high, apart), low);
+                rows[i + apart] = (ints)choose(upper, high, swap(low, apart));
+            }
+    }
+}
 
 /* sum += left * right, word by word. */
 INLINE vec multiply_add(const int bf16, vec sum, ints left, ints right)

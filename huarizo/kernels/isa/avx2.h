@@ -5,6 +5,8 @@
 
 typedef ints mask; /* all bits of a lane, or none */
 
+enum { REGISTERS = 16, LEAST_POWER = -127, HALVES = 0 };
+
 INLINE vec set(float x) { return (vec)_mm256_set1_ps(x); }
 INLINE ints set_int(int32_t x) { return (ints)_mm256_set1_epi32(x); }
 INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -92,12 +94,6 @@ INLINE void store_first_halves(void *to, ints x, int64_t count)
     store_halves(halves, x);
     for (int64_t i = 0; i < count && i < LANES; i++)
         memcpy((char *)to + 2 * i, halves + i, 2);
-}
-
-INLINE ints gather(const void *from, int64_t stride, int64_t count)
-{
-    __m256i offsets = (__m256i)(lane_numbers() * (int32_t)stride);
-    return (ints)_mm256_mask_i32gather_epi32(_mm256_setzero_si256(), from, offsets, (__m256i)first(count), 1);
 }
 
 INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right); }

@@ -4,6 +4,8 @@
 
 typedef __mmask16 mask;
 
+enum { REGISTERS = 32, LEAST_POWER = -200 };
+
 INLINE vec set(float x) { return (vec)_mm512_set1_ps(x); }
 INLINE ints set_int(int32_t x) { return (ints)_mm512_set1_epi32(x); }
 INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -59,13 +61,9 @@ INLINE void store_first_halves(void *to, ints x, int64_t count)
     _mm256_mask_storeu_epi16(to, first(count), _mm512_cvtepi32_epi16((__m512i)x));
 }
 
-INLINE ints gather(const void *from, int64_t stride, int64_t count)
-{
-    __m512i offsets = (__m512i)(lane_numbers() * (int32_t)stride);
-    return (ints)_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), first(count), offsets, from, 1);
-}
-
 #ifdef __AVX512BF16__
+enum { HALVES = 1 };
+
 INLINE vec multiply_halves(vec sum, ints left, ints right)
 {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
@@ -85,6 +83,8 @@ INLINE void store_pairs(char *pairs, char *a_to, char *b_to, vec a, vec b)
     }
 }
 #else
+enum { HALVES = 0 };
+
 INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right); }
 INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 #define STORE_PAIRS_IN_SOFTWARE

@@ -4,6 +4,8 @@
 
 typedef ints mask; /* all bits of a lane, or none */
 
+enum { REGISTERS = 32, LEAST_POWER = -127, HALVES = 0 };
+
 INLINE vec set(float x) { return (vec)vdupq_n_f32(x); }
 INLINE ints set_int(int32_t x) { return (ints)vdupq_n_s32(x); }
 INLINE vec fused(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
@@ -63,14 +65,6 @@ INLINE void store_first_halves(void *to, ints x, int64_t count)
         uint16_t half = (uint16_t)x[i];
         memcpy((char *)to + 2 * i, &half, 2);
     }
-}
-
-INLINE ints gather(const void *from, int64_t stride, int64_t count)
-{
-    int32_t numbers[LANES] = {0};
-    for (int64_t i = 0; i < count && i < LANES; i++)
-        memcpy(numbers + i, (const char *)from + i * stride, 4);
-    return load_ints(numbers);
 }
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
