@@ -9,6 +9,7 @@ from torch import nn
 from huarizo.kernels import int8 as kernel
 from huarizo.kernels.tiers import TIERS
 from huarizo.model.frozen.int8 import BLOCK, Int8Linear, quantise, reference, reference_gradient, rotated
+from huarizo.model.frozen.linear import LowRank
 
 SHAPES = [(64, 64), (65, 33), (33, 65), (1, 1), (3, 2), (130, 16), (576, 192), (192, 576), (257, 95), (2048, 256)]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -204,3 +205,22 @@ def test_the_compiler_sees_the_right_shapes() -> None:
     torch.library.opcheck(torch.ops.huarizo.int8_forward.default, (*rows, layer.weight, layer.scale, x, *floats))
     grad = torch.randn(4, 33), layer.weight, layer.scale, layer.inverse_smoothing
     torch.library.opcheck(torch.ops.huarizo.int8_backward.default, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(65, 33), (64, 64), (100, 700)])
+@pytest.mark.parametrize("rank", [1, 2, 3, 8, 33])
+def test_the_term_of_a_lora_is_added(rank: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer, scale = layer_of(*shape, dtype, bias=True), 2.5
+    x, grad = torch.randn(13, shape[0]).to(dtype), torch.randn(13, shape[1]).to(dtype)
+    h, up = torch.randn(13, rank).to(dtype).requires_grad_(), torch.randn(shape[1], rank).requires_grad_()
+    y = layer(x, LowRank(h, up, scale))
+    tolerance = 5e-3 if dtype == torch.bfloat16 else 2e-3
+    expected = reference(x, layer) + scale * h.detach().double() @ up.detach().double().t()
+    assert (y.double() - expected).norm() <= tolerance * expected.norm()
+    y.backward(grad)
+    for actual, product in (
+        (h.grad, scale * grad.double() @ up.detach().double()),
+        (up.grad, scale * grad.double().t() @ h.detach().double()),
+    ):
+        assert (actual.double() - product).norm() <= tolerance * product.norm()
