@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from huarizo.machine import gemm_rate
+from huarizo.model.frozen.int8 import int8_product
+from huarizo.model.frozen.measure import product_rate
 
 SLOW = 50  # 10^9 operations a second, below which a format is no ceiling and one small product tells its rate
 REPEATS = 10  # after one to warm up; the best counts, for a ceiling is what the machine can do undisturbed
@@ -60,7 +61,7 @@ def seconds(product: Callable[[], object], device: torch.device) -> float:
 
 def product_seconds(dtype: torch.dtype, rows: int, k: int, n: int, device: torch.device) -> float:
     """[rows, k] times [k, n], with the right-hand side as it is or as a transposed view, whichever is faster."""
-    multiply = torch.ops.aten._int_mm if dtype == torch.int8 else torch.mm
+    multiply = int8_product if dtype == torch.int8 else torch.mm
     left, right = filled(dtype, rows, k, device), filled(dtype, k, n, device)
     layouts = (right, right.t().contiguous().t())
     return min(seconds(lambda: multiply(left, layout), device) for layout in layouts)  # noqa: B023
@@ -69,13 +70,13 @@ def product_seconds(dtype: torch.dtype, rows: int, k: int, n: int, device: torch
 def gflops(config: dict[str, Any], tokens: int, device: torch.device) -> dict[str, float]:
     """By dtype, weighted by the operations of each shape. A dtype that the device can't multiply is absent.
 
-    A slow one (`_int_mm` on a CPU without int8 instructions takes minutes) is measured for a second at most.
+    A slow one (bf16 on a CPU without bf16 instructions) is measured for a second at most.
     """
     rates: dict[str, float] = {}
     for name, dtype in DTYPES.items():
         operations = taken = 0.0
         try:
-            if (rate := gemm_rate(name, device)) < SLOW:
+            if (rate := product_rate(name, device)) < SLOW:
                 rates[name] = rate
                 continue
             for (k, n), count in linears(config).items():

@@ -120,9 +120,14 @@ def quiet_libraries() -> None:
     """Show our own messages only, none of the libraries' warnings."""
     import transformers
 
-    warnings.filterwarnings("ignore")
+    quiet_torch()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def quiet_torch() -> None:
+    """As `quiet_libraries`, for what uses torch only: Transformers takes a second to import."""
+    warnings.filterwarnings("ignore")
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("huarizo").setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime", where nvcc is

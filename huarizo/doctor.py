@@ -2,27 +2,35 @@
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import torch
 
-from huarizo.machine import available_memory, describe, device, gemm_rates
+from huarizo.kernels import attention, dropout, int8
+from huarizo.kernels.build import Library
+from huarizo.kernels.libraries import libraries
+from huarizo.kernels.tiers import tiers, torch_int8
+from huarizo.machine import DTYPES, available_memory, describe, device, float_precision
 from huarizo.model.compile import why_not
-from huarizo.model.frozen.measure import int8_gain
+from huarizo.model.frozen.measure import int8_gain, product_rates
 from huarizo.plan import choose_precision
 
 # Frozen linear weights of TinyLlama-1.1B: 22 layers of q, k, v, o, gate, up, down, and the output head.
 TINYLLAMA_WEIGHTS = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32000 * 2048
 FLOP_PER_TOKEN = 4 * TINYLLAMA_WEIGHTS  # forward and input gradient, 2 per multiply-add; no weight gradient
+OWN_THREADS = "threads of its own (the compiler has no OpenMP that torch shares)"
+HEAD_SIZE = 64  # of TinyLlama
+BUDGET = 0.4  # seconds to measure one precision's product
 VERSIONS = ("huarizo", "torch", "transformers", "peft")
 
 
 def diagnosis() -> dict[str, str]:
-    """Lines to show, by title. Takes a few seconds to measure matrix products and to try the compiler."""
+    """Lines to show, by title. Takes seconds: kernels are compiled while torch's compiler is tried, then measured."""
     on = device()
-    rates = gemm_rates(on)
+    reason, kernels = _compile(on)
+    rates = product_rates(on, BUDGET)
     choice = choose_precision("auto", on, int8_gain)
-    reason = why_not(on)
     lines = {
         "device": describe(on),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
@@ -30,12 +38,59 @@ def diagnosis() -> dict[str, str]:
         "versions": ", ".join(f"{package} {version(package)}" for package in VERSIONS)
         + f", Python {platform.python_version()}",
         "compiler": f"none: {reason}; training runs uncompiled" if reason else "works: decoder layers are compiled",
-        "precision": f"auto takes {choice.precision}",
+        **(_kernel_lines(kernels) if on.type == "cpu" else {}),
+        "precision": f"auto takes {choice.precision}: {choice.reason}",
     }
     for precision, rate in rates.items():
         limit = rate * 1e9 / FLOP_PER_TOKEN
-        lines[f"{precision} products"] = f"{_shown(rate)} GFLOP/s: at most {_shown(limit)} tokens/s of TinyLlama"
+        lines[f"{precision} products"] = (
+            f"{_shown(rate)} GFLOP/s{_of(precision, on)}: at most {_shown(limit)} tokens/s of TinyLlama"
+        )
     return lines
+
+
+def _compile(on: torch.device) -> tuple[str | None, dict[str, Library | str]]:
+    """Why torch can't compile (None if it can), and a CPU's kernels; both compile at the same time."""
+    if on.type != "cpu":
+        return why_not(on), {}
+    with ThreadPoolExecutor() as beside:
+        kernels = beside.submit(libraries, "int8")
+        return why_not(on), kernels.result()
+
+
+def _kernel_lines(kernels: dict[str, Library | str]) -> dict[str, str]:
+    """This CPU's tier, and the state of each kernel."""
+    dtype, best = DTYPES[float_precision(torch.device("cpu"))], next(iter(tiers()), None)
+    if best is None:
+        lines = {"tier": "none: this CPU has no vector instructions that the kernels know"}
+    else:
+        product = f"int8 with {best.int8_product}" if best.int8_product else "no int8 instructions"
+        lines = {"tier": f"{best.name}: {product}, bf16 {'in hardware' if best.bf16 else 'rounded in software'}"}
+    against = {
+        "int8": int8.reason_against(dtype),
+        "attention": attention.reason_against(dtype, HEAD_SIZE),
+        "dropout": dropout.reason_against(dtype),
+    }
+    for name, library in kernels.items():
+        lines[f"{name} in C"] = against[name] or _state(library)
+    return lines
+
+
+def _state(library: Library | str) -> str:
+    if isinstance(library, str):
+        return library
+    lower = f" for {library.tier.name}, the best tier that this compiler knows" if library.tier != tiers()[0] else ""
+    threads = "torch's threads" if library.openmp else OWN_THREADS
+    return f"compiled{lower}, on {threads}"
+
+
+def _of(precision: str, on: torch.device) -> str:
+    """Whose product was measured, where it isn't torch's own in this precision."""
+    if precision != "int8" or on.type != "cpu":
+        return ""
+    if int8.reason_against(DTYPES[float_precision(on)]) is None:
+        return " in C"
+    return " in torch" if torch_int8() else " in torch, as exact products in fp32"
 
 
 def _shown(number: float) -> str:

@@ -3,7 +3,28 @@
 import functools
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
+
+NAMED = {
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "bf16",
+}  # fmt: skip
+"""Flags that are shown with a CPU's name."""
+MAC_ARM_FLAGS = {
+    "hw.optional.arm.FEAT_DotProd": "asimddp",
+    "hw.optional.arm.FEAT_I8MM": "i8mm",
+    "hw.optional.arm.FEAT_BF16": "bf16",
+}
+MAC_X86_FLAGS = {"AVX512VNNI": "avx512_vnni", "AVX512BF16": "avx512_bf16"}
+"""Those that Linux does not spell as macOS does in lower case."""
+ARM_CORES = {
+    ("0x41", "0xd03"): "Cortex-A53", ("0x41", "0xd07"): "Cortex-A57", ("0x41", "0xd08"): "Cortex-A72",
+    ("0x41", "0xd0b"): "Cortex-A76", ("0x41", "0xd0c"): "Neoverse-N1", ("0x41", "0xd40"): "Neoverse-V1",
+    ("0x41", "0xd49"): "Neoverse-N2", ("0x41", "0xd4f"): "Neoverse-V2",
+}  # fmt: skip
+"""Common ones by CPU implementer and CPU part of /proc/cpuinfo."""
 
 
 def rank() -> int:
@@ -24,29 +45,50 @@ def cache_folder() -> Path:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """The CPU's feature flags as the kernel reports them; empty if it reports none."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    except OSError:
-        return frozenset()
+    """The CPU's features in Linux's spelling (avx2, avx512_vnni; asimddp, i8mm); empty if the system reports none."""
+    if sys.platform == "darwin":
+        return _mac_flags(_sysctl())
+    return frozenset(" ".join(_cpuinfo(key) for key in ("flags", "Features")).split())  # of x86; of ARM
 
 
 def cpu_name() -> str:
     """The CPU's name, with its vector and matrix instructions."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = text.partition("model name")[2].partition("\n")[0].strip("\t :") or platform.machine()
-    except OSError:
-        name = platform.processor() or platform.machine()
-    flags = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"})
+    name = _sysctl().get("machdep.cpu.brand_string", "") if sys.platform == "darwin" else _cpuinfo("model name")
+    name = name or _arm_name() or platform.processor() or platform.machine()
+    flags = sorted(cpu_flags() & NAMED)
     return f"{name} ({', '.join(flags)})" if flags else name
 
 
-def int8_instructions() -> list[str]:
-    """This CPU's int8 multiply instructions. Without any, int8 products are slower than fp32."""
-    return sorted({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
+def _cpuinfo(key: str) -> str:
+    """The first value of a key in /proc/cpuinfo; "" if there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
 
 
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); without it bf16 is slower than fp32."""
-    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+def _arm_name() -> str:
+    """The name of an ARM core by the numbers that Linux reports; "" on another CPU."""
+    maker, part = _cpuinfo("CPU implementer"), _cpuinfo("CPU part")
+    return ARM_CORES.get((maker, part), f"ARM core {part} of maker {maker}") if maker and part else ""
+
+
+@functools.cache
+def _sysctl() -> dict[str, str]:
+    """What macOS reports of its CPU, by name. An Intel Mac has no hw.optional.arm, which is not an error."""
+    try:
+        done = subprocess.run(
+            ["/usr/sbin/sysctl", "machdep.cpu", "hw.optional.arm"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in done.stdout.splitlines())}
+
+
+def _mac_flags(values: dict[str, str]) -> frozenset[str]:
+    """The flags that Linux would report, from those of macOS."""
+    if platform.machine() == "arm64":
+        return frozenset({"asimd"} | {flag for name, flag in MAC_ARM_FLAGS.items() if values.get(name) == "1"})
+    names = " ".join(values.get(f"machdep.cpu.{group}", "") for group in ("features", "leaf7_features"))
+    return frozenset(MAC_X86_FLAGS.get(name, name.lower()) for name in names.split())

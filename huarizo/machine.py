@@ -16,11 +16,13 @@ from typing import Literal
 
 import torch
 
-from huarizo.host import cache_folder, cpu_name, has_fast_bf16, rank, world_size
+from huarizo.host import cache_folder, cpu_name, rank, world_size
+from huarizo.kernels.tiers import has_fast_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FixedPrecision = Literal["int8", "bf16", "fp16", "fp32"]
 MEASURING = 1.0  # seconds to measure one precision, at most
+MEASURED = 2048  # input and output channels of a measured product
 ROOM = 0.8  # share of a GPU's free memory that a model's weights may take
 # share of the GEMM rate that whole steps reach, measured on models of 135 million to 1.1 billion weights
 REACHED = 0.35, 0.8
@@ -42,39 +44,40 @@ def float_precision(on: torch.device) -> FixedPrecision:
     return "bf16" if on.type == "cpu" and has_fast_bf16() else "fp32"
 
 
-def gemm_rates(on: torch.device) -> dict[str, float]:
-    """`gemm_rate` by precision, without those that fail."""
-    rates: dict[str, float] = {}
-    for name in ("int8", "bf16", "fp16", "fp32"):
-        if name == "fp16" and on.type == "cpu":
-            continue
-        try:
-            rates[name] = gemm_rate(name, on)
-        except (RuntimeError, NotImplementedError):
-            continue
-    return rates
-
-
 @functools.cache
 def gemm_rate(precision: FixedPrecision, on: torch.device, budget: float = MEASURING) -> float:
-    """Measure torch's matrix product in a precision: GFLOP/s, at 2 operations per multiply-add.
+    """Measure torch's matrix product in a float precision: GFLOP/s, at 2 operations per multiply-add.
 
-    [rows, 2048] @ [2048, 2048], with up to 512 rows on a CPU and 4,096 on a GPU. Takes about `budget` seconds at most:
-    it stops growing after a slow call.
+    For int8 see `huarizo.model.frozen.measure`: torch's own product can take minutes on a CPU.
     """
-    dtype, size = torch.int8 if precision == "int8" else DTYPES[precision], 2048
-    product = torch.ops.aten._int_mm if precision == "int8" else torch.mm
-    right = torch.ones(size, size, dtype=dtype, device=on)
+    dtype = DTYPES[precision]
+    right = torch.ones(MEASURED, MEASURED, dtype=dtype, device=on)
+
+    def product(rows: int) -> Callable[[], object]:
+        return partial(torch.mm, torch.ones(rows, MEASURED, dtype=dtype, device=on), right)
+
+    return rate(product, on, budget)
+
+
+def rate(product: Callable[[int], Callable[[], object]], on: torch.device, budget: float) -> float:
+    """Measure a product of [rows, MEASURED] and [MEASURED, MEASURED]: GFLOP/s, at 2 operations per multiply-add.
+
+    With up to 512 rows on a CPU and 4,096 on a GPU. Takes about `budget` seconds at most: rows grow until a call is
+    slow.
+
+    product: prepares the product of a number of rows, and returns what computes it.
+    """
     ends = time.perf_counter() + budget
-    left, taken = right, 0.0
-    for rows in (32, 128, 512) if on.type == "cpu" else (512, 4096):
-        left = torch.ones(rows, size, dtype=dtype, device=on)
-        taken = seconds(partial(product, left, right), on)
+    multiply, rows, taken = product(1), 1, 0.0
+    multiply()  # loads libraries
+    for rows in (8, 64, 512) if on.type == "cpu" else (512, 4096):
+        multiply = product(rows)
+        taken = seconds(multiply, on)
         if taken > budget / 8:
             break
     while time.perf_counter() + taken < ends:
-        taken = min(taken, seconds(partial(product, left, right), on))
-    return 2e-9 * len(left) * size**2 / taken
+        taken = min(taken, seconds(multiply, on))
+    return 2e-9 * rows * MEASURED**2 / taken
 
 
 def minutes_in_float(operations: float, precision: FixedPrecision, on: torch.device) -> tuple[float, float]:

@@ -14,7 +14,10 @@ from typing import get_args, get_type_hints
 import torch
 
 from huarizo.errors import RecipeError
-from huarizo.host import int8_instructions, world_size
+from huarizo.host import world_size
+from huarizo.kernels import int8
+from huarizo.kernels.build import Library
+from huarizo.kernels.tiers import tiers, torch_int8
 from huarizo.machine import DTYPES, FixedPrecision, available_memory, float_precision, name_of, spread
 from huarizo.recipe import Recipe
 from huarizo.sandbox.reading import read_text
@@ -122,8 +125,9 @@ class Plan:
 def choose_precision(wanted: str, on: torch.device, int8_gain: Gain | None = None) -> Choice:
     """Choose the precision of the frozen base.
 
-    `auto` is int8 on a CPU with int8 instructions, and on a GPU where a whole int8 layer is at least INT8_GAIN times as
-    fast as the best float layer; otherwise it is the fastest float precision. On a CPU nothing is measured.
+    `auto` is int8 on a CPU whose tier has an int8 kernel, or whose int8 instructions torch uses, and on a GPU where a
+    whole int8 layer is at least INT8_GAIN times as fast as the best float layer; otherwise it is the fastest float
+    precision. On a CPU nothing is measured, but the kernel is compiled.
 
     int8_gain: measures the speedup of int8 (`huarizo.model.frozen.measure`); without it, no GPU gets int8.
 
@@ -132,10 +136,9 @@ def choose_precision(wanted: str, on: torch.device, int8_gain: Gain | None = Non
     """
     best = float_precision(on)
     if wanted == "auto":
-        int8 = _reason_for_int8(on, best, int8_gain)
-        if int8:
-            return Choice("int8", int8, DTYPES[best])
-        return Choice(best, _reason_for_float(on), DTYPES[best])
+        if reason := _reason_for_int8(on, best, int8_gain):
+            return Choice("int8", reason, DTYPES[best])
+        return Choice(best, _reason_for_float(on, best), DTYPES[best])
     if wanted == "fp16" and on.type != "cuda":
         raise RecipeError("precision: fp16 needs an NVIDIA GPU. Use precision=auto, int8, bf16 or fp32")
     if wanted == "bf16" and on.type == "cuda" and best != "bf16":
@@ -155,18 +158,29 @@ def nearest_precision(made_in: str, on: torch.device) -> Choice:
         return Choice(best, reason, DTYPES[best])
 
 
-def _reason_for_int8(on: torch.device, best: str, int8_gain: Gain | None) -> str | None:
-    """Why int8 is the fastest here; None if it isn't."""
+def _reason_for_int8(on: torch.device, best: FixedPrecision, int8_gain: Gain | None) -> str | None:
+    """Why int8, with activations in the precision `best`, is the fastest here; None if it isn't."""
     if on.type == "cpu":  # known, not measured: a busy machine must not change what is trained
-        instructions = int8_instructions()
-        return f"this CPU has int8 instructions ({', '.join(instructions)})" if instructions else None
+        return _reason_for_int8_on_cpu(DTYPES[best])
     gain = int8_gain(on, DTYPES[best]) if on.type == "cuda" and int8_gain is not None else 0.0
     return f"a layer measured {gain:.1f} times as fast as in {best}" if gain >= INT8_GAIN else None
 
 
-def _reason_for_float(on: torch.device) -> str:
+def _reason_for_int8_on_cpu(dtype: torch.dtype) -> str | None:
+    library = int8.library() if int8.reason_against(dtype) is None else None
+    if isinstance(library, Library) and library.tier.int8_product:
+        return f"this CPU multiplies int8 with {library.tier.int8_product} (tier {library.tier.name})"
+    instructions = torch_int8()
+    return f"this CPU has int8 instructions that torch uses ({', '.join(instructions)})" if instructions else None
+
+
+def _reason_for_float(on: torch.device, best: FixedPrecision) -> str:
+    """Why int8 isn't the fastest here, where `_reason_for_int8` finds no reason for it."""
     if on.type != "cpu":
         return f"the fastest float format of {on.type}; int8 is not faster here"
+    missing = int8.reason_against(DTYPES[best])
+    if missing and any(tier.int8_product for tier in tiers()):
+        return f"the fastest float format of this CPU. int8 would be faster, but its kernel is missing: {missing}"
     return "the fastest float format of this CPU, which has no int8 instructions"
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,27 +58,31 @@ def test_a_card_that_torch_can_not_use_is_reported(
     assert "NVIDIA" not in machine.describe(CPU)
 
 
-def test_rates_are_measured_on_this_machine() -> None:
+def test_a_rate_is_measured_on_this_machine() -> None:
     machine.gemm_rate.cache_clear()
-    rates = machine.gemm_rates(CPU)
-    assert {"int8", "bf16", "fp32"} <= rates.keys() and min(rates.values()) > 0
+    assert machine.gemm_rate("fp32", CPU, budget=0.05) > 0
+    machine.gemm_rate.cache_clear()
 
 
-def test_a_slow_format_is_measured_by_one_small_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, calls = [0.0], []
+@pytest.mark.parametrize(("each", "rows"), [(10.0, [1, 8]), (0.0625, [1, 8, 64, 512])], ids=["slow", "fast"])
+def test_a_slow_product_is_measured_with_few_rows(
+    each: float, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked = [0.0], []
 
-    def slow(function: object, on: torch.device) -> float:
-        calls.append(function)
-        now[0] += 10.0
-        return 10.0
+    def wait(function: object, on: torch.device) -> float:
+        now[0] += each
+        return each
 
-    monkeypatch.setattr(machine, "seconds", slow)
+    def product(count: int) -> Callable[[], object]:
+        asked.append(count)
+        return lambda: None
+
+    monkeypatch.setattr(machine, "seconds", wait)
     monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
-    machine.gemm_rate.cache_clear()
-    rates = machine.gemm_rates(CPU)
-    machine.gemm_rate.cache_clear()
-    assert len(calls) == len(rates) == 3
-    assert rates["int8"] == pytest.approx(2e-9 * 32 * 2048**2 / 10)
+    found = machine.rate(product, CPU, budget=1.0)
+    assert asked == rows and now[0] <= max(1.0, each), "within the budget, but for one call"
+    assert found == pytest.approx(2e-9 * rows[-1] * 2048**2 / each)
 
 
 def test_all_processes_get_the_text_of_the_first_and_leave_their_group(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from huarizo import host, machine
+from huarizo import machine
 from huarizo.errors import RecipeError
 from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
 from huarizo.recipe import make_recipe
+from tests.cpus import AMX, APPLE, AVX2, AVX512, NO_COMPILER, PI_4, VNNI, Cpu, pretend
 from tests.test_machine import CPU, CUDA, MPS, with_card
 
 INT8 = Choice("int8", "it is fast", torch.bfloat16)
@@ -20,28 +21,45 @@ SIZE = ModelSize(weights=1_165_492_224, trained=1_126_400, activations=4_820_992
 
 
 @pytest.mark.parametrize(
-    ("flags", "precision", "dtype"),
-    [({"avx512_vnni", "avx512_bf16"}, "int8", torch.bfloat16), ({"avx_vnni"}, "int8", torch.float32),
-     ({"amx_int8", "amx_bf16"}, "int8", torch.bfloat16)],
-    ids=["vnni and bf16", "avx_vnni", "amx"],
-)  # fmt: skip
-def test_a_cpu_with_int8_instructions_takes_int8(
-    flags: set[str], precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ("cpu", "missing", "precision", "dtype", "reason"),
+    [
+        (VNNI, None, "int8", torch.bfloat16, "vpdpbusd, 512 bit (tier avx512_vnni_bf16)"),
+        (AVX512, None, "int8", torch.float32, "vpmaddwd, 512 bit (tier avx512)"),
+        (AVX2, None, "int8", torch.float32, "this CPU multiplies int8 with vpmaddwd, 256 bit (tier avx2)"),
+        (APPLE, None, "int8", torch.bfloat16, "smmla (tier neon_i8mm)"),
+        (AMX, None, "int8", torch.bfloat16, "amx_int8"),
+        (VNNI, NO_COMPILER, "int8", torch.bfloat16, "int8 instructions that torch uses (avx512_vnni)"),
+        (AMX, NO_COMPILER, "int8", torch.bfloat16, "amx_int8"),
+        (AVX512, NO_COMPILER, "fp32", torch.float32, "int8 would be faster, but its kernel is missing: no C compiler"),
+        (AVX2, NO_COMPILER, "fp32", torch.float32, "Install one: "),
+        (APPLE, NO_COMPILER, "bf16", torch.bfloat16, "no C compiler"),
+        (PI_4, None, "fp32", torch.float32, "no int8 instructions"),
+        (Cpu("x86_64", frozenset({"sse2"})), None, "fp32", torch.float32, "no int8 instructions"),
+    ],
+)
+def test_a_cpu_takes_int8_where_its_tier_makes_it_faster(
+    cpu: Cpu, missing: str | None, precision: str, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(machine, "gemm_rates", lambda on: pytest.fail("known, not measured"))
+    pretend(monkeypatch, cpu, missing)
+    monkeypatch.setattr(machine, "seconds", lambda *_: pytest.fail("known, not measured"))
     choice = choose_precision("auto", CPU)
     assert (choice.precision, choice.dtype) == (precision, dtype)
-    assert any(flag in choice.reason for flag in flags)
+    assert reason in choice.reason
 
 
-@pytest.mark.parametrize("wanted", ["auto", "fp32", "bf16", "int8"])
-def test_nothing_is_measured_on_a_cpu(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "cpu_flags", lambda: {"avx2", "fma"})
-    monkeypatch.setattr(machine, "seconds", lambda *_: pytest.fail("measured"))
+def test_the_tier_named_is_the_one_that_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old compiler doesn't know the best one."""
+    pretend(monkeypatch, VNNI, compiled_for="avx2")
+    assert choose_precision("auto", CPU).reason.endswith("(tier avx2)")
+
+
+@pytest.mark.parametrize("wanted", ["fp32", "bf16", "int8"])
+def test_what_is_asked_for_needs_no_kernel(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, AVX2, NO_COMPILER)
+    monkeypatch.setattr("huarizo.kernels.int8.library", lambda: pytest.fail("compiled"))
     choice = choose_precision(wanted, CPU)
-    assert choice.precision == ("fp32" if wanted == "auto" else wanted)
-    assert wanted != "auto" or "no int8 instructions" in choice.reason
+    assert (choice.precision, choice.reason) == (wanted, "as the recipe asks")
+    assert choice.dtype == (torch.bfloat16 if wanted == "bf16" else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +88,7 @@ def test_a_run_from_elsewhere_goes_on_in_the_nearest_format(
     made_in: str, on: torch.device, bf16: bool, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_card(monkeypatch, bf16)
-    monkeypatch.setattr(host, "cpu_flags", lambda: {"avx2"})
+    pretend(monkeypatch, AVX2)
     choice = nearest_precision(made_in, on)
     assert choice.precision == found
     assert (made_in in choice.reason) == (found != made_in)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from huarizo.console import quiet_libraries
+from huarizo.console import quiet_torch
 from huarizo.recipe import Recipe
 from huarizo.recipe_help import fields, type_of
 
@@ -14,7 +14,7 @@ app = typer.Typer()
 @app.command()
 def doctor() -> None:
     """Measure what this machine can do. Also says what that means for training."""
-    quiet_libraries()
+    quiet_torch()
     from huarizo.doctor import diagnosis
 
     for title, line in diagnosis().items():

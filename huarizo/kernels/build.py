@@ -34,6 +34,7 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 OPENMP, OWN_THREADS = ("-fopenmp",), ("-pthread", "-Wno-unknown-pragmas")
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+INSTALL = "xcode-select --install" if sys.platform == "darwin" else "apt install g++, or dnf install gcc-c++"
 TIME_LIMIT = 120  # seconds for one compilation
 
 
@@ -61,7 +62,7 @@ def load(name: str, call: type[ctypes.Structure]) -> Library | str:
         return "this CPU has no vector instructions that the kernels know"
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        return f"no C compiler: none of {', '.join(COMPILERS)} is on the PATH"
+        return f"no C compiler: none of {', '.join(COMPILERS)} is on the PATH. Install one: {INSTALL}"
     reason = ""
     for tier in tiers():
         for threads in (OPENMP, OWN_THREADS):
@@ -71,12 +72,18 @@ def load(name: str, call: type[ctypes.Structure]) -> Library | str:
             except subprocess.TimeoutExpired:
                 return f"{compiler} took longer than {TIME_LIMIT} seconds"
             except subprocess.CalledProcessError as error:
-                reason = reason or f"{compiler} failed: {(error.stderr or '').strip()[-500:] or error.returncode}"
+                reason = reason or f"{compiler} failed: {_first_error(error.stderr or '') or error.returncode}"
             except _Unusable as error:
                 reason = reason or str(error)
             except OSError as error:
                 return f"no kernel from {compiler}: {error}"
     return reason
+
+
+def _first_error(printed: str) -> str:
+    """The line of a compiler's output that says what is wrong; "" if it printed nothing."""
+    lines = printed.strip().splitlines() or [""]
+    return next((line for line in lines if "error" in line), lines[-1]).strip()[:500]
 
 
 def _compiled(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:

@@ -17,9 +17,9 @@
  *     PAIRS   both operands are widened to int16, in words of two (vpmaddwd)
  *     else    the panel is made signed (sdot)
  *
- * A tile is TILE_ROWS rows times COLUMNS columns over the whole depth, with the sums of TILE_VECTORS vectors of columns
- * in registers. Panels that must be changed first, as all of the backward product must, are brought in by groups that
- * fit a core's own cache. Complete sums are converted to fp32, scaled and rotated; the float channels and the bias are
+ * A tile is TILE_ROWS rows times TILE_VECTORS vectors of columns, with the sums in registers. Up to DEPTH_BLOCK words of
+ * its columns stay in the closest cache for a block of rows. Panels that must be changed first, as all of the backward
+ * product must, are brought in by groups that fit a core's own cache. Complete sums are converted to fp32, scaled and rotated; the float channels and the bias are
  * added; and the result is rounded once, when it is stored.
  *
  * The tiles of a call are numbered panel by panel, and every thread takes an equal share of consecutive ones. Integer
@@ -41,6 +41,7 @@ enum {
     FOUR = 4 * LANES,           /* numbers that become one vector of bytes */
     PASS = TILE_VECTORS * LANES, /* columns whose sums are in registers */
     PASSES = COLUMNS / PASS,
+    ROW_BLOCK = TILE_ROWS * TILES_TOGETHER,
     WIDE = PAIRS ? 2 : 1,       /* bytes of a number in an operand */
     UNROLL = 4,                 /* in words; every depth is a multiple of it */
     BLOCK_BYTES = COLUMNS * COLUMNS,
@@ -48,7 +49,7 @@ enum {
     GROUP_PANELS = 8,
 };
 _Static_assert(TILE_ROWS % TILE_UNIT == 0, "tiles are whole units");
-_Static_assert(TILE_ROWS % FINISHED_ROWS == 0 && COLUMNS % PASS == 0, "tiles are whole parts");
+_Static_assert(COLUMNS % PASS == 0 && DEPTH_BLOCK % UNROLL == 0, "parts are whole");
 
 enum { ONE = 0x3F800000 }; /* the bits of 1 */
 
@@ -268,6 +269,9 @@ INLINE void bring_in(char *operand, const char *words, int64_t from, int64_t to,
         }
 }
 
+/* Bytes from a row of PAIRS to the next: an odd number of cache lines, so that rows spread over the cache. */
+INLINE int64_t pairs_stride(int64_t words) { return padded(operand_words(words) * WORD * WIDE, LINE) | LINE; }
+
 /* The operand of the panel at `panel` of the weight, for the forward product. */
 static void bring_in_panel(char *operand, const char *panel, int64_t words)
 {
@@ -299,17 +303,6 @@ static void bring_in_columns(char *operand, const char *weight, int64_t at, int6
     }
 }
 
-/* `count` quantised rows as PAIRS, [rows][pairs][2], padded with zeros to TILE_ROWS rows. */
-static void bring_in_rows(char *operand, int64_t operand_stride, const char *rows, int64_t stride, int64_t count,
-                          int64_t words)
-{
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < words; k += LANES) {
-            char *at = operand + i * operand_stride + 2 * k * WORD;
-            widen(load_first(rows + i * stride + k * WORD, words - k), at, at + LANES * WORD);
-        }
-}
-
 /* ----------------------------------------------------------------------------------------------------------- tiles */
 
 INLINE int word_at(const char *from)
@@ -319,13 +312,19 @@ INLINE int word_at(const char *from)
     return word;
 }
 
-/* Sums of `rows` rows and the columns of one pass, over `depth` words of the operands. */
-INLINE void multiply_pass(const int rows, int64_t depth, const char *left, int64_t stride, const char *right,
-                          const int64_t right_step, ints sum[TILE_ROWS][TILE_VECTORS])
+/* The sums of `rows` rows and the columns of a pass, over `depth` words of the operands. They begin with `start` for each
+ * row, or, if that is NULL, with what is in `sums`. */
+INLINE void multiply(const int rows, int64_t depth, const char *left, int64_t stride, const char *right,
+                     const int32_t *start, ints (*sums)[VECTORS])
 {
+    const int64_t right_step = (PAIRS ? PASS : COLUMNS) * WORD;
     const char *at[(TILE_ROWS + 2) / 3];
+    ints sum[TILE_ROWS][TILE_VECTORS];
     UNROLLED for (int i = 0; i < (rows + 2) / 3; i++)
         at[i] = left + 3 * i * stride;
+    UNROLLED for (int i = 0; i < rows; i++)
+        UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
+            sum[i][j] = start ? set_int(OFFSET ? start[i] : 0) : sums[i][j];
     for (int64_t k = 0; k < depth; k += UNROLL) {
         UNROLLED for (int u = 0; u < UNROLL; u++) {
             ints columns[TILE_VECTORS];
@@ -341,25 +340,9 @@ INLINE void multiply_pass(const int rows, int64_t depth, const char *left, int64
         UNROLLED for (int i = 0; i < (rows + 2) / 3; i++)
             at[i] += UNROLL * WORD;
     }
-}
-
-/* Sums of `rows` rows and COLUMNS columns, from the initial value of each row. */
-INLINE void multiply(const int rows, int64_t depth, const char *left, int64_t stride, const char *right,
-                     const int32_t *start, int64_t count, ints sum[TILE_ROWS][VECTORS])
-{
-    UNROLLED for (int pass = 0; pass < PASSES; pass++) {
-        ints part[TILE_ROWS][TILE_VECTORS];
-        UNROLLED for (int i = 0; i < rows; i++)
-            UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
-                part[i][j] = OFFSET ? set_int(start[i < count ? i : 0]) : set_int(0);
-        if (PAIRS)
-            multiply_pass(rows, 2 * depth, left, stride, right + pass * 2 * depth * PASS * WORD, PASS * WORD, part);
-        else
-            multiply_pass(rows, depth, left, stride, right + pass * PASS * WORD, COLUMNS * WORD, part);
-        UNROLLED for (int i = 0; i < rows; i++)
-            UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
-                sum[i][pass * TILE_VECTORS + j] = part[i][j];
-    }
+    UNROLLED for (int i = 0; i < rows; i++)
+        UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
+            sums[i][j] = sum[i][j];
 }
 
 /* y += float channels of `rows` rows times those of a panel. */
@@ -383,98 +366,94 @@ typedef struct {
     const Call *call;
     int backward;
     int64_t rows, columns, words, float_words; /* of the result; of the two depths; float_words is 0 in backward */
-    const char *left, *left_end;               /* quantised rows; their last unit, padded */
+    const int8_t *quantised;
+    int64_t quantised_stride;
+    char *left, *left_end; /* the quantised rows as an operand; those of the last unit, padded */
     int64_t left_stride;
     const float *row_scale;
     const float *before, *after; /* factors per column: before the rotation in forward, after it in backward; else NULL */
-    const int32_t *row_start;
-    const char *floats; /* the float channels, [T in units, float_words] */
+    const int32_t *row_start;    /* [T in units] */
+    const char *floats; /* the float channels, [T, float_words] */
     const char *bias;   /* NULL in backward and without a bias */
-    char *space;        /* of each thread: a group of panels that are brought in, and TILE_ROWS rows of PAIRS */
+    char *space;        /* of each thread: a group of panels that are brought in */
 } Product;
 
-/* From sums to elements of the result: `rows` rows from row `row`, of which `count` exist, and the columns from `at`. */
-INLINE void finish(const int bf16, const int rows, const Product *p, ints sum[][VECTORS], int64_t row, int64_t count,
-                   int64_t at)
+/* From sums to elements of the result: `rows` rows from row `row`, and the columns from `at`. */
+INLINE void finish(const int bf16, const int rows, const Product *p, ints (*sums)[VECTORS], int64_t row, int64_t at)
 {
     vec y[FINISHED_ROWS][VECTORS];
     UNROLLED for (int i = 0; i < rows; i++) {
-        vec row_scale = set(p->row_scale[row + (i < count ? i : 0)]);
+        vec row_scale = set(p->row_scale[row + i]);
         UNROLLED for (int j = 0; j < VECTORS; j++) {
-            y[i][j] = float_of(sum[i][j]) * row_scale;
+            y[i][j] = float_of(sums[i][j]) * row_scale;
             if (p->before)
                 y[i][j] = y[i][j] * load_vec(p->before + at + j * LANES);
         }
         rotate(y[i]);
-        if (p->after)
-            UNROLLED for (int j = 0; j < VECTORS; j++) {
-                int64_t column = at + j * LANES;
-                if (column < p->columns)
-                    y[i][j] = y[i][j] * load_part(0, (const char *)(p->after + column), p->columns - column);
-            }
     }
     if (p->float_words)
         multiply_floats(bf16, rows, p->float_words, p->floats + row * p->float_words * WORD,
                         p->call->float_weight + at / COLUMNS * panel_bytes(p->float_words), y);
     UNROLLED for (int j = 0; j < VECTORS; j++) {
-        int64_t column = at + j * LANES;
-        if (column >= p->columns)
-            break;
-        vec bias = p->bias ? load_part(bf16, p->bias + column * size_of(bf16), p->columns - column) : set(0);
-        UNROLLED for (int i = 0; i < rows; i++)
-            if (i < count) {
-                char *to = p->call->out + ((row + i) * p->columns + column) * size_of(bf16);
-                store_part(bf16, to, p->bias ? y[i][j] + bias : y[i][j], p->columns - column);
-            }
+        int64_t column = at + j * LANES, count = p->columns - column;
+        if (count <= 0)
+            return;
+        vec after = p->after ? load_part(0, (const char *)(p->after + column), count) : set(1);
+        vec bias = p->bias ? load_part(bf16, p->bias + column * size_of(bf16), count) : set(0);
+        UNROLLED for (int i = 0; i < rows; i++) {
+            vec result = p->backward ? y[i][j] * after : p->bias ? y[i][j] + bias : y[i][j];
+            store_part(bf16, p->call->out + ((row + i) * p->columns + column) * size_of(bf16), result, count);
+        }
     }
 }
 
-/* The tile of `rows` rows that starts at row `row` and column `at`. left: its rows. */
-INLINE void tile(const int bf16, const int rows, const Product *p, const char *left, int64_t stride, const char *panel,
-                 int64_t row, int64_t at)
+INLINE void finish_rows(const int bf16, const Product *p, ints (*sums)[VECTORS], int64_t row, int64_t end, int64_t at)
 {
-    const int together = rows < FINISHED_ROWS ? rows : FINISHED_ROWS;
-    ints sum[TILE_ROWS][VECTORS];
-    int64_t count = rows == TILE_UNIT ? least(TILE_UNIT, p->rows - row) : rows;
-    multiply(rows, operand_words(p->words), left, stride, panel, p->row_start + row, count, sum);
-    UNROLLED for (int i = 0; i < rows; i += together)
-        if (i < count)
-            finish(bf16, together, p, sum + i, row + i, count - i, at);
+    for (; row + FINISHED_ROWS <= end; row += FINISHED_ROWS, sums += FINISHED_ROWS)
+        finish(bf16, FINISHED_ROWS, p, sums, row, at);
+    for (; row < end; row++, sums++)
+        finish(bf16, 1, p, sums, row, at);
 }
 
-INLINE int64_t pairs_stride(const Product *p) /* an odd number of lines, so that rows spread over the cache */
+/* The sums of rows `row` to `end`, in units, with a panel. */
+INLINE void multiply_rows(const Product *p, const char *panel, int64_t row, int64_t end, ints (*sums)[VECTORS])
 {
-    return padded(operand_words(p->words) * WORD * WIDE, LINE) | LINE;
-}
-
-/* All tiles of units `from` to `to` and `count` panels, the first of which starts at column `at`.
- * pairs: space for TILE_ROWS rows of PAIRS. */
-static __attribute__((noinline)) void tiles(const Product *p, const char *panels, int64_t panel_size, int64_t count,
-                                            int64_t at, int64_t from, int64_t to, char *pairs)
-{
-    const int64_t full = TILE_ROWS / TILE_UNIT;
-    int64_t step = 0;
-    for (int64_t unit = from; unit < to; unit += step) {
-        step = to - unit >= full && (unit + full) * TILE_UNIT <= p->rows ? full : 1;
-        int64_t row = unit * TILE_UNIT, stride = p->left_stride;
-        const char *left = row + step * TILE_UNIT > p->rows ? p->left_end : p->left + row * stride;
-        if (PAIRS) {
-            bring_in_rows(pairs, pairs_stride(p), left, stride, step * TILE_UNIT, p->words);
-            left = pairs;
-            stride = pairs_stride(p);
-        }
-        for (int64_t i = 0; i < count; i++) {
-            const char *panel = panels + i * panel_size;
-            int64_t column = at + i * COLUMNS;
-            if (p->call->bf16) {
-                if (step > 1)
-                    tile(1, TILE_ROWS, p, left, stride, panel, row, column);
+    const int64_t words = operand_words(p->words) * WIDE, blocks = (words + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
+    const int64_t most = padded((words + blocks - 1) / blocks, UNROLL);
+    for (int64_t k = 0, depth; k < words; k += depth) {
+        depth = least(most, words - k);
+        for (int pass = 0; pass < PASSES; pass++) {
+            const char *right = PAIRS ? panel + (pass * words + k) * PASS * WORD
+                                      : panel + (k * COLUMNS + pass * PASS) * WORD;
+            for (int64_t at = row, step; at < end; at += step) {
+                step = at + TILE_ROWS <= end ? TILE_ROWS : TILE_UNIT;
+                const char *left = (at + step > p->rows ? p->left_end : p->left + at * p->left_stride) + k * WORD;
+                const int32_t *start = k ? NULL : p->row_start + at;
+                ints (*to)[VECTORS] = (ints (*)[VECTORS])(sums[at - row] + pass * TILE_VECTORS);
+                if (step == TILE_ROWS)
+                    multiply(TILE_ROWS, depth, left, p->left_stride, right, start, to);
                 else
-                    tile(1, TILE_UNIT, p, left, stride, panel, row, column);
-            } else if (step > 1)
-                tile(0, TILE_ROWS, p, left, stride, panel, row, column);
+                    multiply(TILE_UNIT, depth, left, p->left_stride, right, start, to);
+            }
+        }
+    }
+}
+
+/* All tiles of units `from` to `to` and `count` panels, the first of which starts at column `at`. */
+static __attribute__((noinline)) void tiles(const Product *p, const char *panels, int64_t panel_size, int64_t count,
+                                            int64_t at, int64_t from, int64_t to)
+{
+    ints sums[ROW_BLOCK][VECTORS];
+    for (int64_t row = from * TILE_UNIT, end; row < to * TILE_UNIT; row = end) {
+        end = least(row + ROW_BLOCK, to * TILE_UNIT);
+        if (end > p->rows && end - row > TILE_UNIT)
+            end -= TILE_UNIT; /* the last unit is elsewhere, so no tile reaches into it */
+        for (int64_t i = 0; i < count; i++) {
+            multiply_rows(p, panels + i * panel_size, row, end, sums);
+            if (p->call->bf16)
+                finish_rows(1, p, sums, row, least(end, p->rows), at + i * COLUMNS);
             else
-                tile(0, TILE_UNIT, p, left, stride, panel, row, column);
+                finish_rows(0, p, sums, row, least(end, p->rows), at + i * COLUMNS);
         }
     }
 }
@@ -487,10 +466,7 @@ INLINE int64_t group_panels(const Product *p)
     return fit < 1 ? 1 : least(fit, GROUP_PANELS);
 }
 
-INLINE int64_t space_of_thread(const Product *p)
-{
-    return padded(group_panels(p) * operand_bytes(p->words) + TILE_ROWS * pairs_stride(p), LINE);
-}
+INLINE int64_t space_of_thread(const Product *p) { return group_panels(p) * operand_bytes(p->words); }
 
 /* The share of `thread`: units `at` to `to` of all tiles, numbered panel by panel. */
 static void run_share(void *shared, int64_t thread, int64_t threads)
@@ -500,7 +476,7 @@ static void run_share(void *shared, int64_t thread, int64_t threads)
     int64_t units = padded(p->rows, TILE_UNIT) / TILE_UNIT, all = padded(p->columns, COLUMNS) / COLUMNS * units;
     int64_t at = all * thread / threads, to = all * (thread + 1) / threads, most = group_panels(p);
     int64_t size = as_stored ? panel_bytes(p->words) : operand_bytes(p->words);
-    char *space = p->space + thread * space_of_thread(p), *pairs = space + most * operand_bytes(p->words);
+    char *space = p->space + thread * space_of_thread(p);
     while (at < to) {
         int64_t panel = at / units, row = at % units, count = 1, end = least(units, row + to - at);
         if (row == 0 && end == units)
@@ -512,7 +488,7 @@ static void run_share(void *shared, int64_t thread, int64_t threads)
                                  padded(p->columns, COLUMNS) / WORD);
             else
                 bring_in_panel(space + i * size, weight + (panel + i) * panel_bytes(p->words), p->words);
-        tiles(p, as_stored ? weight + panel * size : space, size, count, panel * COLUMNS, row, end, pairs);
+        tiles(p, as_stored ? weight + panel * size : space, size, count, panel * COLUMNS, row, end);
         at += (count - 1) * units + end - row;
     }
 }
@@ -553,28 +529,62 @@ static void gather_share(void *shared, int64_t thread, int64_t threads)
     }
 }
 
+/* Lays out the left operand in a workspace: its last unit and, with PAIRS, all of it. */
+static void place_left(Product *p, char **space)
+{
+    int64_t rest = p->rows % TILE_UNIT;
+    p->left_stride = PAIRS ? pairs_stride(p->words) : p->quantised_stride;
+    p->left = PAIRS ? take(space, p->rows * p->left_stride) : (char *)p->quantised;
+    p->left_end = take(space, TILE_UNIT * p->left_stride);
+    if (!PAIRS)
+        memcpy(p->left_end, p->left + (p->rows - rest) * p->left_stride, rest * p->left_stride);
+}
+
+static int64_t left_bytes(const Product *p)
+{
+    return padded((PAIRS ? p->rows : 0) * pairs_stride(p->words), LINE)
+         + padded(TILE_UNIT * (PAIRS ? pairs_stride(p->words) : p->quantised_stride), LINE);
+}
+
+/* Makes PAIRS of the share of `thread`, and of the last unit. */
+static void widen_share(void *shared, int64_t thread, int64_t threads)
+{
+    const Product *p = shared;
+    int64_t last = p->rows / TILE_UNIT * TILE_UNIT;
+    for (int64_t row = p->rows * thread / threads; row < p->rows * (thread + 1) / threads; row++) {
+        char *to = row < last ? p->left + row * p->left_stride : p->left_end + (row - last) * p->left_stride;
+        for (int64_t k = 0; k < p->words; k += LANES)
+            widen(load_first(p->quantised + row * p->quantised_stride + k * WORD, p->words - k), to + 2 * k * WORD,
+                  to + (2 * k + LANES) * WORD);
+    }
+}
+
 /* Writes out [T, N] from x, quantised, row_scale and row_start. */
 int huarizo_int8_forward(const Call *call)
 {
     Product p = {
         .call = call, .rows = call->rows, .columns = call->outputs, .words = padded(call->inputs, COLUMNS) / WORD,
         .float_words = padded(call->floats * size_of(call->bf16), WORD) / WORD,
-        .left = (const char *)call->quantised, .left_stride = call->quantised_stride,
-        .row_scale = call->row_scale, .row_start = call->row_start, .before = call->scale, .bias = call->bias,
+        .quantised = call->quantised, .quantised_stride = call->quantised_stride,
+        .row_scale = call->row_scale, .before = call->scale, .bias = call->bias,
     };
-    int64_t rest = call->rows % TILE_UNIT, float_bytes = p.float_words * WORD;
-    char *space = workspace(padded(call->rows, TILE_UNIT) * float_bytes + TILE_UNIT * p.left_stride
-                            + space_of_thread(&p) * call->threads + 3 * LINE);
+    int64_t float_bytes = p.float_words * WORD, starts = padded(call->rows, TILE_UNIT) * (int64_t)sizeof(int32_t);
+    char *space = workspace(call->rows * float_bytes + starts + left_bytes(&p) + space_of_thread(&p) * call->threads
+                            + 4 * LINE);
     if (!space)
         return NO_MEMORY;
-    Gathering floats = {call, take(&space, padded(call->rows, TILE_UNIT) * float_bytes), float_bytes};
-    char *end = take(&space, TILE_UNIT * p.left_stride);
-    memcpy(end, p.left + (call->rows - rest) * p.left_stride, rest * p.left_stride);
+    Gathering floats = {call, take(&space, call->rows * float_bytes), float_bytes};
+    int32_t *row_start = take(&space, starts);
+    memset(row_start, 0, starts);
+    memcpy(row_start, call->row_start, call->rows * sizeof *row_start);
     p.floats = floats.to;
-    p.left_end = end;
+    p.row_start = row_start;
+    place_left(&p, &space);
     p.space = space;
     if (call->floats)
         parallel(call->threads, gather_share, &floats);
+    if (PAIRS)
+        parallel(call->threads, widen_share, &p);
     parallel(call->threads, run_share, &p);
     return OK;
 }
@@ -589,20 +599,21 @@ int huarizo_int8_backward(const Call *call)
     };
     Product p = {
         .call = call, .backward = 1, .rows = call->rows, .columns = call->inputs,
-        .words = padded(call->outputs, COLUMNS) / WORD, .left_stride = q.stride, .after = call->factor,
+        .words = padded(call->outputs, COLUMNS) / WORD, .quantised_stride = q.stride, .after = call->factor,
     };
-    char *space = workspace(rows * (q.stride + (int64_t)(sizeof(float) + sizeof(int32_t))) + 5 * LINE
+    char *space = workspace(rows * (q.stride + (int64_t)(sizeof(float) + sizeof(int32_t))) + left_bytes(&p) + 5 * LINE
                             + (space_of_thread(&p) + q.stride * (int64_t)sizeof(float)) * call->threads);
     if (!space)
         return NO_MEMORY;
-    q.to = take(&space, rows * q.stride);
+    p.quantised = q.to = take(&space, rows * q.stride);
     p.row_scale = q.scale = take(&space, rows * sizeof(float));
     p.row_start = q.start = take(&space, rows * sizeof(int32_t));
     q.scratch = take(&space, q.stride * call->threads * sizeof(float));
-    p.space = space;
-    p.left = (const char *)q.to;
-    p.left_end = p.left + (rows - TILE_UNIT) * p.left_stride;
     parallel(call->threads, quantise_share, &q);
+    place_left(&p, &space);
+    p.space = space;
+    if (PAIRS)
+        parallel(call->threads, widen_share, &p);
     parallel(call->threads, run_share, &p);
     return OK;
 }

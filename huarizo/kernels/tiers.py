@@ -70,3 +70,16 @@ def tiers() -> tuple[Tier, ...]:
     """The tiers of this CPU, the best first; none if it has no vector instructions that the kernels know."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     return tuple(tier for tier in TIERS if tier.machine == machine and tier.needs <= cpu_flags())
+
+
+def torch_int8() -> list[str]:
+    """This CPU's instructions with which torch multiplies int8 (`_int_mm`).
+
+    Without any, torch's int8 product takes hundreds of times as long as one in fp32 and must not be called.
+    """
+    return sorted({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware, by its best tier or AMX; without it bf16 is slower than fp32."""
+    return any(tier.bf16 for tier in tiers()[:1]) or "amx_bf16" in cpu_flags()

@@ -33,6 +33,7 @@
  *     turn_block                   32 by 32 bytes from [8][32][4] to [8][32][4], the other dimension in words
  *     TILE_ROWS, TILE_VECTORS      a tile whose sums fit the registers
  *     TILE_UNIT, FINISHED_ROWS     rows of a tile at the end; rows whose sums are converted together
+ *     DEPTH_BLOCK, TILES_TOGETHER  words of a tile's columns that stay in the closest cache, for this many tiles
  *
  * Sums over lanes are in an order of the instruction set's own. All else is exact or rounded once, so it is the same
  * everywhere, but for results of times_power below 2^-126. A `word` is 32 bits along a summed dimension: two neighbours in bf16, one number in fp32. So one code
@@ -109,13 +110,6 @@ INLINE ints rounded_in_software(vec x)
 #define MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right)                                                  \
     fused((vec)((left) & (int32_t)0xFFFF0000u), (vec)((right) & (int32_t)0xFFFF0000u),                   \
         fused((vec)((left) << 16), (vec)((right) << 16), sum))
-
-/* sum += x for ints, in assembly on x86: gcc reorders sums that it sees through, and spills them. */
-#if defined(__x86_64__) && !defined(EMULATED)
-#define ADD_IN_PLACE(sum, x) __asm__("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x))
-#else
-#define ADD_IN_PLACE(sum, x) ((sum) = (sum) + (x))
-#endif
 
 #if LANES == 16
 #include "isa/avx512.h"

@@ -4,8 +4,9 @@ import torch
 
 from huarizo.data.tokens import TokenisedRows
 from huarizo.events import Events
-from huarizo.host import int8_instructions
-from huarizo.kernels.dropout import reason_against
+from huarizo.kernels import int8
+from huarizo.kernels.libraries import libraries
+from huarizo.kernels.tiers import torch_int8
 from huarizo.machine import describe, device, minutes_in_float
 from huarizo.model.load import read_config, weight_bytes
 from huarizo.recipe import names_of
@@ -58,14 +59,28 @@ def cpu_lines(prepared: Prepared, tokens: int) -> dict[str, str]:
     """
     choice, training = prepared.plan.choice, prepared.recipe.training
     lines = {}
-    if reason := reason_against(choice.dtype):
-        lines["kernels"] = f"none, using plain torch instead: {reason}"
+    if missing := _missing_kernels(choice.precision):
+        lines["kernels"] = missing
     steps = -(-len(prepared.data.train.dataset) // training.batch_size)
     passes = training.max_steps / steps if training.max_steps else training.epochs
     weights = weight_bytes(read_config(prepared.model_source.path), "fp32", torch.float32) / 4
     operations = 4 * weights * tokens * passes  # forward and input gradient, two operations a multiply-add
     if choice.precision != "int8" and operations > MUCH_WORK:
         least, most = minutes_in_float(operations, choice.precision, device())
-        why = "" if int8_instructions() else "slow on this CPU, which has no int8 instructions (VNNI, AMX): "
-        lines["time"] = f"{why}about {least:.0f} to {most:.0f} minutes in {choice.precision}"
+        slow = "" if int8.reason_against(choice.dtype) is None or torch_int8() else "slow without int8 products: "
+        lines["time"] = f"{slow}about {least:.0f} to {most:.0f} minutes in {choice.precision}"
     return lines
+
+
+def _missing_kernels(precision: str) -> str:
+    """The kernels that there are not, and why; "" if all are there."""
+    found = libraries(precision)
+    names: dict[str, list[str]] = {}
+    for name, library in found.items():
+        if isinstance(library, str):
+            names.setdefault(library, []).append(name)
+    if not names:
+        return ""
+    all_of_them = any(len(of) == len(found) for of in names.values())
+    missing = "; ".join(f"{'none' if all_of_them else 'no ' + ', '.join(of)}: {why}" for why, of in names.items())
+    return f"{missing}. Plain torch computes the same, more slowly"

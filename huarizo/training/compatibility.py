@@ -17,7 +17,7 @@ import torch
 
 from huarizo.errors import UserError
 from huarizo.host import cpu_flags, world_size
-from huarizo.kernels import attention, dropout, int8
+from huarizo.kernels.libraries import libraries
 from huarizo.plan import Plan
 from huarizo.recipe import Recipe, to_yaml
 from huarizo.recipe_file import parse_yaml
@@ -66,12 +66,14 @@ EFFECTS = {
 
 
 REPORTED = {
-    **{key: key for key in ("precision", "device", "instructions", "kernels", "threads", "processes")},
+    **{key: key for key in ("precision", "device", "instructions", "kernels", "tier", "threads", "processes")},
     "compiled": "layers compiled",
     "micro_batch_tokens": "tokens computed at once",
     "activation_checkpointing": "activation checkpointing",
 }
 """Facts that affect rounding, each with its name in messages."""
+OF_ANOTHER = {"tier": " (products of int8 are the same; sums in fp32 are added in another order)"}
+"""What differs where a fact does, if that can be said."""
 
 
 class Facts(TypedDict):
@@ -87,6 +89,8 @@ class Facts(TypedDict):
     device: str
     instructions: list[str]
     kernels: list[str]
+    tier: list[str]
+    """The instruction sets that the kernels were compiled for; of one compiler it is one."""
     threads: int
     processes: int
     compiled: bool
@@ -114,6 +118,8 @@ def effect_of(key: str) -> Effect:
 def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.device) -> Facts:
     """The facts of a run with this plan on this device."""
     precision = plan.choice.precision
+    found = libraries(precision) if device.type == "cpu" else {}
+    kernels = {name: library for name, library in found.items() if not isinstance(library, str)}
     return {
         "recipe": _digest(_settings(to_yaml(recipe))),
         "base": _digest(recipe.pinned.get("model", {})),
@@ -121,7 +127,8 @@ def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.de
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": sorted(cpu_flags() & INSTRUCTIONS) if device.type == "cpu" else [],
-        "kernels": _kernels(precision) if device.type == "cpu" else [],
+        "kernels": list(kernels),
+        "tier": sorted({library.tier.name for library in kernels.values()}),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "compiled": plan.compiled,
@@ -129,12 +136,6 @@ def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.de
         "activation_checkpointing": plan.activation_checkpointing,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
-
-
-def _kernels(precision: str) -> list[str]:
-    """The C kernels that training on this CPU can use."""
-    wanted = {"attention": attention, "dropout": dropout} | ({"int8": int8} if precision == "int8" else {})
-    return [name for name, kernel in wanted.items() if not isinstance(kernel.library(), str)]
 
 
 def _digest(value: object) -> str:
@@ -187,7 +188,7 @@ def changes_since(checkpoint: Checkpoint, recipe: Recipe, now: Facts) -> list[st
     found = [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in used]
     for key, name in REPORTED.items():
         if key in then and then[key] != facts[key]:
-            found.append(f"{name}: {_in_words(then[key])} then, {_in_words(facts[key])} now")
+            found.append(f"{name}: {_in_words(then[key])} then, {_in_words(facts[key])} now{OF_ANOTHER.get(key, '')}")
     for name, number in now["versions"].items():
         if then["versions"].get(name) != number:
             found.append(f"{name} {then['versions'].get(name)} then, {number} now")

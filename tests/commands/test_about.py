@@ -14,7 +14,12 @@ def test_the_doctor_tells_what_the_machine_can_do(tmp_path: Path) -> None:
         "GB free",
         "torch 2.",
         "compiler",
+        "tier  ",
+        "int8 in C",
+        "attention in C",
+        "dropout in C",
         "precision      auto takes ",
+        "int8 products",
         "tokens/s of TinyLlama",
     ):
         assert word in done.stdout

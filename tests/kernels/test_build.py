@@ -6,21 +6,34 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from huarizo.kernels import attention as attention_kernel
 from huarizo.kernels import build, dropout, int8
+from huarizo.kernels.tiers import Tier, tiers
 from huarizo.model import attention
 from tests.model.test_attention import boundaries, in_c, random_states, value_and_gradients
 
+SOME_TIER = Tier(name="some", machine="x86_64", needs=frozenset(), options=("-march=some",), int8_product="of its own")
+LOWER_TIER = replace(SOME_TIER, name="lower", options=("-march=lower",))
 
-def load(name: str) -> ctypes.CDLL | str:
+
+def load(name: str) -> build.Library | str:
     """As a new process would."""
     return build.load.__wrapped__(name, attention_kernel.Call)
+
+
+def loaded(name: str) -> Any:
+    """What `made` lets a library's functions be: its file."""
+    library = load(name)
+    assert isinstance(library, build.Library), library
+    return library.functions
 
 
 @pytest.fixture
@@ -40,7 +53,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "programs"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(build, "cpu_flags", lambda: set(build.REQUIRED))
+    monkeypatch.setattr(build, "tiers", lambda: (SOME_TIER,))
     return folder
 
 
@@ -61,7 +74,7 @@ def attend(cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_without_a_compiler_torch_does_it(cache: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no C compiler" in load("attention")
+    assert "no C compiler" in load("attention") and "Install one: " in load("attention")
     assert "no C compiler" in str(attention_kernel.reason_against(torch.float32, 32))
     fallen_back = attend(boundaries([3, 70]))
     monkeypatch.setattr(attention, "_in_c", lambda *_: False)
@@ -86,8 +99,8 @@ def test_a_compiler_that_hangs_is_a_reason(cache: Path, programs: Path, monkeypa
 
 
 def test_an_unfit_cpu_is_a_reason(cache: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "cpu_flags", set)
-    assert "this CPU has no avx512" in load("attention")
+    monkeypatch.setattr(build, "tiers", tuple)
+    assert "this CPU has no vector instructions" in load("attention")
 
 
 def test_a_cache_that_cannot_be_written_is_a_reason(cache: Path, programs: Path) -> None:
@@ -117,11 +130,53 @@ def made(programs: Path) -> Path:
     return log
 
 
+def picky(folder: Path, refused: str) -> None:
+    """A compiler that refuses an option."""
+    script = (folder / "cc").read_text().removeprefix("#!/bin/sh\n")
+    refuse = (
+        f'case " $* " in *" {refused} "*) echo note; echo error: unknown {refused} >&2; echo a hint >&2; exit 1;; esac'
+    )
+    compiler(folder, f"{refuse}\n{script}")
+
+
+def test_a_compiler_that_does_not_know_the_best_tier_builds_for_the_next(
+    cache: Path, programs: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "tiers", lambda: (SOME_TIER, LOWER_TIER))
+    monkeypatch.setattr(build, "_loaded", lambda library, call: library)
+    picky(programs, "-march=some")
+    library = load("attention")
+    assert isinstance(library, build.Library) and (library.tier, library.openmp) == (LOWER_TIER, True)
+    monkeypatch.setattr(build, "tiers", lambda: (SOME_TIER,))
+    assert load("attention") == f"{programs}/cc failed: error: unknown -march=some", "the line that says why"
+
+
+def test_a_compiler_without_openmp_builds_for_threads_of_its_own(
+    cache: Path, programs: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "tiers", lambda: (SOME_TIER, LOWER_TIER))
+    monkeypatch.setattr(build, "_loaded", lambda library, call: library)
+    picky(programs, "-fopenmp")
+    library = load("attention")
+    assert isinstance(library, build.Library) and (library.tier, library.openmp) == (SOME_TIER, False)
+
+
+def test_a_second_openmp_runtime_makes_threads_of_its_own(
+    cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clang's, which is not torch's."""
+    seen = [["torch's"], ["torch's"], ["torch's", "another"], ["torch's"], ["torch's"]]
+    monkeypatch.setattr(build, "_openmp_runtimes", lambda: seen.pop(0))
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda file: SimpleNamespace(huarizo_call_size=Sized()))
+    library = load("attention")
+    assert isinstance(library, build.Library) and not library.openmp and not seen
+
+
 @pytest.mark.parametrize("damage", ["the library", "the digest", "no digest", "cut"])
 def test_a_damaged_library_is_made_anew(cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     monkeypatch.setattr(build, "_loaded", lambda library, call: library)
-    library = load("attention")
-    assert load("attention") == library and made.read_text() == "x\n"
+    library = loaded("attention")
+    assert loaded("attention") == library and made.read_text() == "x\n"
     digest = library.with_suffix(".sha256")
     if damage == "the library":
         library.write_bytes(b"another")
@@ -131,9 +186,9 @@ def test_a_damaged_library_is_made_anew(cache: Path, made: Path, monkeypatch: py
         digest.unlink()
     else:
         library.write_bytes(b"")
-    assert load("attention") == library and made.read_text() == "x\nx\n"
+    assert loaded("attention") == library and made.read_text() == "x\nx\n"
     assert library.read_bytes() == b"library"
-    assert load("attention") == library and made.read_text() == "x\nx\n"
+    assert loaded("attention") == library and made.read_text() == "x\nx\n"
 
 
 @pytest.mark.parametrize("above", [False, True], ids=["the folder", "the one above"])
@@ -141,11 +196,11 @@ def test_what_others_could_write_is_not_loaded(
     cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch, above: bool
 ) -> None:
     monkeypatch.setattr(build, "_loaded", lambda library, call: library)
-    library = load("attention")
+    library = loaded("attention")
     (cache.parent if above else cache).chmod(0o775)
     library.write_bytes(b"planted")
     library.with_suffix(".sha256").write_text(hashlib.sha256(b"planted").hexdigest())
-    assert load("attention").read_bytes() == b"library"
+    assert loaded("attention").read_bytes() == b"library"
     assert not (cache.stat().st_mode | cache.parent.stat().st_mode) & 0o022
 
 
@@ -159,7 +214,7 @@ def test_another_source_is_another_library(cache: Path, tmp_path: Path) -> None:
     in_c(torch.float32, 32)
     other = tmp_path / "attention.c"
     other.write_text("int one(void) { return 1; }")
-    library = build._compiled(other, c_compiler())
+    library = build._compiled(other, c_compiler(), build.FLAGS)
     assert len(list(cache.glob("*.so"))) == 2 and library.parent == cache
 
 
@@ -176,14 +231,23 @@ def _build_and_attend() -> bytes:
 
 
 def test_two_processes_build_at_once(cache: Path) -> None:
-    if missing := build.REQUIRED - build.cpu_flags():
-        pytest.skip(f"this CPU has no {missing}")
-    if not any(map(shutil.which, build.COMPILERS)):
-        pytest.skip("no C compiler")
+    in_c(torch.float32, 32)
+    build.load.cache_clear()
+    attention_kernel.reason_against.cache_clear()
+    shutil.rmtree(cache)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         first, second = (pool.apply_async(_build_and_attend) for _ in range(2))
         assert first.get(300) == second.get(300) == _build_and_attend()
     assert sorted(file.suffix for file in cache.iterdir()) == [".sha256", ".so"]
+
+
+class Sized:
+    """A library's function that gives the size of attention's Call."""
+
+    restype: Any = None
+
+    def __call__(self) -> int:
+        return ctypes.sizeof(attention_kernel.Call)
 
 
 class Twin(ctypes.Structure):
@@ -194,11 +258,12 @@ class Twin(ctypes.Structure):
 def test_a_library_whose_calls_have_another_size_is_refused(cache: Path, tmp_path: Path, size: int) -> None:
     source = tmp_path / "other.c"
     source.write_text(f"#include <stdint.h>\nint64_t huarizo_call_size(void) {{ return {size}; }}")
-    library = build._loaded(build._compiled(source, c_compiler()), Twin)
+    library = build._compiled(source, c_compiler(), build.FLAGS)
     if size == ctypes.sizeof(Twin):
-        assert isinstance(library, ctypes.CDLL)
+        assert isinstance(build._loaded(library, Twin), ctypes.CDLL)
     else:
-        assert library == f"Call has {size} bytes in the library and 16 in its binding"
+        with pytest.raises(build._Unusable, match=f"Call has {size} bytes in the library and 16 in its binding"):
+            build._loaded(library, Twin)
 
 
 @pytest.mark.parametrize("binding", [attention_kernel, dropout, int8], ids=lambda binding: binding.__name__)
@@ -213,8 +278,7 @@ def test_the_fields_of_a_binding_lie_where_c_has_them(binding: ModuleType, tmp_p
             lines.append(f'_Static_assert({at} && {size}, "{name}");')
     checked = tmp_path / "checked.c"
     checked.write_text("\n".join(lines))
-    command = [c_compiler(), "-march=cooperlake", "-fopenmp", "-fsyntax-only", str(checked)]
+    tier = next(iter(tiers()), None) or pytest.skip("this CPU has no tier")
+    command = [c_compiler(), *tier.options, *build.OWN_THREADS, "-fsyntax-only", str(checked)]
     done = subprocess.run(command, capture_output=True, text=True)
-    if "cooperlake" in done.stderr or "omp.h" in done.stderr:
-        pytest.skip("this compiler does not know the instructions, or has no OpenMP")
     assert done.returncode == 0, done.stderr

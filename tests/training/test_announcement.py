@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from huarizo import machine
+from huarizo.kernels import attention
 from huarizo.model.load import weight_bytes
 from huarizo.recipe import make_recipe
 from huarizo.training.announcement import cpu_lines
 from huarizo.training.prepare import prepare
+from tests.cpus import AVX2, pretend
 from tests.tiny import make_model
 
 
@@ -17,13 +19,14 @@ def test_a_long_training_in_float_on_a_cpu_says_why_and_how_long(
     tiny_model_folder: Path, alpaca_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(make_recipe(model=str(tiny_model_folder), data={"train": str(alpaca_file)}, precision="fp32"))
-    monkeypatch.setattr("huarizo.training.announcement.reason_against", lambda dtype: "no compiler")
-    monkeypatch.setattr("huarizo.training.announcement.int8_instructions", list)
+    pretend(monkeypatch, AVX2, "no C compiler")
     monkeypatch.setattr(machine, "gemm_rate", lambda *args, **kwargs: 100.0)
     few = cpu_lines(prepared, 1000)
-    assert few == {"kernels": "none, using plain torch instead: no compiler"}
+    assert few == {"kernels": "none: no C compiler. Plain torch computes the same, more slowly"}
     weights = weight_bytes(make_model().config.to_dict(), "fp32", torch.float32) / 4
     tokens = int(100e9 * 60 * 7 / (4 * weights))  # 7 minutes at the full rate of the products
-    assert cpu_lines(prepared, tokens)["time"] == (
-        "slow on this CPU, which has no int8 instructions (VNNI, AMX): about 9 to 20 minutes in fp32"
-    )
+    assert cpu_lines(prepared, tokens)["time"] == "slow without int8 products: about 9 to 20 minutes in fp32"
+    pretend(monkeypatch, AVX2)
+    assert cpu_lines(prepared, tokens) == {"time": "about 9 to 20 minutes in fp32"}
+    monkeypatch.setattr(attention, "library", lambda: "it was not compiled")
+    assert cpu_lines(prepared, 1000)["kernels"].startswith("no attention: it was not compiled")

@@ -1,5 +1,6 @@
 """What may change before a run is resumed, and what is refused or reported."""
 
+import ctypes
 import json
 import re
 from dataclasses import replace
@@ -11,6 +12,8 @@ import torch
 from rich.console import Console
 
 from huarizo.errors import UserError
+from huarizo.kernels.build import Library
+from huarizo.kernels.tiers import TIERS
 from huarizo.plan import Choice, Memory, Plan
 from huarizo.recipe import Recipe, make_recipe, to_yaml
 from huarizo.recipe_help import fields
@@ -19,6 +22,7 @@ from huarizo.training.checkpoint import Checkpoint
 from huarizo.training.compatibility import EFFECTS, changes_since, effect_of, facts_of
 from huarizo.training.finetune import resume
 from huarizo.training.loop import Loop
+from tests.cpus import VNNI, pretend
 from tests.training.make import edit_recipe, printed
 
 PLAN = Plan(
@@ -131,6 +135,20 @@ def test_a_moved_model_and_moved_data_are_the_same(
     assert "resuming from step 4" in printed(console) and "changed since" not in printed(console)
 
 
+def test_another_tier_is_reported_with_what_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(model="model", data={"train": "rows.json"})
+    cpu, plan = torch.device("cpu"), replace(PLAN, choice=Choice("int8", "", torch.float32))
+    pretend(monkeypatch, VNNI)
+    then = facts_of(recipe, "data", plan, cpu)
+    checkpoint = Checkpoint(Path("step-000004"), then, {"recipe.yaml": to_yaml(recipe).encode()})
+    pretend(monkeypatch, VNNI, compiled_for="avx2")
+    assert changes_since(checkpoint, recipe, facts_of(recipe, "data", plan, cpu)) == [
+        "tier: avx512_vnni_bf16 then, avx2 now (products of int8 are the same; sums in fp32 are added in another order)"
+    ]
+    older = Checkpoint(checkpoint.path, {k: v for k, v in then.items() if k != "tier"}, checkpoint.files)
+    assert changes_since(older, recipe, facts_of(recipe, "data", plan, cpu)) == []
+
+
 def test_other_kernels_instructions_and_compilation_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(model="model", data={"train": "rows.json"})
     states: list[dict[str, Any]] = []
@@ -138,7 +156,7 @@ def test_other_kernels_instructions_and_compilation_are_reported(monkeypatch: py
         monkeypatch.setattr("huarizo.training.compatibility.cpu_flags", lambda flags=flags: flags)
         monkeypatch.setattr(
             "huarizo.kernels.build.load",
-            lambda name, call, there=there: object() if name in there else "no compiler",
+            lambda name, call, there=there: Library(ctypes.CDLL(None), TIERS[-1], True) if name in there else "no C",
         )
         plan = replace(PLAN, compiled=not states)
         states.append(facts_of(recipe, "data", plan, torch.device("cpu")))
@@ -147,6 +165,7 @@ def test_other_kernels_instructions_and_compilation_are_reported(monkeypatch: py
     assert changes_since(checkpoint, recipe, then) == []
     assert changes_since(checkpoint, recipe, now) == [
         "instructions: avx2 avx512f then, avx2 now", "kernels: attention dropout then, none now",
+        f"tier: {TIERS[-1].name} then, none now (products of int8 are the same; sums in fp32 are added in another order)",
         "layers compiled: yes then, no now",
     ]  # fmt: skip
     checkpoint = Checkpoint(checkpoint.path, {k: v for k, v in now.items() if k != "compiled"}, checkpoint.files)

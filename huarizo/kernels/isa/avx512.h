@@ -91,10 +91,10 @@ INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 #endif
 
 /* int8: see int8.c. Inline assembly, because with the intrinsic gcc 12 moves and spills the sums of a tile. */
-enum { TILE_ROWS = 12, TILE_VECTORS = 2, TILE_UNIT = 4, FINISHED_ROWS = TILE_ROWS };
+enum { TILE_ROWS = 12, TILE_VECTORS = 2, TILE_UNIT = 4, FINISHED_ROWS = 6 };
 
 #ifdef __AVX512VNNI__
-enum { PAIRS = 0, OFFSET = 128 };
+enum { PAIRS = 0, OFFSET = 128, DEPTH_BLOCK = 1 << 30, TILES_TOGETHER = 1 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {
@@ -110,12 +110,16 @@ INLINE ints add_bytes(ints sum, const int8_t *from)
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi8(1), _mm512_loadu_si512(from));
 }
 #else
-enum { PAIRS = 1, OFFSET = 0 };
+enum { PAIRS = 1, OFFSET = 0, DEPTH_BLOCK = 128, TILES_TOGETHER = 8 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {
-    ints product = (ints)_mm512_madd_epi16((__m512i)left, (__m512i)right);
-    ADD_IN_PLACE(*sum, product);
+#ifdef EMULATED
+    *sum = *sum + (ints)_mm512_madd_epi16((__m512i)left, (__m512i)right);
+#else
+    ints product;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(*sum), "=&v"(product) : "v"(left), "v"(right));
+#endif
 }
 
 INLINE ints add_bytes(ints sum, const int8_t *from)

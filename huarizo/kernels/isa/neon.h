@@ -77,7 +77,8 @@ INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HAL
 #define STORE_PAIRS_IN_SOFTWARE
 
 /* int8: see int8.c. */
-enum { TILE_ROWS = 6, TILE_VECTORS = 4, TILE_UNIT = 2, FINISHED_ROWS = 1, PAIRS = 0, OFFSET = 0 };
+enum { TILE_ROWS = 6, TILE_VECTORS = 4, TILE_UNIT = 2, FINISHED_ROWS = 1, DEPTH_BLOCK = 256,
+       TILES_TOGETHER = 16, PAIRS = 0, OFFSET = 0 };
 
 #ifdef __ARM_FEATURE_DOTPROD
 INLINE void dot(ints *sum, ints left, ints right)

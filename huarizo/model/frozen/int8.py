@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from huarizo.host import int8_instructions
 from huarizo.kernels import int8 as kernel
+from huarizo.kernels.tiers import torch_int8
 from huarizo.model.frozen.linear import FrozenLinear, traced_as_one
 
 FLOAT_CHANNELS = 8
@@ -85,13 +85,14 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
 def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
     """int8 [M, K] times int8 [K, N], exact in int32 [M, N]; either may be a transposed view.
 
-    On a CPU without int8 instructions torch's int8 product is hundreds of times slower than fp32's. There the depth is
-    split into parts whose sums fp32 holds exactly (EXACT_DEPTH 128^2 = 2^24); they are multiplied in fp32 and added as
-    integers. cuBLASLt requires more than 16 rows, K and N in multiples of 8, and b in column-major order. Fewer rows
-    are padded with zeros, and another b is copied, which costs little beside the product.
+    On a CPU without int8 instructions that torch uses (x86 without VNNI or AMX, ARM) its int8 product is hundreds of
+    times slower than fp32's. There the depth is split into parts whose sums fp32 holds exactly (EXACT_DEPTH 128^2 is
+    2^24); they are multiplied in fp32 and added as integers. cuBLASLt requires more than 16 rows, K and N in multiples
+    of 8, and b in column-major order. Fewer rows are padded with zeros, and another b is copied, which costs little
+    beside the product.
     """
     rows = a_MK.shape[0]
-    if a_MK.device.type == "cpu" and not int8_instructions():
+    if a_MK.device.type == "cpu" and not torch_int8():
         parts = zip(a_MK.split(EXACT_DEPTH, 1), b_KN.split(EXACT_DEPTH, 0), strict=True)
         return sum((a.float() @ b.float()).int() for a, b in parts)  # pyright: ignore
     if a_MK.device.type == "cuda":

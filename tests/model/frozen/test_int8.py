@@ -1,5 +1,6 @@
 """The int8 layer does what its float64 reference says, in both directions, and loads layer by layer."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from huarizo.model.frozen.int8 import BLOCK, Int8Linear, quantise, reference, re
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base
 from huarizo.model.loss import PackedLoss, summed_loss
+from tests.cpus import APPLE, AVX2, AVX512, NO_COMPILER, PI_4, PI_5, Cpu, pretend
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -273,3 +275,30 @@ def test_an_index_that_is_no_json_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weights": {}})[:5])
     with pytest.raises(ModelError, match=str(tmp_path)):
         load_quantised_base(tmp_path, "int8", torch.float32, CPU, calibration())
+
+
+@pytest.mark.parametrize("cpu", [AVX2, AVX512, PI_4, PI_5, APPLE], ids=lambda cpu: ", ".join(sorted(cpu.flags)[:2]))
+@pytest.mark.parametrize("depth", [1, 1023, 1024, 1025, 3000])
+def test_a_cpu_without_int8_instructions_multiplies_exactly_in_fp32(
+    cpu: Cpu, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, cpu, NO_COMPILER)
+    monkeypatch.setattr(torch.ops.aten, "_int_mm", lambda *_: pytest.fail("takes minutes"))
+    torch.manual_seed(depth)
+    extremes = torch.tensor([-127, 127], dtype=torch.int8)
+    right = extremes[torch.randint(2, (depth, 5))]
+    right[:, 0] = -127
+    for values in ([-127, 127], [-128, 127], [-128]):
+        left = torch.tensor(values, dtype=torch.int8)[torch.randint(len(values), (7, depth))]
+        left[0] = values[0]
+        found = int8.int8_product(left, right)
+        assert found.dtype == torch.int32 and torch.equal(found, (left.long() @ right.long()).int())
+        assert torch.equal(int8.int8_product(left.t().contiguous().t(), right.t().contiguous().t()), found)
+
+
+def test_nothing_but_the_guarded_product_calls_torchs() -> None:
+    """_int_mm takes minutes on a CPU without int8 instructions: int8_product is the only place that may call it."""
+    root = Path(int8.__file__).parents[2]
+    calling = [file for file in root.rglob("*.py") if "aten._int_mm" in file.read_text()]
+    assert calling == [Path(int8.__file__)]
+    assert inspect.getsource(int8).count("aten._int_mm") == inspect.getsource(int8.int8_product).count("aten._int_mm")
