@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.on_tier import each_tier  # noqa: F401
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -48,9 +48,9 @@ def value_and_gradients(
 def plain_value_and_gradients(
     states: list[torch.Tensor], weight: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> list[torch.Tensor]:
-    leaves = [t.detach().float().requires_grad_() for t in states]
+    leaves = [t.detach().double().requires_grad_() for t in states]
     out = attention.reference(*leaves, cu_seqlens, states[0].shape[-1] ** -0.5)
-    return [out.detach(), *torch.autograd.grad((out * weight.float()).sum(), leaves)]
+    return [out.detach(), *torch.autograd.grad((out * weight.double()).sum(), leaves)]
 
 
 def random_states(heads: tuple[int, int], total: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -60,7 +60,7 @@ def random_states(heads: tuple[int, int], total: int, size: int, dtype: torch.dt
 def assert_near(ours: list[torch.Tensor], plain: list[torch.Tensor], dtype: torch.dtype) -> None:
     for name, a, b in zip(("out", "grad_q", "grad_k", "grad_v"), ours, plain, strict=True):
         assert a.dtype == dtype and a.shape == b.shape
-        assert float((a.float() - b).norm() / b.norm()) < TOLERANCE[dtype], name
+        assert float((a.double() - b).norm() / b.norm()) < TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -94,6 +94,66 @@ def test_strides_change_nothing(way: str, dtype: torch.dtype) -> None:
     assert_near(ours, plain_value_and_gradients(states, weight, cu_seqlens), dtype)
 
 
+@pytest.mark.usefixtures("each_tier")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [16, 48, 64, 176, 240, 256])
+def test_every_tier_equals_the_reference(size: int, dtype: torch.dtype) -> None:
+    in_c(dtype, size)
+    torch.manual_seed(size)
+    lengths = [0, 1, 11, 12, 13, 31, 32, 33, 0, 100, 97, 2]
+    states, weight = random_states((6, 2), sum(lengths), size, dtype), torch.randn(sum(lengths), 6, size).to(dtype)
+    ours = value_and_gradients(states, weight, boundaries(lengths))
+    assert_near(ours, plain_value_and_gradients(states, weight, boundaries(lengths)), dtype)
+
+
+@pytest.mark.usefixtures("each_tier")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_a_row_without_tokens(lengths: list[int], dtype: torch.dtype) -> None:
+    in_c(dtype, 16)
+    q, k, v = random_states((2, 1), 0, 16, dtype)
+    cu_seqlens = boundaries(lengths)
+    out, lse = kernel.forward(q, k, v, cu_seqlens, 1.0)
+    grads = kernel.backward(torch.empty_like(out), q, k, v, out, lse, cu_seqlens, 1.0)
+    assert out.shape == (0, 2, 16) and [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.usefixtures("each_tier")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_scores_of_any_size_stay_probabilities(dtype: torch.dtype) -> None:
+    """Each token's own key scores higher than all others, by little or by so much that 2^x is 0."""
+    in_c(dtype, 16)
+    torch.manual_seed(0)
+    for apart in (1.0, 10.0, 80.0, 87.0, 95.0, 1e4):
+        keys = torch.zeros(1, 40, 16, dtype=dtype)
+        keys[0, :, 0] = torch.arange(40) * apart
+        q, v = torch.ones(1, 40, 16, dtype=dtype), torch.randn(1, 40, 16).to(dtype)
+        out, lse = kernel.forward(q, keys, v, boundaries([40]), 1.0)
+        plain = attention.reference(q.double(), keys.double(), v.double(), boundaries([40]), 1.0)
+        assert float((out.double() - plain).norm() / plain.norm()) < TOLERANCE[dtype]
+        grads = kernel.backward(torch.ones_like(out), q, keys, v, out, lse, boundaries([40]), 1.0)
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.usefixtures("each_tier")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_so(bad: float, dtype: torch.dtype) -> None:
+    """A bad query spoils its own result alone, a bad key the result of every token that sees it and of none before."""
+    in_c(dtype, 32)
+    torch.manual_seed(0)
+    q, k, v = random_states((2, 2), 50, 32, dtype)
+    cu_seqlens = boundaries([20, 30])
+    clean, _ = kernel.forward(q, k, v, cu_seqlens, 1.0)
+    q_bad, k_bad = q.clone(), k.clone()
+    q_bad[:, 25], k_bad[:, 25] = bad, bad
+    out, _ = kernel.forward(q_bad, k, v, cu_seqlens, 1.0)
+    assert out[25].isnan().all() and torch.equal(out[:25], clean[:25]) and torch.equal(out[26:], clean[26:])
+    out, _ = kernel.forward(q, k_bad, v, cu_seqlens, 1.0)
+    assert out[25:].isnan().all() and torch.equal(out[:25], clean[:25])
+
+
+@pytest.mark.usefixtures("each_tier")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
     in_c(dtype, 64)
@@ -102,7 +162,7 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
     states, weight = random_states((6, 3), sum(lengths), 64, dtype), torch.randn(sum(lengths), 6, 64).to(dtype)
     results = []
     try:
-        for threads in (1, 2, 2, 3):
+        for threads in (1, 2, 2, 3, 4, 7):
             torch.set_num_threads(threads)
             results.append(value_and_gradients(states, weight, boundaries(lengths)))
     finally:
@@ -111,6 +171,7 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("each_tier")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_gradients_of_an_example_do_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     in_c(dtype, 64)

@@ -102,13 +102,66 @@ def test_a_linear_layer_behind_it(way: str, rows: int, inputs: int, rank: int, d
     assert torch.equal(module.eval().linear(x, weight), F.linear(x, weight.to(dtype)))
 
 
+def on_this_tier(
+    rows: int, inputs: int, rank: int, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, int, float], torch.Tensor]:
+    """x, weight, gradient and places; the kernel's seed, threshold and scale for a share of 0.2; what is kept."""
+    if reason := kernel.reason_against(dtype):
+        pytest.skip(reason)
+    torch.manual_seed(rows + inputs)
+    tensors = torch.randn(rows, inputs).to(dtype), torch.randn(rank, inputs), torch.randn(rows, rank).to(dtype)
+    mask = int(SEED) & 0xFFFFFFFF, int(0.2 * 2**32), 1 / (1 - 0.2)
+    return (*tensors, places_of(rows)), mask, dropout.kept(places_of(rows), inputs, SEED, 0.2)
+
+
+@pytest.mark.usefixtures("each_tier")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_linear_layer_is_the_same_on_any_number_of_threads(way: str, dtype: torch.dtype) -> None:
-    if way == "torch":
-        pytest.skip("torch's own products do not promise it")
+@pytest.mark.parametrize(
+    ("inputs", "rank"), [(1, 1), (7, 2), (8, 8), (9, 3), (15, 4), (16, 5), (17, 16), (33, 33), (100, 1), (577, 8)]
+)
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 11, 12, 13, 31, 32, 33])
+def test_every_tier_equals_the_definition(rows: int, inputs: int, rank: int, dtype: torch.dtype) -> None:
+    (x, weight, grad, places), mask, keep = on_this_tier(rows, inputs, rank, dtype)
+    kept_x = torch.where(keep, x.double() / 0.8, 0)
+    assert torch.equal(kernel.dropped(x, places, *mask), reference(x, places, SEED, 0.2))
+    h = kernel.down(x, weight, places, *mask)
+    grad_x, grad_weight = kernel.down_backward(grad, x, weight, places, *mask)
+    rounded, grad = weight.to(dtype).double(), grad.double()
+    for ours, left, right in ((h, kept_x, rounded.T), (grad_x, grad / 0.8, rounded), (grad_weight, grad.T, kept_x)):
+        wrong = ours.double() - torch.where(keep, left @ right, 0) if ours is grad_x else ours.double() - left @ right
+        tolerance = 1e-6 if ours.dtype == torch.float32 else 4e-3
+        assert bool((wrong.abs() <= tolerance * (left.abs() @ right.abs())).all())
+    assert not grad_x[~keep].any()
+
+
+@pytest.mark.usefixtures("each_tier")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_spoils_its_own_row_alone_and_nothing_where_it_is_dropped(
+    bad: float, dtype: torch.dtype
+) -> None:
+    (x, weight, grad, places), mask, keep = on_this_tier(13, 45, 3, dtype)
+    clean, clean_grads = kernel.down(x, weight, places, *mask), kernel.down_backward(grad, x, weight, places, *mask)
+    for dropped in (True, False):
+        column = int((keep[6] != dropped).nonzero()[0])
+        spoiled = x.clone()
+        spoiled[6, column] = bad
+        h = kernel.down(spoiled, weight, places, *mask)
+        grad_x, grad_weight = kernel.down_backward(grad, spoiled, weight, places, *mask)
+        others, columns = torch.arange(13) != 6, torch.arange(45) != column
+        assert torch.equal(h[others], clean[others]) and torch.equal(grad_x, clean_grads[0])
+        assert torch.equal(grad_weight[:, columns], clean_grads[1][:, columns])
+        assert bool(h[6].isfinite().all()) == bool(grad_weight.isfinite().all()) == dropped
+
+
+@pytest.mark.usefixtures("each_tier")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_linear_layer_is_the_same_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    if reason := kernel.reason_against(dtype):
+        pytest.skip(reason)
     x, weight, grad = torch.randn(2, 45, 300).to(dtype)[:, :, 7:250], torch.randn(9, 243), torch.randn(90, 9).to(dtype)
     before, results = torch.get_num_threads(), []
-    for threads in (1, 2, 3, 7):
+    for threads in (1, 2, 3, 4, 7):
         torch.set_num_threads(threads)
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
         y = HashedDropout(0.1, SEED, places_of(90)).linear(*leaves)
