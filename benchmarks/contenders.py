@@ -153,9 +153,16 @@ def tutorial(task: Task, out: str, clock: Clock) -> None:
     stock(task, out, clock, torch.float16 if torch.cuda.is_available() else torch.float32, "max_length")
 
 
-def trainer_bf16(task: Task, out: str, clock: Clock) -> None:
-    """The same Trainer as one would set it on a CPU with bf16: padded to the longest row of a batch."""
-    stock(task, out, clock, torch.bfloat16, False)
+def fastest_float() -> torch.dtype:
+    """The float format that a user of stock tools would take here: bf16 where the hardware has it, else fp32."""
+    from huarizo.machine import DTYPES, device, float_precision
+
+    return DTYPES[float_precision(device())]
+
+
+def trainer(task: Task, out: str, clock: Clock) -> None:
+    """The same Trainer at its best: in the fastest float format, padded to the longest row of a batch."""
+    stock(task, out, clock, fastest_float(), False)
 
 
 def trl_rows(task: Task, tokenizer: Any) -> list[dict[str, list[int]]]:
@@ -177,7 +184,7 @@ def trl(task: Task, out: str, clock: Clock) -> None:
 
     tokenizer = stock_tokenizer(task)
     trainer = SFTTrainer(
-        model=stock_model(task, torch.bfloat16),
+        model=stock_model(task, fastest_float()),
         args=SFTConfig(**(stock_arguments(task, out) | TRL_SETTINGS | task.trl_settings)),
         train_dataset=Dataset.from_list(trl_rows(task, tokenizer)),
         processing_class=tokenizer,
@@ -213,7 +220,7 @@ def huarizo(precision: str) -> Callable[[Task, str, Clock], None]:
 
 CONTENDERS: dict[str, Callable[[Task, str, Clock], None]] = {
     "tutorial": tutorial,
-    "trainer_bf16": trainer_bf16,
+    "trainer": trainer,
     "trl": trl,
     "huarizo_fp32": huarizo("fp32"),
     "huarizo_bf16": huarizo("bf16"),

@@ -10,7 +10,9 @@ parent's memory towards the peak of the processes that it starts.
 """
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from typing import Any
 
 import torch
 
+from huarizo.kernels import build, int8
+from huarizo.kernels.build import Library
 from huarizo.model.frozen.int8 import int8_product
 from huarizo.model.frozen.measure import product_rate
 
@@ -67,14 +71,29 @@ def product_seconds(dtype: torch.dtype, rows: int, k: int, n: int, device: torch
     return min(seconds(lambda: multiply(left, layout), device) for layout in layouts)  # noqa: B023
 
 
+def int8_peak(library: Library) -> float:
+    """The rate of the kernel's int8 instructions on operands in the closest cache (int8_peak.c)."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "int8_peak")
+        flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
+        source = Path(__file__).with_name("int8_peak.c")
+        subprocess.run(["cc", *flags, *library.tier.options, "-pthread", source, "-o", program, "-lm"], check=True)
+        return float(subprocess.run([program, str(torch.get_num_threads())], capture_output=True, check=True).stdout)
+
+
 def gflops(config: dict[str, Any], tokens: int, device: torch.device) -> dict[str, float]:
     """By dtype, weighted by the operations of each shape. A dtype that the device can't multiply is absent.
 
-    A slow one (bf16 on a CPU without bf16 instructions) is measured for a second at most.
+    A slow one (bf16 on a CPU without bf16 instructions) is measured for a second at most. int8 on a CPU with a kernel
+    is `int8_peak`, for the kernel's own products are part of what is judged.
     """
     rates: dict[str, float] = {}
     for name, dtype in DTYPES.items():
         operations = taken = 0.0
+        library = int8.library() if name == "int8" and device.type == "cpu" else ""
+        if isinstance(library, Library):
+            rates[name] = int8_peak(library)
+            continue
         try:
             if (rate := product_rate(name, device)) < SLOW:
                 rates[name] = rate

@@ -11,7 +11,7 @@ from gemm import flop_per_token
 
 from huarizo.host import cpu_flags
 
-FLAGS = ("avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
