@@ -16,6 +16,8 @@
  *     OFFSET  words of the left operand, signed, are multiplied by the unsigned words of the panel as it is stored;
  *             every sum starts from -128 times the sum of the quantised row (vpdpbusd)
  *     PAIRS   both operands are widened to int16, in words of two (vpmaddwd)
+ *     MATRICES  the panel is made signed; words of two rows and of two columns, eight numbers deep, are multiplied as
+ *             matrices (smmla)
  *     else    the panel is made signed (sdot)
  *
  * A tile is TILE_ROWS rows times TILE_VECTORS vectors of columns, with the sums in registers. Up to DEPTH_BLOCK words of
@@ -117,16 +119,16 @@ INLINE void *take(char **space, int64_t size)
 INLINE vec noise(int64_t at, uint32_t start)
 {
     const uint32_t golden = 0x9E3779B9u;
-    ints x = lane_numbers() * (int32_t)golden + set_int((int32_t)(start + (uint32_t)at * golden));
-    return (vec)(shifted_right(x, 9) | ONE) - set(1);
+    bits x = (bits)lane_numbers() * golden + (start + (uint32_t)at * golden);
+    return (vec)(x >> 9 | ONE) - set(1);
 }
 
 /* sum + place^4 in the lanes where y is above zero; the lanes are places from `at` on. */
-INLINE ints add_above_zero(ints sum, vec y, int64_t at)
+INLINE bits add_above_zero(bits sum, vec y, int64_t at)
 {
-    ints place = lane_numbers() + set_int((int32_t)at);
+    bits place = (bits)lane_numbers() + (uint32_t)at;
     place = place * place;
-    return sum + keep(above(y, set(0)), place * place);
+    return sum + (bits)keep(above(y, set(0)), (ints)(place * place));
 }
 
 /* Rotates a block: sums and differences of channels 1, 2, 4, 8 and 16 apart. */
@@ -161,7 +163,8 @@ INLINE void quantise_row(const int bf16, const int gradient, const char *x, cons
                          int64_t count, float *scratch, int8_t *to, int64_t stride, float *scale_to, int32_t *start_to)
 {
     /* Magnitudes compare as their bits do as integers, and a NaN is the largest. */
-    ints top = set_int(0), signs = set_int(0);
+    ints top = set_int(0);
+    bits signs = (bits)top;
     for (int64_t i = 0; i < padded(count, LINE); i += COLUMNS) {
         vec y[VECTORS];
         UNROLLED for (int j = 0; j < VECTORS; j++) {
@@ -186,7 +189,7 @@ INLINE void quantise_row(const int bf16, const int gradient, const char *x, cons
     memcpy(&number, &scale, sizeof number);
     vec inverse = set(1.0f / scale);
     ints sum = set_int(0);
-    uint32_t start = (number >> 8) * 0x85EBCA6Bu + (uint32_t)sum_of_ints(signs) * 0x27D4EB2Fu;
+    uint32_t start = (number >> 8) * 0x85EBCA6Bu + (uint32_t)sum_of_ints((ints)signs) * 0x27D4EB2Fu;
     int64_t end = padded(count, LINE);
     for (int64_t i = 0; i < end; i += FOUR) {
         ints y[4];
@@ -253,9 +256,16 @@ INLINE void widen(ints words, char *lower, char *upper)
     store_ints(upper, (ints)((shorts)words >> 8));
 }
 
+/* LANES words of a panel, made signed. */
+INLINE ints signed_words(const char *panel, int64_t word, int j)
+{
+    return load_ints(panel + (word * COLUMNS + j * LANES) * WORD) ^ (int32_t)0x80808080u;
+}
+
 /* Words `from` to `to` of a panel as those of an operand. words: [to - from][COLUMNS] in the stored format.
  *
- * In an operand of PAIRS the columns of one pass follow each other: [pass][pair][PASS]. */
+ * In an operand of PAIRS or MATRICES the columns of one pass follow each other: [pass][pair][PASS] words, and
+ * [pass][depth / 8][PASS][8] bytes. */
 INLINE void bring_in(char *operand, const char *words, int64_t from, int64_t to, int64_t depth)
 {
     if (OFFSET) {
@@ -264,13 +274,20 @@ INLINE void bring_in(char *operand, const char *words, int64_t from, int64_t to,
     }
     for (int64_t k = from; k < to; k++)
         UNROLLED for (int j = 0; j < VECTORS; j++) {
-            ints bytes = load_ints(words + ((k - from) * COLUMNS + j * LANES) * WORD) ^ (int32_t)0x80808080u;
+            char *pass = operand + j / TILE_VECTORS * operand_words(depth) * PASS * WORD * WIDE;
+            ints bytes = signed_words(words, k - from, j);
             if (PAIRS) {
-                char *pass = operand + j / TILE_VECTORS * operand_words(depth) * PASS * WORD * 2;
                 char *at = pass + ((k / LANES * 2 * LANES + k % LANES) * PASS + j % TILE_VECTORS * LANES) * WORD;
                 widen(bytes, at, at + LANES * PASS * WORD);
-            } else
+#ifdef DOT_OF_MATRICES
+            } else if (k % 2 == 0) {
+                store_interleaved(pass + (k * PASS + j % TILE_VECTORS * 2 * LANES) * WORD, bytes,
+                                  signed_words(words, k + 1 - from, j));
+#else
+            } else {
                 store_ints(operand + (k * COLUMNS + j * LANES) * WORD, bytes);
+#endif
+            }
         }
 }
 
@@ -317,6 +334,36 @@ INLINE int word_at(const char *from)
     return word;
 }
 
+#ifdef DOT_OF_MATRICES
+/* The sums of `rows` rows and the columns of a pass, over `depth` words of the operands. They begin with zero if `start`
+ * isn't NULL, else with what is in `sums`. A product of matrices has its four sums in one vector: of rows 2 i and
+ * 2 i + 1, and columns 2 j and 2 j + 1. */
+INLINE void multiply(const int rows, int64_t depth, const char *left, int64_t stride, const char *right,
+                     const int32_t *start, ints (*sums)[VECTORS])
+{
+    ints sum[TILE_ROWS / 2][2 * TILE_VECTORS];
+    UNROLLED for (int i = 0; i < rows / 2; i++)
+        UNROLLED for (int j = 0; j < TILE_VECTORS; j++) {
+            sum[i][2 * j] = start ? set_int(0) : lower_halves(sums[2 * i][j], sums[2 * i + 1][j]);
+            sum[i][2 * j + 1] = start ? set_int(0) : upper_halves(sums[2 * i][j], sums[2 * i + 1][j]);
+        }
+    for (int64_t k = 0; k < depth; k += 2, right += 2 * PASS * WORD) {
+        ints columns[2 * TILE_VECTORS];
+        UNROLLED for (int j = 0; j < 2 * TILE_VECTORS; j++)
+            columns[j] = load_ints(right + j * LANES * WORD);
+        UNROLLED for (int i = 0; i < rows / 2; i++) {
+            ints two_rows = load_ints(left + 2 * i * stride + 2 * k * WORD);
+            UNROLLED for (int j = 0; j < 2 * TILE_VECTORS; j++)
+                dot_matrices(&sum[i][j], two_rows, columns[j]);
+        }
+    }
+    UNROLLED for (int i = 0; i < rows / 2; i++)
+        UNROLLED for (int j = 0; j < TILE_VECTORS; j++) {
+            sums[2 * i][j] = lower_halves(sum[i][2 * j], sum[i][2 * j + 1]);
+            sums[2 * i + 1][j] = upper_halves(sum[i][2 * j], sum[i][2 * j + 1]);
+        }
+}
+#else
 /* The sums of `rows` rows and the columns of a pass, over `depth` words of the operands. They begin with `start` for each
  * row, or, if that is NULL, with what is in `sums`. */
 INLINE void multiply(const int rows, int64_t depth, const char *left, int64_t stride, const char *right,
@@ -349,6 +396,7 @@ INLINE void multiply(const int rows, int64_t depth, const char *left, int64_t st
         UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
             sums[i][j] = sum[i][j];
 }
+#endif
 
 /* y += float channels of `rows` rows times those of a panel. */
 INLINE void multiply_floats(const int bf16, const int rows, int64_t words, const char *left, const char *right,
@@ -432,11 +480,12 @@ INLINE void multiply_rows(const Product *p, const char *panel, int64_t row, int6
     for (int64_t k = 0, depth; k < words; k += depth) {
         depth = least(most, words - k);
         for (int pass = 0; pass < PASSES; pass++) {
-            const char *right = PAIRS ? panel + (pass * words + k) * PASS * WORD
-                                      : panel + (k * COLUMNS + pass * PASS) * WORD;
+            const char *right = PAIRS || MATRICES ? panel + (pass * words + k) * PASS * WORD
+                                                  : panel + (k * COLUMNS + pass * PASS) * WORD;
             for (int64_t at = row, step; at < end; at += step) {
                 step = at + TILE_ROWS <= end ? TILE_ROWS : TILE_UNIT;
-                const char *left = (at + step > p->rows ? p->left_end : p->left + at * p->left_stride) + k * WORD;
+                const char *left = (at + step > p->rows ? p->left_end : p->left + at * p->left_stride)
+                                 + k * WORD * (MATRICES ? 2 : 1);
                 const int32_t *start = k ? NULL : p->row_start + at;
                 ints (*to)[VECTORS] = (ints (*)[VECTORS])(sums[at - row] + pass * TILE_VECTORS);
                 if (step == TILE_ROWS)
@@ -558,33 +607,45 @@ static void gather_share(void *shared, int64_t thread, int64_t threads)
             }
 }
 
-/* Lays out the left operand in a workspace: its last unit and, with PAIRS, all of it. */
-static void place_left(Product *p, char **space)
+enum { ARRANGED = PAIRS || MATRICES }; /* whether the left operand is more than the quantised rows */
+
+/* Bytes from a row of the left operand to the next. */
+static int64_t left_stride(const Product *p)
 {
-    int64_t rest = p->rows % TILE_UNIT;
-    p->left_stride = PAIRS ? pairs_stride(p->words) : p->quantised_stride;
-    p->left = PAIRS ? take(space, p->rows * p->left_stride) : (char *)p->quantised;
-    p->left_end = take(space, TILE_UNIT * p->left_stride);
-    if (!PAIRS)
-        memcpy(p->left_end, p->left + (p->rows - rest) * p->left_stride, rest * p->left_stride);
+    return PAIRS ? pairs_stride(p->words) : MATRICES ? p->words * WORD : p->quantised_stride;
 }
 
 static int64_t left_bytes(const Product *p)
 {
-    return padded((PAIRS ? p->rows : 0) * pairs_stride(p->words), LINE)
-         + padded(TILE_UNIT * (PAIRS ? pairs_stride(p->words) : p->quantised_stride), LINE);
+    return padded((ARRANGED ? p->rows : 0) * left_stride(p), LINE) + padded(TILE_UNIT * left_stride(p), LINE);
 }
 
-/* Makes PAIRS of the share of `thread`, and of the last unit. */
-static void widen_share(void *shared, int64_t thread, int64_t threads)
+/* Lays out the left operand in a workspace: its last unit and, if it is ARRANGED, all of it. */
+static void place_left(Product *p, char **space)
+{
+    int64_t rest = p->rows % TILE_UNIT;
+    p->left_stride = left_stride(p);
+    p->left = ARRANGED ? take(space, p->rows * p->left_stride) : (char *)p->quantised;
+    p->left_end = take(space, TILE_UNIT * p->left_stride);
+    if (!ARRANGED)
+        memcpy(p->left_end, p->left + (p->rows - rest) * p->left_stride, rest * p->left_stride);
+}
+
+/* Arranges the rows of the share of `thread`: as PAIRS, or two rows by turns, eight numbers of each, for MATRICES. */
+static void arrange_share(void *shared, int64_t thread, int64_t threads)
 {
     const Product *p = shared;
     int64_t last = p->rows / TILE_UNIT * TILE_UNIT;
     for (int64_t row = p->rows * thread / threads; row < p->rows * (thread + 1) / threads; row++) {
-        char *to = row < last ? p->left + row * p->left_stride : p->left_end + (row - last) * p->left_stride;
-        for (int64_t k = 0; k < p->words; k += LANES)
-            widen(load_first(p->quantised + row * p->quantised_stride + k * WORD, p->words - k), to + 2 * k * WORD,
-                  to + (2 * k + LANES) * WORD);
+        const char *from = (const char *)p->quantised + row * p->quantised_stride;
+        char *unit = row < last ? p->left + row / TILE_UNIT * TILE_UNIT * p->left_stride : p->left_end;
+        char *to = unit + row % TILE_UNIT * p->left_stride;
+        if (MATRICES)
+            for (int64_t k = 0; k < p->words; k += 2)
+                memcpy(unit + 2 * k * WORD + row % TILE_UNIT * 2 * WORD, from + k * WORD, 2 * WORD);
+        else
+            for (int64_t k = 0; k < p->words; k += LANES)
+                widen(load_first(from + k * WORD, p->words - k), to + 2 * k * WORD, to + (2 * k + LANES) * WORD);
     }
 }
 
@@ -615,8 +676,8 @@ int huarizo_int8_forward(const Call *call)
     p.space = space;
     if (p.float_words || p.rank_words)
         parallel(call->threads, gather_share, &p);
-    if (PAIRS)
-        parallel(call->threads, widen_share, &p);
+    if (ARRANGED)
+        parallel(call->threads, arrange_share, &p);
     parallel(call->threads, run_share, &p);
     return OK;
 }
@@ -644,8 +705,8 @@ int huarizo_int8_backward(const Call *call)
     parallel(call->threads, quantise_share, &q);
     place_left(&p, &space);
     p.space = space;
-    if (PAIRS)
-        parallel(call->threads, widen_share, &p);
+    if (ARRANGED)
+        parallel(call->threads, arrange_share, &p);
     parallel(call->threads, run_share, &p);
     return OK;
 }

@@ -54,7 +54,7 @@ TIERS = (
     ),
     Tier(
         name="neon_i8mm", machine="aarch64", needs=frozenset({"asimd", "asimddp", "i8mm", "bf16"}),
-        options=("-march=armv8.2-a+dotprod+i8mm+bf16",), int8_product="smmla", bf16=True,
+        options=("-march=armv8.2-a+dotprod+i8mm+bf16",), int8_product="smmla",
     ),
     Tier(
         name="neon_dotprod", machine="aarch64", needs=frozenset({"asimd", "asimddp"}),

@@ -26,6 +26,8 @@
  * and for int8 products (int8.c):
  *
  *     PAIRS, OFFSET                whether `dot` multiplies pairs of int16, and what is added to a byte of the right operand
+ *     MATRICES                     whether it multiplies 2 by 8 and 8 by 2 bytes instead (DOT_OF_MATRICES as a macro):
+ *                                  dot_matrices, lower_halves, upper_halves, store_interleaved
  *     dot                          sum += in each lane, four products of bytes (the right ones unsigned with an OFFSET),
  *                                  or two of int16
  *     add_bytes                    adds 64 bytes to the lanes of a sum, in any order

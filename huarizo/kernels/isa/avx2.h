@@ -36,9 +36,9 @@ INLINE float sum_of(vec x)
 
 INLINE int32_t sum_of_ints(ints x)
 {
-    x = x + (ints)swap((vec)x, 4);
-    x = x + (ints)swap((vec)x, 2);
-    return x[0] + x[1];
+    bits sum = (bits)x + (bits)swap((vec)x, 4);
+    sum = sum + (bits)swap((vec)sum, 2);
+    return (int32_t)(sum[0] + sum[1]);
 }
 
 INLINE float largest_of(vec x)
@@ -104,14 +104,14 @@ INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 enum { TILE_ROWS = 6, TILE_VECTORS = 2, TILE_UNIT = 2, FINISHED_ROWS = 3, DEPTH_BLOCK = 384, TILES_TOGETHER = 16 };
 
 #ifdef __AVXVNNI__
-enum { PAIRS = 0, OFFSET = 128 };
+enum { MATRICES = 0, PAIRS = 0, OFFSET = 128 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {
     *sum = (ints)_mm256_dpbusd_avx_epi32((__m256i)*sum, (__m256i)right, (__m256i)left);
 }
 #else
-enum { PAIRS = 1, OFFSET = 0 };
+enum { MATRICES = 0, PAIRS = 1, OFFSET = 0 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {

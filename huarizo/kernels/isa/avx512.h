@@ -94,7 +94,7 @@ INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 enum { TILE_ROWS = 12, TILE_VECTORS = 2, TILE_UNIT = 4, FINISHED_ROWS = 6 };
 
 #ifdef __AVX512VNNI__
-enum { PAIRS = 0, OFFSET = 128, DEPTH_BLOCK = 1 << 30, TILES_TOGETHER = 1 };
+enum { MATRICES = 0, PAIRS = 0, OFFSET = 128, DEPTH_BLOCK = 1 << 30, TILES_TOGETHER = 1 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {
@@ -110,7 +110,7 @@ INLINE ints add_bytes(ints sum, const int8_t *from)
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi8(1), _mm512_loadu_si512(from));
 }
 #else
-enum { PAIRS = 1, OFFSET = 0, DEPTH_BLOCK = 128, TILES_TOGETHER = 8 };
+enum { MATRICES = 0, PAIRS = 1, OFFSET = 0, DEPTH_BLOCK = 128, TILES_TOGETHER = 8 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {

@@ -77,10 +77,30 @@ INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HAL
 #define STORE_PAIRS_IN_SOFTWARE
 
 /* int8: see int8.c. */
-enum { TILE_ROWS = 6, TILE_VECTORS = 4, TILE_UNIT = 2, FINISHED_ROWS = 1, DEPTH_BLOCK = 256,
-       TILES_TOGETHER = 16, PAIRS = 0, OFFSET = 0 };
+enum { PAIRS = 0, OFFSET = 0, TILE_UNIT = 2, FINISHED_ROWS = 1, DEPTH_BLOCK = 384, TILES_TOGETHER = 16 };
 
-#ifdef __ARM_FEATURE_DOTPROD
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+enum { MATRICES = 1, TILE_ROWS = 8, TILE_VECTORS = 2 };
+#define DOT_OF_MATRICES
+
+INLINE void dot_matrices(ints *sum, ints left, ints right)
+{
+    *sum = (ints)vmmlaq_s32((int32x4_t)*sum, (int8x16_t)left, (int8x16_t)right);
+}
+
+/* The lower and the upper halves of two vectors. */
+INLINE ints lower_halves(ints a, ints b) { return (ints)vzip1q_s64((int64x2_t)a, (int64x2_t)b); }
+INLINE ints upper_halves(ints a, ints b) { return (ints)vzip2q_s64((int64x2_t)a, (int64x2_t)b); }
+
+/* Stores a0 b0 a1 b1 a2 b2 a3 b3. */
+INLINE void store_interleaved(char *to, ints a, ints b)
+{
+    store_ints(to, (ints)vzip1q_s32((int32x4_t)a, (int32x4_t)b));
+    store_ints(to + sizeof a, (ints)vzip2q_s32((int32x4_t)a, (int32x4_t)b));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+enum { MATRICES = 0, TILE_ROWS = 6, TILE_VECTORS = 4 };
+
 INLINE void dot(ints *sum, ints left, ints right)
 {
     *sum = (ints)vdotq_s32((int32x4_t)*sum, (int8x16_t)left, (int8x16_t)right);
