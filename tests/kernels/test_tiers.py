@@ -66,7 +66,7 @@ def test_a_cpu_has_its_tier_and_those_below(cpu: Cpu, names: list[str], monkeypa
 
 def test_what_torch_multiplies_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     for cpu, int8, bf16 in (
-        (AVX2, [], False), (AVX512, [], False), (VNNI, ["avx512_vnni"], True), (PI_5, [], False), (APPLE, [], True),
+        (AVX2, [], False), (AVX512, [], False), (VNNI, ["avx512_vnni"], True), (PI_5, [], False), (APPLE, [], False),
         (AMX, ["amx_int8", "avx512_vnni"], True), (Cpu("x86_64", frozenset({"amx_bf16"})), [], True),
         (Cpu("x86_64", AVX2.flags | {"avx_vnni"}), ["avx_vnni"], False),
     ):  # fmt: skip
