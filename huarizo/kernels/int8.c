@@ -556,6 +556,8 @@ static void run_share(void *shared, int64_t thread, int64_t threads)
 /* Writes quantised, row_scale and row_start from x and factor. quantised_stride: a multiple of 64. */
 int huarizo_int8_quantise(const Call *call)
 {
+    if (!call->rows)
+        return OK; /* the pointers to rows may be NULL */
     Quantisation q = {
         .call = call, .factor = call->factor, .count = call->inputs, .to = call->quantised,
         .stride = call->quantised_stride, .scale = call->row_scale, .start = call->row_start,
@@ -594,7 +596,8 @@ static void gather_share(void *shared, int64_t thread, int64_t threads)
             else
                 memcpy(floats + f * 4, x + call->float_channels[f] * 4, 4);
         memset(floats + call->floats * size, 0, p->float_words * WORD - call->floats * size);
-        memcpy(h, call->h + row * rank * size, rank * size);
+        if (rank) /* else there is no h */
+            memcpy(h, call->h + row * rank * size, rank * size);
         memset(h + rank * size, 0, p->rank_words * WORD - rank * size);
     }
     for (int64_t panel = panels * thread / threads; panel < panels * (thread + 1) / threads; panel++)
@@ -652,6 +655,8 @@ static void arrange_share(void *shared, int64_t thread, int64_t threads)
 /* Writes out [T, N] from x, quantised, row_scale and row_start. */
 int huarizo_int8_forward(const Call *call)
 {
+    if (!call->rows)
+        return OK; /* the pointers to rows may be NULL */
     Product p = {
         .call = call, .rows = call->rows, .columns = call->outputs, .words = padded(call->inputs, COLUMNS) / WORD,
         .float_words = padded(call->floats * size_of(call->bf16), WORD) / WORD,
@@ -685,6 +690,8 @@ int huarizo_int8_forward(const Call *call)
 /* Writes out [T, K] from x, the gradient [T, N]. */
 int huarizo_int8_backward(const Call *call)
 {
+    if (!call->rows)
+        return OK; /* the pointers to rows may be NULL */
     int64_t rows = padded(call->rows, TILE_UNIT);
     Quantisation q = {
         .call = call, .gradient = 1, .factor = call->scale, .count = call->outputs,

@@ -15,6 +15,7 @@ from huarizo.kernels import dropout as dropout_kernel
 from huarizo.kernels import int8 as int8_kernel
 from huarizo.model import attention, dropout
 from huarizo.model.frozen.int8 import BLOCK, Int8Linear, quantise, reference, reference_gradient, rotated
+from huarizo.model.frozen.linear import LowRank
 
 DTYPES = (torch.bfloat16, torch.float32)
 ROWS = (0, 1, 11, 12, 13, 31, 32, 33)
@@ -22,6 +23,7 @@ THREADS = (1, 2, 3, 4, 7)
 BAD = (float("nan"), float("inf"))
 # the norm of what may be wrong over the norm of what is right: a few roundings of the dtype, and of attention's sums
 INT8 = {torch.bfloat16: 3e-3, torch.float32: 1e-6}
+LORA = {torch.bfloat16: 5e-3, torch.float32: 1e-6}  # scale B is rounded as well
 FAR = 3e-2  # of an int8 row with other integers
 ATTENTION = {torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps, torch.float32: 16 * torch.finfo(torch.float32).eps}
 DROPOUT = {torch.bfloat16: 4e-3, torch.float32: 1e-6}
@@ -83,11 +85,17 @@ def int8_results(layer: Int8Linear, x: torch.Tensor, grad: torch.Tensor) -> Resu
     return [layer(x), layer.input_gradient(grad), rows[0], rows[1]]
 
 
-def int8_results_of(inputs: int, outputs: int, rows: int, bias: bool, dtype: torch.dtype) -> Results:
+def low_rank_of(rows: int, outputs: int, rank: int, dtype: torch.dtype) -> LowRank:
+    return LowRank(torch.randn(rows, rank).to(dtype), torch.randn(outputs, rank), 0.5)
+
+
+def int8_results_of(inputs: int, outputs: int, rows: int, rank: int, bias: bool, dtype: torch.dtype) -> Results:
     """Without a comparison; rows of x and of the gradient lie apart, and begin anywhere."""
     layer = layer_of(inputs, outputs, dtype, bias)
     x, grad = torch.randn(rows, inputs + 5).to(dtype), torch.randn(rows, outputs + 3).to(dtype)
-    return int8_results(layer, x[:, 2 : inputs + 2], grad[:, 1 : outputs + 1])
+    x, grad, low_rank = x[:, 2 : inputs + 2], grad[:, 1 : outputs + 1], low_rank_of(rows, outputs, rank, dtype)
+    term = [layer(x, low_rank), *dropout_kernel.up_backward(grad, *low_rank)] if rank else []
+    return int8_results(layer, x, grad) + term
 
 
 def int8_equals_the_reference(inputs: int, outputs: int, rows: int, dtype: torch.dtype) -> Results:
@@ -99,6 +107,18 @@ def int8_equals_the_reference(inputs: int, outputs: int, rows: int, dtype: torch
     near_by_rows(results[0], reference(x, layer), INT8[dtype])
     near_by_rows(results[1], reference_gradient(grad, layer), INT8[dtype])
     return results if dtype == torch.float32 else results[2:]
+
+
+def int8_with_a_lora(rows: int, rank: int, dtype: torch.dtype) -> Results:
+    """The term of a LoRA is added, and has its gradients."""
+    layer, x, grad = layer_of(65, 71, dtype), torch.randn(rows, 65).to(dtype), torch.randn(rows, 71).to(dtype)
+    h, up, scale = low_rank = low_rank_of(rows, 71, rank, dtype)
+    y, (grad_h, grad_up) = layer(x, low_rank), dropout_kernel.up_backward(grad, *low_rank)
+    exact_h, exact_up = h.double(), up.to(dtype).double()
+    near_by_rows(y, reference(x, layer) + scale * exact_h @ exact_up.t(), LORA[dtype])
+    near(grad_h, scale * grad.double() @ exact_up, DROPOUT[dtype])
+    near(grad_up, scale * grad.double().t() @ exact_h, DROPOUT[torch.float32])
+    return [y] if dtype == torch.float32 else []
 
 
 def int8_threads(inputs: int, outputs: int, rows: int, dtype: torch.dtype) -> Results:
@@ -280,6 +300,8 @@ def int8_cases(brief: bool) -> Iterator[Case]:
         yield int8_threads, (65, 33, 1, dtype)
         for bad, channel in itertools.product(BAD, (0, 63, 99)):
             yield int8_bad_rows, (bad, channel, dtype)
+    for dtype, rows, rank in itertools.product(DTYPES, (0, 13), (1, 8) if brief else (1, 2, 5, 16, 33)):
+        yield int8_with_a_lora, (rows, rank, dtype)
     yield int8_every_integer, (288, 64)
     if not brief:
         yield int8_every_integer, (2048, 96)

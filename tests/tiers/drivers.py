@@ -109,6 +109,7 @@ def _sizes(call: Any, function: str) -> dict[str, int]:
         "x": x, "quantised": call.rows * call.quantised_stride, "row_scale": 4 * call.rows, "row_start": 4 * call.rows,
         "weight": inputs * outputs, "scale": 4 * outputs, "factor": 4 * call.inputs, "float_channels": 8 * call.floats,
         "float_weight": outputs * words * 4, "bias": call.outputs * element,
+        "h": call.rows * call.rank * element, "up": 4 * call.outputs * call.rank,
         "out": call.rows * (call.inputs if backward else call.outputs) * element,
     }  # fmt: skip
 
@@ -128,7 +129,7 @@ class Driver:
 
     def __init__(self, command: list[str], functions: tuple[str, ...], call: type[ctypes.Structure]) -> None:
         self._functions = functions
-        self._printed = tempfile.TemporaryFile()
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115
         self._program = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed,
             env={**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
@@ -185,7 +186,7 @@ def _compile(way: Way, kernel: ModuleType, flags: tuple[str, ...], folder: Path)
     name = kernel.__name__.rpartition(".")[2]
     source = Path(str(kernel.__file__)).with_name(f"{name}.c")
     command = [
-        *way.compiler, *flags, *(["-O2"] if way.emulation == "plain C" else []), f'-DKERNEL="{source}"', "-DFUNCTIONS=" + " ".join(f"FUNCTION({f})" for f in FUNCTIONS[kernel]),
+        *way.compiler, *flags, *(["-O1"] if way.emulation == "plain C" else []), f'-DKERNEL="{source}"', "-DFUNCTIONS=" + " ".join(f"FUNCTION({f})" for f in FUNCTIONS[kernel]),
         str(HERE / "driver.c"), "-o", str(folder / name), "-lm",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

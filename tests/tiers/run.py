@@ -116,7 +116,8 @@ def _random_case(kernel: ModuleType, chance: random.Random) -> cases.Case:
     """One of a kernel's calls without a comparison: results may be anything, as long as nothing is touched wrongly."""
     rows, inputs, dtype = chance.randint(0, 40), chance.randint(1, 200), chance.choice(cases.DTYPES)
     if kernel.__name__.endswith("int8"):
-        return cases.int8_results_of, (inputs, chance.randint(1, 200), rows, chance.random() < 0.5, dtype)
+        outputs, rank = chance.randint(1, 200), chance.choice((0, chance.randint(1, 40)))
+        return cases.int8_results_of, (inputs, outputs, rows, rank, chance.random() < 0.5, dtype)
     if kernel.__name__.endswith("dropout"):
         return cases.dropout_results_of, (rows, inputs, chance.randint(1, 40), dtype)
     kv_heads, lengths = chance.randint(1, 3), [chance.randint(0, 40) for _ in range(chance.randint(0, 4))]
