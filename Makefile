@@ -1,5 +1,5 @@
 # `make train` and `make test` do everything on a machine with Python 3.11 or newer and make.
-.PHONY: help train test faults check format bench docs clean
+.PHONY: help train test tiers sanitize faults check format bench docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,6 +15,12 @@ train: $(VENV)/train-ready  ## set up, fetch the quickstart model, and train it 
 
 test: $(VENV)/dev-ready  ## set up and run the tests (ARGS="-k name")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+tiers: $(VENV)/dev-ready  ## run the kernels of every instruction set, natively or emulated (ARGS="avx512 neon")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.tiers $(ARGS)
+
+sanitize: $(VENV)/dev-ready  ## run the kernels on random shapes under compilers' sanitizers (ARGS="avx2 --shapes 1000")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.tiers --sanitize $(ARGS)
 
 faults: $(VENV)/dev-ready  ## run the long tests of crashes, power cuts, full disks and damaged files (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/faults $(ARGS)

@@ -32,6 +32,7 @@ FUNCTIONS = {
     dropout: ("dropout", "dropout_down", "dropout_down_backward"),
 }
 FLAGS = (*(flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")), *build.OWN_THREADS)
+QUICK = (*FLAGS, "-O0")
 SANITIZED = (*FLAGS, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 MACROS = {
     "avx2": "__AVX2__", "avx_vnni": "__AVXVNNI__", "avx512f": "__AVX512F__", "avx512_vnni": "__AVX512VNNI__",
@@ -185,8 +186,9 @@ def _compile(way: Way, kernel: ModuleType, flags: tuple[str, ...], folder: Path)
     """The command of a kernel's program."""
     name = kernel.__name__.rpartition(".")[2]
     source = Path(str(kernel.__file__)).with_name(f"{name}.c")
+    level_1 = [flag.replace("-O3", "-O1") for flag in flags]  # enough for emulation, and compiled in less time
     command = [
-        *way.compiler, *flags, *(["-O1"] if way.emulation == "plain C" else []), f'-DKERNEL="{source}"', "-DFUNCTIONS=" + " ".join(f"FUNCTION({f})" for f in FUNCTIONS[kernel]),
+        *way.compiler, *(level_1 if way.emulation == "plain C" else flags), f'-DKERNEL="{source}"', "-DFUNCTIONS=" + " ".join(f"FUNCTION({f})" for f in FUNCTIONS[kernel]),
         str(HERE / "driver.c"), "-o", str(folder / name), "-lm",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

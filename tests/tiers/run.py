@@ -10,7 +10,7 @@ import torch
 
 from huarizo.kernels.tiers import TIERS, Tier
 from tests.tiers import cases
-from tests.tiers.drivers import FLAGS, FUNCTIONS, SANITIZED, Failure, kernels_of, on, way_of
+from tests.tiers.drivers import FLAGS, FUNCTIONS, QUICK, SANITIZED, Failure, kernels_of, on, way_of
 
 SEEDS = 20261126
 
@@ -33,7 +33,7 @@ class Outcome:
 
 
 def outcome_of(name: str, brief: bool = False) -> Outcome:
-    """The cases of a tier, of all its kernels."""
+    """The cases of a tier, of all its kernels; a few if `brief`."""
     tier = next(tier for tier in TIERS if tier.name == name)
     way = way_of(tier)
     if isinstance(way, str):
@@ -41,7 +41,7 @@ def outcome_of(name: str, brief: bool = False) -> Outcome:
     torch.set_num_threads(1)
     outcome, start, count = Outcome(tier), time.monotonic(), 0
     try:
-        with on(tier, way, FLAGS):
+        with on(tier, way, QUICK if brief else FLAGS):
             for kernel in kernels_of(tier):
                 for case in cases.CASES[kernel](brief):
                     _run_case(case, outcome)
