@@ -2,7 +2,9 @@
 
 import os
 import platform
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 
 import torch
@@ -22,13 +24,15 @@ FLOP_PER_TOKEN = 4 * TINYLLAMA_WEIGHTS  # forward and input gradient, 2 per mult
 OWN_THREADS = "threads of its own (the compiler has no OpenMP that torch shares)"
 HEAD_SIZE = 64  # of TinyLlama
 BUDGET = 0.4  # seconds to measure one precision's product
+PATIENCE = 7.0  # seconds to wait for torch's compiler
 VERSIONS = ("huarizo", "torch", "transformers", "peft")
 
 
 def diagnosis() -> dict[str, str]:
     """Lines to show, by title. Takes seconds: kernels are compiled while torch's compiler is tried, then measured."""
     on = device()
-    reason, kernels = _compile(on)
+    compiler = _tried_beside(on)
+    kernels = libraries("int8") if on.type == "cpu" else {}
     rates = product_rates(on, BUDGET)
     choice = choose_precision("auto", on, int8_gain)
     lines = {
@@ -37,7 +41,7 @@ def diagnosis() -> dict[str, str]:
         "memory": f"{available_memory(on) / 1e9:.1f} GB free",
         "versions": ", ".join(f"{package} {version(package)}" for package in VERSIONS)
         + f", Python {platform.python_version()}",
-        "compiler": f"none: {reason}; training runs uncompiled" if reason else "works: decoder layers are compiled",
+        "compiler": compiler(),
         **(_kernel_lines(kernels) if on.type == "cpu" else {}),
         "precision": f"auto takes {choice.precision}: {choice.reason}",
     }
@@ -49,13 +53,20 @@ def diagnosis() -> dict[str, str]:
     return lines
 
 
-def _compile(on: torch.device) -> tuple[str | None, dict[str, Library | str]]:
-    """Why torch can't compile (None if it can), and a CPU's kernels; both compile at the same time."""
-    if on.type != "cpu":
-        return why_not(on), {}
-    with ThreadPoolExecutor() as beside:
-        kernels = beside.submit(libraries, "int8")
-        return why_not(on), kernels.result()
+def _tried_beside(on: torch.device) -> Callable[[], str]:
+    """Try torch's compiler in a thread. The result waits for it, until PATIENCE is over, and says how it went."""
+    outcome: list[str | None] = []
+    trial = threading.Thread(target=lambda: outcome.append(why_not(on)), daemon=True)
+    ends = time.perf_counter() + PATIENCE
+    trial.start()
+
+    def describe_outcome() -> str:
+        trial.join(max(0.0, ends - time.perf_counter()))
+        if not outcome:
+            return f"not known after {PATIENCE:.0f} seconds of trying; a run tries it for longer"
+        return f"none: {outcome[0]}; training runs uncompiled" if outcome[0] else "works: decoder layers are compiled"
+
+    return describe_outcome
 
 
 def _kernel_lines(kernels: dict[str, Library | str]) -> dict[str, str]:

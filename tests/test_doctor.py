@@ -1,5 +1,6 @@
 """The doctor names the CPU's tier, the state of each kernel and the rate of each product, with what they mean."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -67,3 +68,13 @@ def test_a_card_has_no_kernels_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = doctor.diagnosis()
     assert "tier" not in lines and "int8 in C" not in lines
     assert lines["fp32 products"] == "95 GFLOP/s: at most 23 tokens/s of TinyLlama"
+
+
+def test_the_doctor_does_not_wait_for_a_slow_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(doctor, "PATIENCE", 0.1)
+    monkeypatch.setattr(doctor, "why_not", lambda on: released.wait(60) and None)
+    assert doctor.diagnosis()["compiler"].startswith("not known after 0 seconds")
+    released.set()
+    monkeypatch.setattr(doctor, "PATIENCE", 60)
+    assert doctor.diagnosis()["compiler"] == "works: decoder layers are compiled"

@@ -334,6 +334,15 @@ INLINE int word_at(const char *from)
     return word;
 }
 
+#if !defined(DOT_ROW) && !defined(DOT_OF_MATRICES)
+/* The sums of one row += its word, in all lanes of `left`, times the columns. */
+INLINE void dot_row(ints sum[TILE_VECTORS], ints left, const ints columns[TILE_VECTORS])
+{
+    UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
+        dot(&sum[j], left, columns[j]);
+}
+#endif
+
 #ifdef DOT_OF_MATRICES
 /* The sums of `rows` rows and the columns of a pass, over `depth` words of the operands. They begin with zero if `start`
  * isn't NULL, else with what is in `sums`. A product of matrices has its four sums in one vector: of rows 2 i and
@@ -385,8 +394,7 @@ INLINE void multiply(const int rows, int64_t depth, const char *left, int64_t st
             right += right_step;
             UNROLLED for (int i = 0; i < rows; i++) {
                 ints spread = set_int(word_at(at[i / 3] + i % 3 * stride + u * WORD));
-                UNROLLED for (int j = 0; j < TILE_VECTORS; j++)
-                    dot(&sum[i][j], spread, columns[j]);
+                dot_row(sum[i], spread, columns);
             }
         }
         UNROLLED for (int i = 0; i < (rows + 2) / 3; i++)
@@ -652,6 +660,14 @@ static void arrange_share(void *shared, int64_t thread, int64_t threads)
     }
 }
 
+/* Brings in all that the forward product reads, but for the panels. */
+static void prepare_share(void *shared, int64_t thread, int64_t threads)
+{
+    gather_share(shared, thread, threads);
+    if (ARRANGED)
+        arrange_share(shared, thread, threads);
+}
+
 /* Writes out [T, N] from x, quantised, row_scale and row_start. */
 int huarizo_int8_forward(const Call *call)
 {
@@ -679,10 +695,8 @@ int huarizo_int8_forward(const Call *call)
     p.row_start = row_start;
     place_left(&p, &space);
     p.space = space;
-    if (p.float_words || p.rank_words)
-        parallel(call->threads, gather_share, &p);
-    if (ARRANGED)
-        parallel(call->threads, arrange_share, &p);
+    if (p.float_words || p.rank_words || ARRANGED)
+        parallel(call->threads, prepare_share, &p);
     parallel(call->threads, run_share, &p);
     return OK;
 }

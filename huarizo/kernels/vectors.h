@@ -30,6 +30,7 @@
  *                                  dot_matrices, lower_halves, upper_halves, store_interleaved
  *     dot                          sum += in each lane, four products of bytes (the right ones unsigned with an OFFSET),
  *                                  or two of int16
+ *     dot_row                      `dot` with the columns of a tile, where it needs its own order (DOT_ROW as a macro)
  *     add_bytes                    adds 64 bytes to the lanes of a sum, in any order
  *     store_bytes                  4 * LANES int32 as bytes, saturated
  *     turn_block                   32 by 32 bytes from [8][32][4] to [8][32][4], the other dimension in words

@@ -115,13 +115,20 @@ enum { MATRICES = 0, PAIRS = 1, OFFSET = 0 };
 
 INLINE void dot(ints *sum, ints left, ints right)
 {
-#ifdef EMULATED
     *sum = *sum + (ints)_mm256_madd_epi16((__m256i)left, (__m256i)right);
-#else
-    ints product;
-    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(*sum), "=&v"(product) : "v"(left), "v"(right));
-#endif
 }
+
+#ifndef EMULATED
+#define DOT_ROW
+/* In this order, and with `left` as the place of the second product, a tile fits the 16 registers. */
+INLINE void dot_row(ints sum[TILE_VECTORS], ints left, const ints columns[TILE_VECTORS])
+{
+    ints product;
+    __asm__("vpmaddwd %4, %1, %0\n\tvpmaddwd %5, %1, %1\n\tvpaddd %0, %2, %2\n\tvpaddd %1, %3, %3"
+            : "=&v"(product), "+v"(left), "+v"(sum[0]), "+v"(sum[1])
+            : "v"(columns[0]), "v"(columns[1]));
+}
+#endif
 #endif
 
 INLINE ints add_bytes(ints sum, const int8_t *from)
