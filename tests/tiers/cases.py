@@ -175,8 +175,9 @@ def attention_states(
 
 def attention_results(states: Results, grad: torch.Tensor, cu_seqlens: torch.Tensor) -> Results:
     scale = states[0].shape[-1] ** -0.5
-    out, lse = attention_kernel.forward(*states, cu_seqlens, scale)
-    return [out, *attention_kernel.backward(grad, *states, out, lse, cu_seqlens, scale)]
+    q, k, v = states
+    out, lse = attention_kernel.forward(q, k, v, cu_seqlens, scale)
+    return [out, *attention_kernel.backward(grad, q, k, v, out, lse, cu_seqlens, scale)]
 
 
 def attention_results_of(heads: int, kv_heads: int, lengths: list[int], size: int, dtype: torch.dtype) -> Results:
@@ -191,9 +192,9 @@ def attention_equals_the_reference(
 ) -> Results:
     states, grad, cu_seqlens = attention_states(heads, kv_heads, lengths, size, dtype)
     results = attention_results(states, grad, cu_seqlens)
-    leaves = [state.double().requires_grad_() for state in states]
-    out = attention.reference(*leaves, cu_seqlens, size**-0.5)
-    expected = [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
+    q, k, v = (state.double().requires_grad_() for state in states)
+    out = attention.reference(q, k, v, cu_seqlens, size**-0.5)
+    expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.double())]
     for actual, exact in zip(results, expected, strict=True):
         near(actual, exact, ATTENTION[dtype])
     return []
