@@ -23,6 +23,7 @@ import torch
 
 from huarizo.kernels import build, int8
 from huarizo.kernels.build import Library
+from huarizo.machine import float_precision
 from huarizo.model.frozen.int8 import int8_product
 from huarizo.model.frozen.measure import product_rate
 
@@ -75,9 +76,12 @@ def int8_peak(library: Library) -> float:
     """The rate of the kernel's int8 instructions on operands in the closest cache (int8_peak.c)."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "int8_peak")
-        flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
+        flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")] + [*library.tier.options, "-pthread"]
         source = Path(__file__).with_name("int8_peak.c")
-        subprocess.run(["cc", *flags, *library.tier.options, "-pthread", source, "-o", program, "-lm"], check=True)
+        subprocess.run(
+            [build.find_compiler() or "cc", *flags, source, "-o", program, "-lm"],
+            check=True,
+        )
         return float(subprocess.run([program, str(torch.get_num_threads())], capture_output=True, check=True).stdout)
 
 
@@ -91,7 +95,7 @@ def gflops(config: dict[str, Any], tokens: int, device: torch.device) -> dict[st
     for name, dtype in DTYPES.items():
         operations = taken = 0.0
         library = int8.library() if name == "int8" and device.type == "cpu" else ""
-        if isinstance(library, Library):
+        if isinstance(library, Library) and int8.reason_against(DTYPES[float_precision(device)]) is None:
             rates[name] = int8_peak(library)
             continue
         try:

@@ -1,4 +1,4 @@
-"""Tokens a second of LoRA training: the tutorial's Trainer, stock bf16, TRL and Huarizo, on the same rows.
+"""Tokens a second of LoRA training: the tutorial's Trainer, the same at its best, TRL and Huarizo, on the same rows.
 
     python benchmarks/train_speed.py --model quickstart --data FILE [--steps N] [--rounds R] [--write]
     python benchmarks/train_speed.py --model tinyllama-shape --tokenizer FOLDER --data FILE

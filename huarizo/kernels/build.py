@@ -35,6 +35,7 @@ FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 OPENMP, OWN_THREADS = ("-fopenmp",), ("-pthread", "-Wno-unknown-pragmas")
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 INSTALL = "xcode-select --install" if sys.platform == "darwin" else "apt install g++, or dnf install gcc-c++"
+OPENMP_RUNTIME = re.compile(rb"lib(?:gomp|i?omp)[\w-]*(?:\.[\w-]+)*")
 TIME_LIMIT = 120  # seconds for one compilation
 
 
@@ -53,18 +54,22 @@ class _Unusable(Exception):
 
 
 @functools.cache
-def load(name: str, call: type[ctypes.Structure]) -> Library | str:
+def load(name: str, call: type[ctypes.Structure], multiplies_int8: bool = False) -> Library | str:
     """The library compiled from `{name}.c`, from the cache if possible, or the reason why there is none.
 
     call: the binding's counterpart of the struct that the library's functions take; both must have the same size.
+    multiplies_int8: whether it needs a tier with an int8 product.
     """
     if not tiers():
         return "this CPU has no vector instructions that the kernels know"
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    able = [tier for tier in tiers() if tier.int8_product or not multiplies_int8]
+    if not able:
+        return f"no int8 product for this CPU ({tiers()[0].name})"
+    compiler = find_compiler()
     if compiler is None:
         return f"no C compiler: none of {', '.join(COMPILERS)} is on the PATH. Install one: {INSTALL}"
     reason = ""
-    for tier in tiers():
+    for tier in able:
         for threads in (OPENMP, OWN_THREADS):
             try:
                 file = _compiled(Path(__file__).with_name(f"{name}.c"), compiler, (*FLAGS, *tier.options, *threads))
@@ -78,6 +83,11 @@ def load(name: str, call: type[ctypes.Structure]) -> Library | str:
             except OSError as error:
                 return f"no kernel from {compiler}: {error}"
     return reason
+
+
+def find_compiler() -> str | None:
+    """The C compiler that builds the kernels; None if there is none."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def _first_error(printed: str) -> str:
@@ -142,7 +152,7 @@ def _make_own(folder: Path) -> None:
         if found.st_mode & OTHERS_WRITE:
             place.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS_WRITE)
             for library in folder.glob("*.so"):
-                library.unlink()
+                library.unlink(missing_ok=True)  # other threads do the same
 
 
 def _run(command: list[str], scratch: Path) -> str:
@@ -158,13 +168,16 @@ def _loaded(library: Path, call: type[ctypes.Structure]) -> ctypes.CDLL:
     """Load the library.
 
     Raises:
-        _Unusable: its `Call` has another size than the binding's, or it loads a second OpenMP runtime, which would
-            compete with torch's for the cores.
+        _Unusable: it can't be loaded; its `Call` has another size than the binding's; or it needs another OpenMP
+            runtime than torch, which would compete with torch's for the cores. Such a library is not loaded.
     """
-    before = _openmp_runtimes()
-    loaded = ctypes.CDLL(str(library))
-    if more := sorted(set(_openmp_runtimes()) - set(before)):
-        raise _Unusable(f"the compiler uses another OpenMP runtime than torch: {', '.join(more)}")
+    needed = {name.decode() for name in OPENMP_RUNTIME.findall(library.read_bytes())}
+    if other := sorted(needed - {Path(file).name for file in _openmp_runtimes()[:1]}):
+        raise _Unusable(f"the compiler uses another OpenMP runtime than torch: {', '.join(other)}")
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise _Unusable(str(error)) from None
     size = loaded.huarizo_call_size
     size.restype = ctypes.c_int64
     if size() != ctypes.sizeof(call):

@@ -82,20 +82,17 @@ def down_backward(
     return grad_x, grad_weight
 
 
-def up_backward(
-    grad: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of h [T, r], in its dtype, and of weight, float32 [N, r], from that of y = scale h weight', [T, N].
+def up_backward(grad: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of h [T, r], in its dtype, and of weight, float32 [N, r], from that of y = h weight', [T, N].
 
     They are products of the kind of `down`, without a dropout, with the gradient in place of x.
     """
     places = torch.empty(len(grad), dtype=torch.int32)  # nothing is dropped, so they don't matter
-    grad_weight = torch.empty_like(weight.t(), memory_format=torch.contiguous_format)
     across = weight.t().contiguous()
-    grad_h = h.new_empty(h.shape)
-    _run("dropout_down", grad, places, (0, 0, scale), weight=across, h=grad_h)
-    _run("dropout_down_backward", grad, places, (0, 0, scale), weight=across, h=h.contiguous(), grad=grad_weight)
-    return grad_h, grad_weight.t()
+    grad_h, grad_across = h.new_empty(h.shape), torch.empty_like(across)
+    _run("dropout_down", grad, places, (0, 0, 1.0), weight=across, h=grad_h)
+    _run("dropout_down_backward", grad, places, (0, 0, 1.0), weight=across, h=h.contiguous(), grad=grad_across)
+    return grad_h, grad_across.t()
 
 
 def _run(

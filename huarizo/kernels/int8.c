@@ -1,33 +1,32 @@
 /* The products of a frozen int8 linear layer and the operations around them.
  *
  *     quantise  q = round(z / s) with z = rotate(x * factor) and s = max|z| / 127 of a row
- *     forward   y = rotate((q W') * s * scale) + x_F F' + h (up_scale B)' + bias
+ *     forward   y = rotate((q W') * s * scale) + x_F F' + h B' + bias
  *     backward  g_x = rotate((q W) * s) * factor, with q and s of z = rotate(g) * scale, rounded stochastically
  *
  * W is int8 [N, K], one copy for both directions; F, the float weight, is [N, k]; h [T, r] and B [N, r] are those of a
- * LoRA; rotate multiplies each block of
- * COLUMNS neighbours in a row by the Hadamard matrix, computed as sums and differences of pairs. The reference in plain
- * torch is huarizo/model/frozen/int8.py.
+ * LoRA; rotate multiplies each block of COLUMNS neighbours in a row by the Hadamard matrix, computed as sums and
+ * differences of pairs. The reference in plain torch is huarizo/model/frozen/int8.py.
  *
  * The weight is stored in panels of COLUMNS outputs, [panel][word][COLUMNS], as unsigned bytes with 128 added. A word is
  * four neighbours along the depth in int8, two in bf16 and one in fp32. What multiplies it depends on the instruction
  * set (vectors.h):
  *
- *     OFFSET  words of the left operand, signed, are multiplied by the unsigned words of the panel as it is stored;
- *             every sum starts from -128 times the sum of the quantised row (vpdpbusd)
- *     PAIRS   both operands are widened to int16, in words of two (vpmaddwd)
- *     MATRICES  the panel is made signed; words of two rows and of two columns, eight numbers deep, are multiplied as
- *             matrices (smmla)
- *     else    the panel is made signed (sdot)
+ *     OFFSET    words of the left operand, signed, are multiplied by the unsigned words of the panel as it is stored;
+ *               every sum starts from -128 times the sum of the quantised row (vpdpbusd)
+ *     PAIRS     both operands are widened to int16, in words of two (vpmaddwd)
+ *     MATRICES  the panel is made signed; two rows and two columns, eight numbers deep, are multiplied as matrices (smmla)
+ *     else      the panel is made signed (sdot)
  *
  * A tile is TILE_ROWS rows times TILE_VECTORS vectors of columns, with the sums in registers. Up to DEPTH_BLOCK words of
  * its columns stay in the closest cache for a block of rows. Panels that must be changed first, as all of the backward
- * product must, are brought in by groups that fit a core's own cache. Complete sums are converted to fp32, scaled and rotated; the float channels and the bias are
- * added; and the result is rounded once, when it is stored.
+ * product must, are brought in by groups that fit a core's own cache. Complete sums are converted to fp32, scaled and rotated; the
+ * float channels, the LoRA's term and the bias are added; and the result is rounded once, when it is stored.
  *
  * The tiles of a call are numbered panel by panel, and every thread takes an equal share of consecutive ones. Integer
  * sums are exact, and every number of the result is computed in the same order on any thread, so results are
- * bit-identical for any number of threads; in fp32 also for any instruction set. A row with a NaN or an infinity gets
+ * bit-identical for any number of threads; in fp32 also for any instruction set, given the same
+ * h. A row with a NaN or an infinity gets
  * the scale NaN and a result of NaNs.
  */
 
@@ -74,7 +73,6 @@ typedef struct {
     const float *up; /* [N, r] */
     char *out;
     int64_t rank; /* r */
-    float up_scale;
     int32_t bf16, threads;
 } Call;
 
@@ -242,7 +240,7 @@ static void quantise_share(void *shared, int64_t thread, int64_t threads)
 INLINE int64_t panel_bytes(int64_t words) { return words * COLUMNS * WORD; } /* as stored */
 
 /* The depth of an operand in words of the weight: a PAIRS operand has the lower and then the upper pairs of LANES words
- * at a time. */
+ * at a time. What a panel lacks to that is not written: there the left operand is zero. */
 INLINE int64_t operand_words(int64_t words) { return PAIRS ? padded(words, LANES) : words; }
 
 INLINE int64_t operand_bytes(int64_t words) { return operand_words(words) * COLUMNS * WORD * WIDE; } /* of a panel */
@@ -293,18 +291,6 @@ INLINE void bring_in(char *operand, const char *words, int64_t from, int64_t to,
 
 /* Bytes from a row of PAIRS to the next: an odd number of cache lines, so that rows spread over the cache. */
 INLINE int64_t pairs_stride(int64_t words) { return padded(operand_words(words) * WORD * WIDE, LINE) | LINE; }
-
-/* The operand of the panel at `panel` of the weight, for the forward product. */
-static void bring_in_panel(char *operand, const char *panel, int64_t words)
-{
-    bring_in(operand, panel, 0, words, words);
-    for (int64_t k = words; k < operand_words(words); k++) /* only with PAIRS */
-        UNROLLED for (int j = 0; j < VECTORS; j++) {
-            char *pass = operand + j / TILE_VECTORS * operand_words(words) * PASS * WORD * 2;
-            char *at = pass + ((k / LANES * 2 * LANES + k % LANES) * PASS + j % TILE_VECTORS * LANES) * WORD;
-            widen(set_int(0), at, at + LANES * PASS * WORD);
-        }
-}
 
 /* The operand of the backward product that starts at column `at`. Its depth is `panels` panels of the weight, whose
  * depth is `words`. */
@@ -435,7 +421,7 @@ typedef struct {
     const float *row_scale;
     const float *before, *after; /* factors per column: before the rotation in forward, after it in backward; else NULL */
     const int32_t *row_start;    /* [T in units] */
-    char *floats, *h, *up; /* the float channels, [T, float_words]; h, [T, rank_words]; panels of up_scale B */
+    char *floats, *h, *up; /* the float channels, [T, float_words]; h, [T, rank_words]; panels of B */
     const char *bias;   /* NULL in backward and without a bias */
     char *space;        /* of each thread: a group of panels that are brought in */
 } Product;
@@ -553,7 +539,7 @@ static void run_share(void *shared, int64_t thread, int64_t threads)
                 bring_in_columns(space + i * size, weight, (panel + i) * COLUMNS, p->words / (COLUMNS / WORD),
                                  padded(p->columns, COLUMNS) / WORD);
             else
-                bring_in_panel(space + i * size, weight + (panel + i) * panel_bytes(p->words), p->words);
+                bring_in(space + i * size, weight + (panel + i) * panel_bytes(p->words), 0, p->words, p->words);
         tiles(p, as_stored ? weight + panel * size : space, size, count, panel * COLUMNS, row, end);
         at += (count - 1) * units + end - row;
     }
@@ -577,7 +563,7 @@ int huarizo_int8_quantise(const Call *call)
     return OK;
 }
 
-/* LANES numbers of column `rank` of up_scale B, from row `at` on: as fp32, or as bf16 in the lower halves. */
+/* LANES numbers of column `rank` of B, from row `at` on: as fp32, or as bf16 in the lower halves. */
 INLINE ints up_column(const Call *call, int64_t rank, int64_t at)
 {
     int64_t count = rank < call->rank ? call->outputs - at : 0;
@@ -585,11 +571,11 @@ INLINE ints up_column(const Call *call, int64_t rank, int64_t at)
         return set_int(0);
     float numbers[LANES] = {0};
     for (int64_t i = 0; i < least(LANES, count); i++)
-        numbers[i] = call->up[(at + i) * call->rank + rank] * call->up_scale;
+        numbers[i] = call->up[(at + i) * call->rank + rank];
     return call->bf16 ? round_halves(load_vec(numbers)) : load_ints(numbers);
 }
 
-/* Gathers the float channels and h of the share of `thread`, and packs its panels of up_scale B. */
+/* Gathers the float channels and h of the share of `thread`, and packs its panels of B. */
 static void gather_share(void *shared, int64_t thread, int64_t threads)
 {
     const Product *p = shared;

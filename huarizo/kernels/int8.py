@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from huarizo.host import cpu_flags
 from huarizo.kernels import build
 from huarizo.kernels.call import address, run
-from huarizo.kernels.tiers import tiers
 
 LINE = 64  # bytes of a cache line
 COLUMNS = 32  # of a panel
@@ -44,7 +43,6 @@ class Call(ctypes.Structure):
         ("up", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("rank", ctypes.c_int64),
-        ("up_scale", ctypes.c_float),
         ("bf16", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
@@ -52,7 +50,7 @@ class Call(ctypes.Structure):
 
 def library() -> build.Library | str:
     """The library compiled from int8.c, or the reason why there is none."""
-    return build.load("int8", Call)
+    return build.load("int8", Call, multiplies_int8=True)
 
 
 @functools.cache
@@ -62,8 +60,6 @@ def reason_against(dtype: torch.dtype) -> str | None:
         return f"there is no kernel for {dtype}"
     if "amx_int8" in cpu_flags():
         return "torch uses this CPU's AMX, which multiplies faster"
-    if tiers() and tiers()[0].int8_product is None:
-        return f"no int8 product for this CPU ({tiers()[0].name})"
     found = library()
     return found if isinstance(found, str) else None
 
@@ -126,19 +122,18 @@ def forward(
     outputs: int,
     h: torch.Tensor | None = None,
     up: torch.Tensor | None = None,
-    up_scale: float = 1.0,
 ) -> torch.Tensor:
     """[T, N] in the dtype of x, from the results of `quantise`. weight: `packed` int8; scale: float32 [N padded].
 
     x [T, K] is read only for the float channels; float_channels: int64 [k]; float_weight: `packed`; bias: [N].
-    h: [T, r] in the dtype of x, and up: float32 [N, r], of a LoRA: up_scale h up' is added.
+    h: [T, r] in the dtype of x, and up: float32 [N, r], of a LoRA: h up' is added.
     """
     out = x.new_empty(x.shape[0], outputs)
     rows = {"quantised": quantised, "row_scale": row_scale, "row_start": row_start}
     floats = {"float_channels": float_channels, "float_weight": float_weight}
     low_rank = {"h": None if h is None else h.contiguous(), "up": None if up is None else up.contiguous()}
     of_layer = {"weight": weight, "scale": scale, "bias": bias, **floats}
-    _run("int8_forward", x, x.shape[1], outputs, up_scale, **rows, **of_layer, **low_rank, out=out)
+    _run("int8_forward", x, x.shape[1], outputs, **rows, **of_layer, **low_rank, out=out)
     return out
 
 
@@ -156,7 +151,6 @@ def _(
     outputs: int,
     h: torch.Tensor | None = None,
     up: torch.Tensor | None = None,
-    up_scale: float = 1.0,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], outputs)
 
@@ -177,15 +171,15 @@ def _(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smo
     return grad.new_empty(grad.shape[0], inverse_smoothing.shape[0])
 
 
-def _run(
-    function: str, x: torch.Tensor, inputs: int, outputs: int, up_scale: float = 1.0, **tensors: torch.Tensor | None
-) -> None:
+def _run(function: str, x: torch.Tensor, inputs: int, outputs: int, **tensors: torch.Tensor | None) -> None:
     """inputs, outputs: K and N; tensors: the fields of `Call` that the function reads or writes."""
     x = x if x.stride(1) == 1 else x.contiguous()  # keeps it alive until C returns
     rows, float_channels = x.shape[0], tensors.get("float_channels")
     floats = 0 if float_channels is None else float_channels.shape[0]
     up = tensors.get("up")
     rank = 0 if up is None else up.shape[1]
+    if not inputs or (not outputs and function != "int8_quantise"):
+        raise ValueError(f"{function} wants channels, not {inputs} inputs and {outputs} outputs")
     panels, each, stride = -(-outputs // COLUMNS), WORD // x.element_size(), stride_of(inputs)
     wanted = {
         "quantised": (torch.int8, rows, stride),
@@ -204,7 +198,7 @@ def _run(
     call = Call(
         rows=rows, inputs=inputs, outputs=outputs, floats=floats, x_stride=x.stride(0) * x.element_size(),
         quantised_stride=stride, x=x.data_ptr(), bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(),
-        rank=rank, up_scale=up_scale,
+        rank=rank,
         **{name: address(function, tensor, *wanted[name]) for name, tensor in tensors.items()},
     )  # fmt: skip
     run(library(), function, call)

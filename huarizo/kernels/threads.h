@@ -9,7 +9,7 @@ typedef void Work(void *shared, int64_t thread, int64_t threads);
 
 #ifdef _OPENMP
 
-int omp_get_thread_num(void); /* declared here, because Apple's compiler has no omp.h */
+int omp_get_thread_num(void); /* declared here, because clang may lack omp.h */
 int omp_get_num_threads(void);
 
 static void parallel(int64_t threads, Work *work, void *shared)

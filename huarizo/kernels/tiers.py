@@ -31,7 +31,11 @@ class Tier:
 
 AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-AVX512_OPTIONS = ("-march=skylake-avx512", "-mprefer-vector-width=512")
+AVX2_OPTIONS = ("-mavx2", "-mfma", "-mf16c", "-mtune=haswell")
+AVX512_OPTIONS = (
+    *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *("-mtune=skylake-avx512", "-mprefer-vector-width=512"),
+)
 
 TIERS = (
     Tier(
@@ -47,10 +51,10 @@ TIERS = (
     ),
     Tier(
         name="avx_vnni", machine="x86_64", needs=AVX2 | {"avx_vnni"},
-        options=("-march=haswell", "-mavxvnni"), int8_product="vpdpbusd, 256 bit",
+        options=(*AVX2_OPTIONS, "-mavxvnni"), int8_product="vpdpbusd, 256 bit",
     ),
     Tier(
-        name="avx2", machine="x86_64", needs=AVX2, options=("-march=haswell",), int8_product="vpmaddwd, 256 bit",
+        name="avx2", machine="x86_64", needs=AVX2, options=AVX2_OPTIONS, int8_product="vpmaddwd, 256 bit",
     ),
     Tier(
         name="neon_i8mm", machine="aarch64", needs=frozenset({"asimd", "asimddp", "i8mm", "bf16"}),

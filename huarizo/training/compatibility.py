@@ -24,7 +24,12 @@ from huarizo.recipe_file import parse_yaml
 from huarizo.training.checkpoint import Checkpoint
 
 LIBRARIES = ("huarizo", "torch", "transformers", "peft", "accelerate")
-INSTRUCTIONS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
+INSTRUCTIONS = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"} | {
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+}
 """CPU flags that select the code paths of torch and the C kernels, and so affect rounding."""
 
 
@@ -72,7 +77,7 @@ REPORTED = {
     "activation_checkpointing": "activation checkpointing",
 }
 """Facts that affect rounding, each with its name in messages."""
-OF_ANOTHER = {"tier": " (products of int8 are the same; sums in fp32 are added in another order)"}
+OF_ANOTHER = {"tier": " (products of int8 are the same; others may be rounded differently)"}
 """What differs where a fact does, if that can be said."""
 
 

@@ -16,7 +16,7 @@ import torch
 
 from huarizo.kernels import attention as attention_kernel
 from huarizo.kernels import build, dropout, int8
-from huarizo.kernels.tiers import Tier, tiers
+from huarizo.kernels.tiers import TIERS, Tier, tiers
 from huarizo.model import attention
 from tests.model.test_attention import boundaries, in_c, random_states, value_and_gradients
 
@@ -162,14 +162,41 @@ def test_a_compiler_without_openmp_builds_for_threads_of_its_own(
 
 
 def test_a_second_openmp_runtime_makes_threads_of_its_own(
+    cache: Path, programs: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clang's, which is not torch's: it is never loaded, so that it is refused for each kernel."""
+    script = (programs / "cc").read_text().removeprefix("#!/bin/sh\n")
+    compiler(
+        programs, f'case " $* " in *" -fopenmp "*) needs=libomp.so.5;; esac; {script} printf "\\0$needs\\0" >> "$2"'
+    )
+    opened = []
+    monkeypatch.setattr(build, "_openmp_runtimes", lambda: ["/torch/lib/libgomp.so.1"])
+    monkeypatch.setattr(
+        build.ctypes, "CDLL", lambda file: opened.append(Path(file)) or SimpleNamespace(huarizo_call_size=Sized())
+    )
+    for name in ("attention", "dropout"):
+        library = load(name)
+        assert isinstance(library, build.Library) and not library.openmp
+    assert len(opened) == 2 and not any(b"libomp" in file.read_bytes() for file in opened)
+
+
+def test_a_library_that_can_not_be_loaded_is_made_in_another_way(
     cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As clang's, which is not torch's."""
-    seen = [["torch's"], ["torch's"], ["torch's", "another"], ["torch's"], ["torch's"]]
-    monkeypatch.setattr(build, "_openmp_runtimes", lambda: seen.pop(0))
-    monkeypatch.setattr(build.ctypes, "CDLL", lambda file: SimpleNamespace(huarizo_call_size=Sized()))
-    library = load("attention")
-    assert isinstance(library, build.Library) and not library.openmp and not seen
+    monkeypatch.setattr(build, "tiers", lambda: (SOME_TIER, LOWER_TIER))
+
+    def refuse(file: str) -> None:
+        raise OSError("libmissing.so: cannot open shared object file")
+
+    monkeypatch.setattr(build.ctypes, "CDLL", refuse)
+    assert load("attention") == "libmissing.so: cannot open shared object file"
+    assert made.read_text() == "x\n" * 4, "two tiers, each with OpenMP and without"
+
+
+def test_int8_needs_a_tier_that_multiplies_it(cache: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "tiers", lambda: (next(tier for tier in TIERS if tier.name == "neon"),))
+    assert int8.library() == "no int8 product for this CPU (neon)"
+    assert not made.exists(), "nothing is compiled"
 
 
 @pytest.mark.parametrize("damage", ["the library", "the digest", "no digest", "cut"])

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from huarizo.kernels import int8 as kernel
-from huarizo.kernels.tiers import TIERS
 from huarizo.model.frozen.int8 import BLOCK, Int8Linear, quantise, reference, reference_gradient, rotated
 from huarizo.model.frozen.linear import LowRank
 
@@ -171,11 +170,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_other_cpus_leave_the_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason_against = kernel.reason_against.__wrapped__
-    monkeypatch.setattr(kernel, "tiers", lambda: (next(tier for tier in TIERS if tier.name == "neon"),))
-    assert "no int8 product for this CPU (neon)" in str(reason_against(torch.float32))
     monkeypatch.setattr(kernel, "cpu_flags", lambda: {"avx512_vnni", "amx_int8"})
-    assert "AMX" in str(reason_against(torch.bfloat16))
+    assert "AMX" in str(kernel.reason_against.__wrapped__(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,16 +207,16 @@ def test_the_compiler_sees_the_right_shapes() -> None:
 @pytest.mark.parametrize("shape", [(65, 33), (64, 64), (100, 700)])
 @pytest.mark.parametrize("rank", [1, 2, 3, 8, 33])
 def test_the_term_of_a_lora_is_added(rank: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    layer, scale = layer_of(*shape, dtype, bias=True), 2.5
+    layer = layer_of(*shape, dtype, bias=True)
     x, grad = torch.randn(13, shape[0]).to(dtype), torch.randn(13, shape[1]).to(dtype)
     h, up = torch.randn(13, rank).to(dtype).requires_grad_(), torch.randn(shape[1], rank).requires_grad_()
-    y = layer(x, LowRank(h, up, scale))
+    y = layer(x, LowRank(h, up))
     tolerance = 5e-3 if dtype == torch.bfloat16 else 2e-3
-    expected = reference(x, layer) + scale * h.detach().double() @ up.detach().double().t()
+    expected = reference(x, layer) + h.detach().double() @ up.detach().double().t()
     assert (y.double() - expected).norm() <= tolerance * expected.norm()
     y.backward(grad)
     for actual, product in (
-        (h.grad, scale * grad.double() @ up.detach().double()),
-        (up.grad, scale * grad.double().t() @ h.detach().double()),
+        (h.grad, grad.double() @ up.detach().double()),
+        (up.grad, grad.double().t() @ h.detach().double()),
     ):
         assert (actual.double() - product).norm() <= tolerance * product.norm()

@@ -23,7 +23,7 @@ THREADS = (1, 2, 3, 4, 7)
 BAD = (float("nan"), float("inf"))
 # the norm of what may be wrong over the norm of what is right: a few roundings of the dtype, and of attention's sums
 INT8 = {torch.bfloat16: 3e-3, torch.float32: 1e-6}
-LORA = {torch.bfloat16: 5e-3, torch.float32: 1e-6}  # scale B is rounded as well
+LORA = {torch.bfloat16: 5e-3, torch.float32: 1e-6}  # B is rounded as well
 FAR = 3e-2  # of an int8 row with other integers
 ATTENTION = {torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps, torch.float32: 16 * torch.finfo(torch.float32).eps}
 DROPOUT = {torch.bfloat16: 4e-3, torch.float32: 1e-6}
@@ -86,7 +86,7 @@ def int8_results(layer: Int8Linear, x: torch.Tensor, grad: torch.Tensor) -> Resu
 
 
 def low_rank_of(rows: int, outputs: int, rank: int, dtype: torch.dtype) -> LowRank:
-    return LowRank(torch.randn(rows, rank).to(dtype), torch.randn(outputs, rank), 0.5)
+    return LowRank(torch.randn(rows, rank).to(dtype), torch.randn(outputs, rank))
 
 
 def int8_results_of(inputs: int, outputs: int, rows: int, rank: int, bias: bool, dtype: torch.dtype) -> Results:
@@ -112,12 +112,12 @@ def int8_equals_the_reference(inputs: int, outputs: int, rows: int, dtype: torch
 def int8_with_a_lora(rows: int, rank: int, dtype: torch.dtype) -> Results:
     """The term of a LoRA is added, and has its gradients."""
     layer, x, grad = layer_of(65, 71, dtype), torch.randn(rows, 65).to(dtype), torch.randn(rows, 71).to(dtype)
-    h, up, scale = low_rank = low_rank_of(rows, 71, rank, dtype)
+    h, up = low_rank = low_rank_of(rows, 71, rank, dtype)
     y, (grad_h, grad_up) = layer(x, low_rank), dropout_kernel.up_backward(grad, *low_rank)
     exact_h, exact_up = h.double(), up.to(dtype).double()
-    near_by_rows(y, reference(x, layer) + scale * exact_h @ exact_up.t(), LORA[dtype])
-    near(grad_h, scale * grad.double() @ exact_up, DROPOUT[dtype])
-    near(grad_up, scale * grad.double().t() @ exact_h, DROPOUT[torch.float32])
+    near_by_rows(y, reference(x, layer) + exact_h @ exact_up.t(), LORA[dtype])
+    near(grad_h, grad.double() @ exact_up, DROPOUT[dtype])
+    near(grad_up, grad.double().t() @ exact_h, DROPOUT[torch.float32])
     return [y] if dtype == torch.float32 else []
 
 

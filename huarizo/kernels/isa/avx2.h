@@ -1,4 +1,4 @@
-/* AVX2 with FMA. See vectors.h and int8_products.h. */
+/* AVX2 with FMA. See vectors.h. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -100,7 +100,7 @@ INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HAL
 INLINE ints round_halves(vec x) { return rounded_in_software(x); }
 #define STORE_PAIRS_IN_SOFTWARE
 
-/* int8: see int8.c. Inline assembly, because gcc 12 reorders the sums of a tile, and spills them. */
+/* int8: see int8.c. */
 enum { TILE_ROWS = 6, TILE_VECTORS = 2, TILE_UNIT = 2, FINISHED_ROWS = 3, DEPTH_BLOCK = 384, TILES_TOGETHER = 16 };
 
 #ifdef __AVXVNNI__
@@ -120,7 +120,7 @@ INLINE void dot(ints *sum, ints left, ints right)
 
 #ifndef EMULATED
 #define DOT_ROW
-/* In this order, and with `left` as the place of the second product, a tile fits the 16 registers. */
+/* Inline assembly, because gcc 12 reorders the sums of a tile, and spills them. In this order, and with `left` as the place of the second product, a tile fits the 16 registers. */
 INLINE void dot_row(ints sum[TILE_VECTORS], ints left, const ints columns[TILE_VECTORS])
 {
     ints product;

@@ -1,4 +1,4 @@
-/* AVX512 with BW, DQ and VL; VNNI and BF16 where the tier has them. See vectors.h and int8_products.h. */
+/* AVX512 with BW, DQ and VL; VNNI and BF16 where the tier has them. See vectors.h. */
 
 #include <immintrin.h>
 

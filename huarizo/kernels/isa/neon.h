@@ -1,4 +1,4 @@
-/* Arm's Advanced SIMD (NEON), with DotProd, I8MM and BF16 where the tier has them. See vectors.h and int8_products.h. */
+/* Arm's Advanced SIMD (NEON), with DotProd, I8MM and BF16 where the tier has them. See vectors.h. */
 
 #include <arm_neon.h>
 

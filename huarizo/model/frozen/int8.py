@@ -128,54 +128,50 @@ class Int8Weight(NamedTuple):
 
 
 class _Int8Product(torch.autograd.Function):
-    """y = x W' + b + scale h up', with gradients for x, h and up; a packed weight is multiplied by the kernel."""
+    """y = x W' + b + h up', with gradients for x, h and up; a packed weight is multiplied by the kernel."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, h: torch.Tensor | None, up: torch.Tensor | None, scale: float, *parts: Any
+        ctx: Any, x: torch.Tensor, h: torch.Tensor | None, up: torch.Tensor | None, *parts: Any
     ) -> torch.Tensor:
         w = Int8Weight(*parts)
         ctx.save_for_backward(w.weight, w.scale, w.inverse_smoothing, h, up)
-        ctx.up_scale = scale
         if is_packed(w.weight):
             rows, of_layer = kernel.quantise(x, w.input_scale), (w.float_channels, w.float_weight, w.bias, w.outputs)
-            return kernel.forward(*rows, w.weight, w.scale, x, *of_layer, h, up, scale)
+            return kernel.forward(*rows, w.weight, w.scale, x, *of_layer, h, up)
         x_int8, x_scale = quantise_rows(rotated(x.float() * w.input_scale))
         y = rotated(int8_product(x_int8, w.weight.t()).float() * x_scale * w.scale)[:, : w.outputs]
         y = y + F.linear(x[:, w.float_channels], w.float_weight, w.bias).float()
         if h is not None and up is not None:
-            y = y + LowRank(h, up, scale).product().float()
+            y = y + LowRank(h, up).product().float()
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *of_layer, h, up = ctx.saved_tensors
         grad_h = grad_up = None
-        if h is not None:
+        if h is not None and any(ctx.needs_input_grad[1:3]):
             in_c = is_packed(of_layer[0]) and up.shape[1] <= THIN and thin.reason_against(h.dtype) is None
             gradients = up_backward if in_c else _up_backward_in_torch
-            grad_h, grad_up = gradients(grads[0], h, up, ctx.up_scale)
-        return input_gradient(grads[0], *of_layer), grad_h, grad_up, None, *(None for _ in Int8Weight._fields)
+            grad_h, grad_up = gradients(grads[0], h, up)
+        grad_x = input_gradient(grads[0], *of_layer) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_h, grad_up, *(None for _ in Int8Weight._fields)
 
 
 @torch.library.custom_op("huarizo::up_backward", mutates_args=())
-def up_backward(
-    grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of h [T, r] and up [N, r] from that of scale h up', [T, N]."""
-    return thin.up_backward(grad, h, up, scale)
+def up_backward(grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of h [T, r] and up [N, r] from that of h up', [T, N]."""
+    return thin.up_backward(grad, h, up)
 
 
 @up_backward.register_fake
-def _(grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _(grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(h, memory_format=torch.contiguous_format), up.new_empty(up.shape[::-1]).t()
 
 
-def _up_backward_in_torch(
-    grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _up_backward_in_torch(grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `up_backward`."""
-    return grad @ (up * scale).to(grad.dtype), (grad.t() @ h).float() * scale
+    return grad @ up.to(grad.dtype), (grad.t() @ h).float()
 
 
 def input_gradient(
@@ -192,8 +188,8 @@ def input_gradient(
 @traced_as_one
 def int8_linear(x_TK: torch.Tensor, weight: Int8Weight, low_rank: LowRank | None) -> torch.Tensor:
     """[T, K] -> [T, N] in the dtype of x, differentiable in x and the low-rank term."""
-    h, up, scale = low_rank or (None, None, 1.0)
-    return _Int8Product.apply(x_TK, h, up, scale, *weight)  # pyright: ignore[reportReturnType]
+    h, up = low_rank or (None, None)
+    return _Int8Product.apply(x_TK, h, up, *weight)  # pyright: ignore[reportReturnType]
 
 
 def is_packed(weight: torch.Tensor) -> bool:

@@ -17,17 +17,16 @@ from torch import nn
 
 
 class LowRank(NamedTuple):
-    """The term scale h up' that a LoRA adds to a layer's output, differentiable in h and up."""
+    """The term h up' that a LoRA adds to a layer's output, differentiable in h and up."""
 
     h: torch.Tensor
     """[..., r], in the dtype of the activations."""
     up: torch.Tensor
-    """float32 [N, r]."""
-    scale: float
+    """float32 [N, r], with the LoRA's scale."""
 
     def product(self) -> torch.Tensor:
         """[..., N], in the dtype of h."""
-        return F.linear(self.h, (self.up * self.scale).to(self.h.dtype))
+        return F.linear(self.h, self.up.to(self.h.dtype))
 
 
 class FrozenLinear(nn.Module, abc.ABC):

@@ -78,15 +78,14 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
         terms = [self._term(name, x) for name in names]
         if len(terms) <= 1:
             return terms[0] if terms else None
-        ups = [term.up * term.scale for term in terms]
-        return LowRank(torch.cat([term.h for term in terms], -1), torch.cat(ups, -1), 1.0)
+        return LowRank(*(torch.cat(parts, -1) for parts in zip(*terms, strict=True)))
 
     def _term(self, name: str, x: torch.Tensor) -> LowRank:
         a, b = (cast(nn.Linear, linears[name]).weight for linears in (self.lora_A, self.lora_B))
         dropout = self.lora_dropout[name]
         fused = isinstance(dropout, HashedDropout)
         h = dropout.linear(x, a) if fused else F.linear(dropout(x), a.to(x.dtype))
-        return LowRank(h, b.float(), self.scaling[name])
+        return LowRank(h, b.float() * self.scaling[name])
 
     def merge(self, *args: object, **kwargs: object) -> None:
         raise ValueError(
