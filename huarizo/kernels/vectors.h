@@ -104,9 +104,9 @@ INLINE ints lane_numbers(void)
 /* fp32 as bf16 in the lower halves of the lanes, rounded to nearest, ties to even; a NaN stays one. */
 INLINE ints rounded_in_software(vec x)
 {
-    ints number = (ints)x, odd = shifted_right(number, 16) & 1;
-    ints nan = (ints)(x != x) & 0x7FC00000; /* without it the sum could carry over the largest exponent */
-    return shifted_right((number + odd + 0x7FFF) | nan, 16);
+    bits number = (bits)x, odd = number >> 16 & 1;
+    bits nan = (bits)(x != x) & 0x7FC00000; /* without it the sum could carry over the largest exponent */
+    return (ints)(((number + odd + 0x7FFF) | nan) >> 16);
 }
 
 /* sum + the dot product of two bf16 numbers in each lane, as two fused multiply-adds. */
