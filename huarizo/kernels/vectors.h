@@ -122,6 +122,24 @@ INLINE ints rounded_in_software(vec x)
 #include "isa/neon.h"
 #endif
 
+#ifdef PARTS_OF_HALVES_IN_SOFTWARE
+INLINE ints load_first_halves(const void *from, int64_t count)
+{
+    uint16_t halves[LANES] = {0};
+    for (int64_t i = 0; i < count && i < LANES; i++)
+        memcpy(halves + i, (const char *)from + 2 * i, 2);
+    return load_halves(halves);
+}
+
+INLINE void store_first_halves(void *to, ints x, int64_t count)
+{
+    uint16_t halves[LANES];
+    store_halves(halves, x);
+    for (int64_t i = 0; i < count && i < LANES; i++)
+        memcpy((char *)to + 2 * i, halves + i, 2);
+}
+#endif
+
 #ifdef STORE_PAIRS_IN_SOFTWARE
 INLINE void store_pairs(char *pairs, char *a_to, char *b_to, vec a, vec b)
 {

@@ -80,21 +80,7 @@ INLINE void store_halves(void *to, ints x)
     _mm_storeu_si128(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xD8)));
 }
 
-INLINE ints load_first_halves(const void *from, int64_t count)
-{
-    uint16_t halves[LANES] = {0};
-    for (int64_t i = 0; i < count && i < LANES; i++)
-        memcpy(halves + i, (const char *)from + 2 * i, 2);
-    return load_halves(halves);
-}
-
-INLINE void store_first_halves(void *to, ints x, int64_t count)
-{
-    uint16_t halves[LANES];
-    store_halves(halves, x);
-    for (int64_t i = 0; i < count && i < LANES; i++)
-        memcpy((char *)to + 2 * i, halves + i, 2);
-}
+#define PARTS_OF_HALVES_IN_SOFTWARE
 
 INLINE vec multiply_halves(vec sum, ints left, ints right) { return MULTIPLY_HALVES_IN_SOFTWARE(sum, left, right); }
 INLINE ints round_halves(vec x) { return rounded_in_software(x); }
@@ -120,7 +106,8 @@ INLINE void dot(ints *sum, ints left, ints right)
 
 #ifndef EMULATED
 #define DOT_ROW
-/* Inline assembly, because gcc 12 reorders the sums of a tile, and spills them. In this order, and with `left` as the place of the second product, a tile fits the 16 registers. */
+/* Inline assembly, because gcc 12 reorders the sums of a tile, and spills them. In this order, and with `left` as the
+ * place of the second product, a tile fits the 16 registers. */
 INLINE void dot_row(ints sum[TILE_VECTORS], ints left, const ints columns[TILE_VECTORS])
 {
     ints product;

@@ -51,21 +51,7 @@ INLINE void store_first(void *to, ints x, int64_t count)
 INLINE ints load_halves(const void *from) { return (ints)vmovl_u16(vld1_u16(from)); }
 INLINE void store_halves(void *to, ints x) { vst1_u16(to, vmovn_u32((uint32x4_t)x)); }
 
-INLINE ints load_first_halves(const void *from, int64_t count)
-{
-    uint16_t halves[LANES] = {0};
-    for (int64_t i = 0; i < count && i < LANES; i++)
-        memcpy(halves + i, (const char *)from + 2 * i, 2);
-    return load_halves(halves);
-}
-
-INLINE void store_first_halves(void *to, ints x, int64_t count)
-{
-    for (int64_t i = 0; i < count && i < LANES; i++) {
-        uint16_t half = (uint16_t)x[i];
-        memcpy((char *)to + 2 * i, &half, 2);
-    }
-}
+#define PARTS_OF_HALVES_IN_SOFTWARE
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 INLINE ints round_halves(vec x) { return (ints)vmovl_u16(vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)x))); }
