@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from huarizo.host import cpu_flags
 from huarizo.kernels import build
 from huarizo.kernels.call import address, run
+from huarizo.kernels.operations import operation
 
 LINE = 64  # bytes of a cache line
 COLUMNS = 32  # of a panel
@@ -89,7 +90,7 @@ def stride_of(channels: int) -> int:
     return -(-channels // LINE) * LINE | LINE
 
 
-@torch.library.custom_op("huarizo::int8_quantise", mutates_args=())
+@operation("int8_quantise")
 def quantise(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows for `forward`: x [T, K] times input_scale, float32 [K], rotated, rounded to int8 with one scale per row.
 
@@ -102,13 +103,13 @@ def quantise(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, 
     return quantised, row_scale, row_start
 
 
-@quantise.register_fake
+@torch.library.register_fake("huarizo::int8_quantise")
 def _empty_rows(x: torch.Tensor, input_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     quantised = x.new_empty(x.shape[0], stride_of(x.shape[1]), dtype=torch.int8)
     return quantised, x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.int32)
 
 
-@torch.library.custom_op("huarizo::int8_forward", mutates_args=())
+@operation("int8_forward")
 def forward(
     quantised: torch.Tensor,
     row_scale: torch.Tensor,
@@ -137,7 +138,7 @@ def forward(
     return out
 
 
-@forward.register_fake
+@torch.library.register_fake("huarizo::int8_forward")
 def _(
     quantised: torch.Tensor,
     row_scale: torch.Tensor,
@@ -155,7 +156,7 @@ def _(
     return x.new_empty(x.shape[0], outputs)
 
 
-@torch.library.custom_op("huarizo::int8_backward", mutates_args=())
+@operation("int8_backward")
 def backward(
     grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smoothing: torch.Tensor
 ) -> torch.Tensor:
@@ -166,7 +167,7 @@ def backward(
     return out
 
 
-@backward.register_fake
+@torch.library.register_fake("huarizo::int8_backward")
 def _(grad: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, inverse_smoothing: torch.Tensor) -> torch.Tensor:
     return grad.new_empty(grad.shape[0], inverse_smoothing.shape[0])
 

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from huarizo.errors import ModelError
 from huarizo.kernels import attention as kernel
+from huarizo.kernels.operations import operation
 
 NAME = "huarizo_packed"
 BLOCK = 64  # queries at a time: the scores of a block fit the cache, and keys above the diagonal are skipped
@@ -105,7 +106,7 @@ def _in_c(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return same and kernel.reason_against(q.dtype, q.shape[-1]) is None
 
 
-@torch.library.custom_op("huarizo::packed_attention", mutates_args=())
+@operation("packed_attention")
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,14 +119,14 @@ def _attend(
     return _attend_in_torch(q, k, v, cu_seqlens, scale), q.new_zeros(q.shape[:2], dtype=torch.float32)
 
 
-@_attend.register_fake
+@torch.library.register_fake("huarizo::packed_attention")
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape[1], q.shape[0], q.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("huarizo::packed_attention_backward", mutates_args=())
+@operation("packed_attention_backward")
 def _attend_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -142,7 +143,7 @@ def _attend_backward(
     return _gradients_in_torch(grad, q, k, v, cu_seqlens, scale)
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake("huarizo::packed_attention_backward")
 def _(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -166,7 +167,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[tor
     return (*_attend_backward(grad, *ctx.saved_tensors, ctx.scale), None, None)
 
 
-_attend.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("huarizo::packed_attention", _backward, setup_context=_save)
 
 
 WITHOUT_EFFECT = frozenset({

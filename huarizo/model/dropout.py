@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from huarizo.kernels import dropout as kernel
+from huarizo.kernels.operations import operation
 
 THIN = 32  # the largest rank whose product is fused with the mask
 CAPACITY = 4096  # initial size of the buffer of places, in tokens of a micro-batch
@@ -76,7 +77,7 @@ def _dropped_in_torch(
 # The operations below take places, int32 [T]; seed, int32 [1]; threshold and scale from `share`.
 
 
-@torch.library.custom_op("huarizo::hashed_dropout", mutates_args=())
+@operation("hashed_dropout")
 def _dropped(
     x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, threshold: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
@@ -89,7 +90,7 @@ def _mask(seed: torch.Tensor, threshold: torch.Tensor, scale: torch.Tensor) -> t
     return int(seed) & 0xFFFFFFFF, int(threshold) - SIGN, float(scale)
 
 
-@_dropped.register_fake
+@torch.library.register_fake("huarizo::hashed_dropout")
 def _(
     x: torch.Tensor, places: torch.Tensor, seed: torch.Tensor, threshold: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
@@ -104,10 +105,10 @@ def _backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.Tensor 
     return _dropped(grad, *ctx.saved_tensors), None, None, None, None
 
 
-_dropped.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("huarizo::hashed_dropout", _backward, setup_context=_save)
 
 
-@torch.library.custom_op("huarizo::dropped_linear", mutates_args=())
+@operation("dropped_linear")
 def _dropped_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -120,7 +121,7 @@ def _dropped_linear(
     return kernel.down(x, weight, places, *_mask(seed, threshold, scale))
 
 
-@_dropped_linear.register_fake
+@torch.library.register_fake("huarizo::dropped_linear")
 def _(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -132,7 +133,7 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("huarizo::dropped_linear_backward", mutates_args=())
+@operation("dropped_linear_backward")
 def _dropped_linear_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -145,7 +146,7 @@ def _dropped_linear_backward(
     return kernel.down_backward(grad, x, weight, places, *_mask(seed, threshold, scale))
 
 
-@_dropped_linear_backward.register_fake
+@torch.library.register_fake("huarizo::dropped_linear_backward")
 def _(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -166,7 +167,7 @@ def _linear_backward(ctx: BackwardCFunction, grad: torch.Tensor) -> tuple[torch.
     return *_dropped_linear_backward(grad, *ctx.saved_tensors), None, None, None, None
 
 
-_dropped_linear.register_autograd(_linear_backward, setup_context=_save_linear)
+torch.library.register_autograd("huarizo::dropped_linear", _linear_backward, setup_context=_save_linear)
 
 
 class HashedDropout(nn.Module):

@@ -28,6 +28,7 @@ from torch import nn
 
 from huarizo.kernels import dropout as thin
 from huarizo.kernels import int8 as kernel
+from huarizo.kernels.operations import operation
 from huarizo.kernels.tiers import torch_int8
 from huarizo.model.dropout import THIN
 from huarizo.model.frozen.linear import FrozenLinear, LowRank, traced_as_one
@@ -158,13 +159,13 @@ class _Int8Product(torch.autograd.Function):
         return grad_x, grad_h, grad_up, *(None for _ in Int8Weight._fields)
 
 
-@torch.library.custom_op("huarizo::up_backward", mutates_args=())
+@operation("up_backward")
 def up_backward(grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of h [T, r] and up [N, r] from that of h up', [T, N]."""
     return thin.up_backward(grad, h, up)
 
 
-@up_backward.register_fake
+@torch.library.register_fake("huarizo::up_backward")
 def _(grad: torch.Tensor, h: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(h, memory_format=torch.contiguous_format), up.new_empty(up.shape[::-1]).t()
 
