@@ -22,7 +22,7 @@ from huarizo.files import make_parent, remove_leftovers, require_space, whole_fo
 from huarizo.host import cache_folder, rank
 from huarizo.inference.generate import Assistant, answers
 from huarizo.inference.samples import Sample, samples_as_text, samples_from_text, samples_of
-from huarizo.machine import device
+from huarizo.machine import device, keep_freed_memory
 from huarizo.model.compile import compile_layers
 from huarizo.model.lora import count_weights
 from huarizo.results.card import CARD, adapter_card
@@ -97,6 +97,7 @@ class Session:
         """
         prepared, run, plan = self.prepared, self.run, self.prepared.plan
         model = load_model(prepared)
+        keep_freed_memory()
         trainable = model.num_parameters(only_trainable=True)
         if self.lock is not None:
             keep = prepared.recipe.training.keep
