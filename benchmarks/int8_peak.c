@@ -9,7 +9,7 @@
 #include <stdio.h>
 #include <time.h>
 
-enum { DEPTH = 256, TILES = 20000, REPEATS = 20 };
+enum { DEPTH = 256, TILES = 20000, REPEATS = 200 };
 
 static void multiply_again(void *shared, int64_t thread, int64_t threads)
 {

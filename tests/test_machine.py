@@ -1,5 +1,6 @@
 """What is known of the device: its name, its memory, and how fast its number formats are."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -101,3 +102,25 @@ def test_all_processes_get_the_text_of_the_first_and_leave_their_group(tmp_path:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / name).read_text() for name in "01"] == ["|llama 라마|False"] * 2
+
+
+IN_ROUNDS = """
+import resource, torch
+from huarizo.machine import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(2**20) for _ in range(32)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_memory_that_was_freed_is_used_again_without_page_faults():
+    ended = subprocess.run([sys.executable, "-c", IN_ROUNDS], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 2**15 / 4, "a quarter of the pages of 32 tensors"
