@@ -1,1 +1,5 @@
 """Huarizo: fine-tune Llama-architecture models with LoRA on instruction data, on the machine you have."""
+
+from huarizo.host import spin_briefly
+
+spin_briefly()

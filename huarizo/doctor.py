@@ -33,6 +33,7 @@ def diagnosis() -> dict[str, str]:
     on = device()
     compiler = _tried_beside(on)
     kernels = libraries("int8") if on.type == "cpu" else {}
+    compilation = compiler()  # over before products are measured: it would take a core from them
     rates = product_rates(on, BUDGET)
     choice = choose_precision("auto", on, int8_gain)
     lines = {
@@ -41,7 +42,7 @@ def diagnosis() -> dict[str, str]:
         "memory": f"{available_memory(on) / 1e9:.1f} GB free",
         "versions": ", ".join(f"{package} {version(package)}" for package in VERSIONS)
         + f", Python {platform.python_version()}",
-        "compiler": compiler(),
+        "compiler": compilation,
         **(_kernel_lines(kernels) if on.type == "cpu" else {}),
         "precision": f"auto takes {choice.precision}: {choice.reason}",
     }

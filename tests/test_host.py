@@ -1,5 +1,6 @@
 """What the operating system says of the CPU: the same flags on Linux and macOS, on x86 and ARM."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -125,3 +126,24 @@ def test_a_system_that_says_nothing(system: str, monkeypatch: pytest.MonkeyPatch
 def test_it_does_not_import_torch() -> None:
     code = "import sys; from huarizo import host; host.cpu_name(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def waiting(**environment: str) -> str:
+    """What torch's OpenMP says of its waiting threads, with these environment variables."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ended = subprocess.run(
+        [sys.executable, "-c", "import huarizo, torch"],
+        env={**inherited, "OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return next((line.strip() for line in ended.stderr.splitlines() if "GOMP_SPINCOUNT" in line), "")
+
+
+def test_idle_threads_sleep_soon_unless_the_user_says_otherwise() -> None:
+    if not waiting():
+        pytest.skip("torch's OpenMP is not GNU's")
+    assert f"'{host.SPINS}'" in waiting()
+    assert "'77'" in waiting(GOMP_SPINCOUNT="77")
+    assert f"'{host.SPINS}'" not in waiting(OMP_WAIT_POLICY="active")
