@@ -224,7 +224,7 @@ def attention_in_a_wide_window(dtype: torch.dtype) -> Results:
 
 def attention_caps(dtype: torch.dtype) -> Results:
     """The score of a token's only key, from the smallest to the largest, is as near its tanh as fp32 can be."""
-    scores = torch.cat([torch.logspace(-30, 4, 300, dtype=torch.float64), torch.linspace(0.5, 1, 100).double()])
+    scores = torch.cat([torch.logspace(-30, 4, 60, dtype=torch.float64), torch.linspace(0.5, 1, 30).double()])
     scores = torch.cat([scores, -scores, torch.zeros(1).double()]).to(dtype)
     q, k = torch.zeros(1, len(scores), 16, dtype=dtype), torch.ones(1, len(scores), 16, dtype=dtype)
     q[0, :, 3] = scores
@@ -366,7 +366,7 @@ def attention_cases(brief: bool) -> Iterator[Case]:
     for dtype in DTYPES:
         yield attention_in_a_wide_window, (dtype,)
         yield attention_caps, (dtype,)
-        for rule in (PLAIN, (20, 2.0, True)):
+        for rule in ((20, 2.0, True),) if brief else (PLAIN, (20, 2.0, True)):
             yield attention_threads, ([33, 1] if brief else [100, 5, 64, 1, 33], dtype, rule)
         for bad in BAD:
             yield attention_bad_tokens, (bad, dtype)
