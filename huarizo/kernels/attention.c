@@ -18,6 +18,10 @@
  *     pairs    [tokens / pair][D]                            words along the tokens, for P V, dS K, P' dO and dS' Q
  * P' and dS' need no transposition: a left operand has one stride for its rows and one for its depth.
  *
+ * With a cap c the scores are S = c tanh(Q K' scale / c), and dS has the factor 1 - (S / c)^2. A sink is one more score
+ * of every query of a head, whose probability is dropped: it is part of lse, and of nothing else. With a window query i
+ * sees the keys i - window + 1 to i; what lies before them is skipped by whole panels and blocks.
+ *
  * Each product ends at the diagonal, rounded up to ROWS x LANES scores. One thread computes all of one example and
  * key/value head, in a fixed order, on blocks counted from the example's first token. So results are bit-identical for
  * any number of threads and don't depend on the rest of the row. Padding is zeros, never a neighbour's tokens.
@@ -36,9 +40,12 @@ enum {
     TOGETHER = REGISTERS == 32 ? ROWS : 2, /* rows whose softmax is computed together */
     QUERIES = 16 * ROWS,    /* queries and keys of a block of the backward pass: its scores stay in the closest cache */
     KEYS = 2 * QUERIES,
+    UNLIMITED = INT32_MAX,  /* a window that every example fits */
 };
 _Static_assert(KEYS % COLUMNS == 0 && KEYS % ROWS == 0 && QUERIES % ROWS == 0, "blocks are made of whole tiles");
 _Static_assert(16 % LANES == 0 && ROWS % TOGETHER == 0, "a head is whole vectors");
+
+#define LOG2_E 1.4426950408889634f
 
 typedef uint32_t word;
 
@@ -49,10 +56,12 @@ typedef struct { char *data; int64_t head, token; } Tensor;
 typedef struct {
     const int32_t *cu_seqlens;
     int64_t examples, tokens, heads, kv_heads, size;
-    float scale;
+    int64_t window;     /* 0 for none */
+    float scale, cap;   /* cap: 0 for none */
     int32_t bf16, threads;
     Tensor q, k, v, out, grad, grad_q, grad_k, grad_v;
-    float *lse; /* [heads, tokens], in base 2 */
+    float *lse;         /* [heads, tokens], in base 2 */
+    const float *sinks; /* [heads], or NULL */
 } Call;
 
 int64_t huarizo_call_size(void) { return sizeof(Call); }
@@ -60,8 +69,24 @@ int64_t huarizo_call_size(void) { return sizeof(Call); }
 typedef struct { const word *words; int64_t row, step; } Left;   /* strides in words: of a row, along the depth */
 typedef struct { const word *words; int64_t step, panel; } Right; /* strides in words: along the depth, of a panel */
 
+/* Which keys the rows of a block see: row i those at `from` + i and after, before `to` + i. They are counted from the
+ * block's first key, and there are scores of `end` keys. */
+typedef struct { int64_t from, to, end; } Span;
+
 /* Whether operands are pairs of bf16. */
 INLINE int paired(const Call *call) { return HALVES && call->bf16; }
+
+INLINE int64_t window_of(const Call *call) { return call->window ? call->window : UNLIMITED; }
+
+/* Whether one of `rows` rows does not see key 0. */
+INLINE int is_cut(Span span, int64_t rows) { return span.from + rows > 1; }
+
+/* Where scores begin if `key` is the first that is seen: where a panel of columns does, and no later than the ROWS keys
+ * whose dK and dV are computed together with its own. */
+INLINE int64_t first_panel(int64_t key) { return key > 0 ? key / ROWS * ROWS / COLUMNS * COLUMNS : 0; }
+
+/* What a score, or with a cap its tanh, is multiplied with to be in base 2. */
+INLINE float factor_of(const Call *call) { return (call->cap ? call->cap : call->scale) * LOG2_E; }
 
 /* ------------------------------------------------------------------------------------------------------- products */
 
@@ -136,6 +161,31 @@ INLINE vec power_of_2(vec x)
     y = fused(y, rest, set(6.9314718056e-1f));
     y = fused(y, rest, set(1.0f));
     return times_power(y, whole);
+}
+
+/* To 2 units in the last place. Near 0 a polynomial, elsewhere (1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x. The
+ * polynomial is that of Cephes' tanhf. */
+INLINE vec tanh_of(vec x)
+{
+    vec size = (vec)magnitude(x), square = x * x;
+    vec power = power_of_2(size * set(-2.8853900818f));
+    vec far = (set(1.0f) - power) / (set(1.0f) + power);
+    vec near = set(-5.70498872745e-3f);
+    near = fused(near, square, set(2.06390887954e-2f));
+    near = fused(near, square, set(-5.37397155531e-2f));
+    near = fused(near, square, set(1.33314422036e-1f));
+    near = fused(near, square, set(-3.33332819422e-1f));
+    near = fused(near * square, x, x);
+    far = (vec)((ints)far | ((ints)x ^ magnitude(x)));
+    return choose(above(size, set(0.625f)), far, near); /* a NaN stays one */
+}
+
+/* Replaces scores [ROWS, keys] by tanh(score * factor). */
+static void bend(float *scores, int64_t stride, int64_t keys, float factor)
+{
+    for (int64_t i = 0; i < ROWS; i++)
+        for (int64_t j = 0; j < keys; j += LANES)
+            store_vec(scores + i * stride + j, tanh_of(load_vec(scores + i * stride + j) * set(factor)));
 }
 
 /* Stores rows of fp32 as elements, times `factor`. from: [count, size]. */
@@ -222,58 +272,79 @@ static void pack_columns(const Call *call, word *to, const char *from, int64_t s
 
 /* -------------------------------------------------------------------------------------------------------- forward */
 
-/* LANES scores of row i from j on, in base 2, -inf for keys that the row does not see. */
-INLINE vec scores_at(const float *scores, int64_t stride, int64_t i, int64_t j, int64_t seen, vec factor)
+/* x in the lanes of the keys from j on that row i sees, and `other` in the rest. cut: whether `from` matters. */
+INLINE vec seen_of(const int cut, Span span, int64_t i, int64_t j, vec x, vec other)
 {
-    return choose(first(seen + i - j), load_vec(scores + i * stride + j) * factor, set(-INFINITY));
+    x = choose(first(span.to + i - j), x, other);
+    return cut ? choose(first(span.from + i - j), other, x) : x;
 }
 
-/* Softmax of TOGETHER rows of scores, not yet divided by their sums, as elements of an operand in `p`. Row i sees its
- * first `seen` + i keys; the rest up to `keys` is zeros. `scores` and `p` are [TOGETHER, stride]. Several rows are
- * computed together, because a single row is one chain of dependent instructions. */
-INLINE void softmax_rows(const int pairs, const float *scores, char *p, int64_t stride, int64_t seen, int64_t keys,
-                         float scale, float *tops, float *totals)
+/* LANES scores of row i from j on, in base 2, -inf for keys that the row does not see. */
+INLINE vec scores_at(const int cut, const float *scores, int64_t stride, Span span, int64_t i, int64_t j, vec factor)
+{
+    return seen_of(cut, span, i, j, load_vec(scores + i * stride + j) * factor, set(-INFINITY));
+}
+
+/* Softmax of TOGETHER rows of scores, not yet divided by their sums, as elements of an operand in `p`, with zeros for
+ * keys that a row does not see. `scores` and `p` are [TOGETHER, stride]. Several rows are computed together, because a
+ * single row is one chain of dependent instructions. cut: whether a row does not see key 0; sink: -inf for none. */
+INLINE void softmax_rows(const int pairs, const int cut, const float *scores, char *p, int64_t stride, Span span,
+                         float scale, float sink, float *tops, float *totals)
 {
     vec factor = set(scale), top[TOGETHER], total[TOGETHER];
-    int64_t j, whole = seen / LANES * LANES;
+    int64_t j, whole = span.to / LANES * LANES;
+    int64_t edge = cut ? least(span.end, padded(span.from + TOGETHER - 1, LANES)) : 0;
     UNROLLED for (int i = 0; i < TOGETHER; i++) {
-        top[i] = set(-INFINITY);
+        top[i] = set(sink);
         total[i] = set(0);
     }
-    for (j = 0; j < whole; j += LANES)
+    for (j = 0; j < edge; j += LANES)
+        UNROLLED for (int i = 0; i < TOGETHER; i++)
+            top[i] = larger(top[i], scores_at(1, scores, stride, span, i, j, factor));
+    for (; j < whole; j += LANES)
         UNROLLED for (int i = 0; i < TOGETHER; i++)
             top[i] = larger(top[i], load_vec(scores + i * stride + j) * factor);
-    for (; j < keys; j += LANES)
+    for (; j < span.end; j += LANES)
         UNROLLED for (int i = 0; i < TOGETHER; i++)
-            top[i] = larger(top[i], scores_at(scores, stride, i, j, seen, factor));
+            top[i] = larger(top[i], scores_at(0, scores, stride, span, i, j, factor));
     UNROLLED for (int i = 0; i < TOGETHER; i++) {
         tops[i] = largest_of(top[i]);
         top[i] = set(-tops[i]);
     }
-    for (j = 0; j < whole; j += LANES)
+    for (j = 0; j < edge; j += LANES)
+        UNROLLED for (int i = 0; i < TOGETHER; i++) {
+            vec x = power_of_2(fused(load_vec(scores + i * stride + j), factor, top[i]));
+            x = seen_of(1, span, i, j, x, set(0));
+            total[i] = total[i] + x;
+            store(pairs, p + (i * stride + j) * size_of(pairs), x);
+        }
+    for (; j < whole; j += LANES)
         UNROLLED for (int i = 0; i < TOGETHER; i++) {
             vec x = power_of_2(fused(load_vec(scores + i * stride + j), factor, top[i]));
             total[i] = total[i] + x;
             store(pairs, p + (i * stride + j) * size_of(pairs), x);
         }
-    for (; j < keys; j += LANES)
+    for (; j < span.end; j += LANES)
         UNROLLED for (int i = 0; i < TOGETHER; i++) {
             vec x = power_of_2(fused(load_vec(scores + i * stride + j), factor, top[i]));
-            x = (vec)keep(first(seen + i - j), (ints)x);
+            x = seen_of(0, span, i, j, x, set(0));
             total[i] = total[i] + x;
             store(pairs, p + (i * stride + j) * size_of(pairs), x);
         }
     UNROLLED for (int i = 0; i < TOGETHER; i++)
         totals[i] = sum_of(total[i]);
+    if (sink != -INFINITY)
+        for (int i = 0; i < TOGETHER; i++)
+            totals[i] += power_of_2(set(sink - tops[i]))[0];
 }
 
 /* Softmax of ROWS rows. */
-INLINE void softmax(const int pairs, const float *scores, char *p, int64_t stride, int64_t seen, int64_t keys,
-                    float scale, float *tops, float *totals)
+INLINE void softmax(const int pairs, const int cut, const float *scores, char *p, int64_t stride, Span span, float scale,
+                    float sink, float *tops, float *totals)
 {
     for (int i = 0; i < ROWS; i += TOGETHER)
-        softmax_rows(pairs, scores + i * stride, p + i * stride * size_of(pairs), stride, seen + i, keys, scale,
-                     tops + i, totals + i);
+        softmax_rows(pairs, cut, scores + i * stride, p + i * stride * size_of(pairs), stride,
+                     (Span){span.from + i, span.to + i, span.end}, scale, sink, tops + i, totals + i);
 }
 
 /* Words of one thread's workspace for an example of `length` tokens. */
@@ -281,6 +352,24 @@ static int64_t forward_words(const Call *call, int64_t length)
 {
     int64_t keys = padded(length, COLUMNS) + COLUMNS;
     return 2 * keys * call->size + 2 * ROWS * keys + 2 * ROWS * call->size;
+}
+
+/* The softmax of ROWS rows of a head's scores; see softmax_rows. Scores are changed if there is a cap. */
+static void make_probabilities(const Call *call, int64_t head, float *scores, char *p, int64_t stride, Span span,
+                               float *tops, float *totals)
+{
+    float factor = factor_of(call), sink = call->sinks ? call->sinks[head] * LOG2_E : -INFINITY;
+    if (call->cap)
+        bend(scores, stride, span.end, call->scale / call->cap);
+    if (is_cut(span, ROWS)) {
+        if (paired(call))
+            softmax(HALVES, 1, scores, p, stride, span, factor, sink, tops, totals);
+        else
+            softmax(0, 1, scores, p, stride, span, factor, sink, tops, totals);
+    } else if (paired(call))
+        softmax(HALVES, 0, scores, p, stride, span, factor, sink, tops, totals);
+    else
+        softmax(0, 0, scores, p, stride, span, factor, sink, tops, totals);
 }
 
 /* All query heads that share key/value head `kv` of the example at tokens begin to end. */
@@ -291,28 +380,28 @@ static void forward_item(const Call *call, word *space, int64_t begin, int64_t e
     word *k_columns = space, *v_pairs = k_columns + keys * size, *q = v_pairs + keys * size;
     word *p = q + ROWS * size;
     float *scores = (float *)(p + ROWS * keys), *sums = scores + ROWS * keys;
-    float scale = call->scale * 1.4426950408889634f;
     pack_columns(call, k_columns, place(call->k, kv, begin), call->k.token, length);
     pack_pairs(call, v_pairs, place(call->v, kv, begin), call->v.token, length);
-    for (int64_t row = 0; row < length; row += ROWS)
+    for (int64_t row = 0; row < length; row += ROWS) {
+        int64_t count = least(ROWS, length - row), token = begin + row;
+        int64_t key = first_panel(row + 1 - window_of(call)); /* from which on there are scores */
+        Span span = {row + 1 - window_of(call) - key, row + 1 - key, padded(row + ROWS, LANES) - key};
+        Right k = {k_columns + key * depth, COLUMNS, COLUMNS * depth};
+        Right v = {v_pairs + key / pair * size, size, COLUMNS};
         for (int64_t head = kv * groups; head < (kv + 1) * groups; head++) {
-            int64_t count = least(ROWS, length - row), token = begin + row, last = head + 1 == (kv + 1) * groups;
+            int64_t last = head + 1 == (kv + 1) * groups;
+            float top[ROWS], total[ROWS];
             copy_rows(call, q, place(call->q, head, token), call->q.token, count);
             prefetch(call, call->q, last ? kv * groups : head + 1, last ? token + ROWS : token);
-            product(paired(call), padded(row + ROWS, LANES), depth, (Left){q, depth, 1},
-                    (Right){k_columns, COLUMNS, COLUMNS * depth}, scores, keys, 0);
-            float top[ROWS], total[ROWS];
-            if (paired(call))
-                softmax(HALVES, scores, (char *)p, keys, row + 1, padded(row + ROWS, LANES), scale, top, total);
-            else
-                softmax(0, scores, (char *)p, keys, row + 1, padded(row + ROWS, LANES), scale, top, total);
+            product(paired(call), span.end, depth, (Left){q, depth, 1}, k, scores, keys, 0);
+            make_probabilities(call, head, scores, (char *)p, keys, span, top, total);
             for (int64_t i = 0; i < count; i++)
                 call->lse[head * call->tokens + token + i] = top[i] + log2f(total[i]);
-            product(paired(call), size, (row + ROWS) / pair, (Left){p, keys / pair, 1}, (Right){v_pairs, size, COLUMNS},
-                    sums, size, 0);
+            product(paired(call), size, (row + ROWS - key) / pair, (Left){p, keys / pair, 1}, v, sums, size, 0);
             for (int64_t i = 0; i < count; i++)
                 store_rows(call, place(call->out, head, token + i), 0, sums + i * size, 1, 1.0f / total[i]);
         }
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------------- backward */
@@ -326,6 +415,7 @@ typedef struct {
     float *scores, *grad_p;                     /* [ROWS, KEYS] */
     word *p_pairs, *grad_s_pairs, *grad_s;      /* [QUERIES / pair, KEYS] twice, and [QUERIES, KEYS / pair] */
     float lse[QUERIES], delta[QUERIES];
+    int64_t first_key;                          /* of the first block that the queries see */
     int64_t next_head, next_token;              /* where the next block begins */
 } Backward;
 
@@ -356,20 +446,27 @@ static void lay_out(const Call *call, word *space, int64_t length, Backward *b)
     b->grad_s = paired(call) ? b->grad_s_pairs + QUERIES * KEYS : b->grad_s_pairs;
 }
 
-/* P and dS of LANES keys from j on and queries `row` and `row` + 1 of the block, at `i` and `i` + 1 of scores and grad_p.
- * Query `row` sees the block's first `seen` keys; above the diagonal are zeros. */
-INLINE void make_pair(const int pairs, const int whole, const Backward *b, int64_t row, int64_t i, int64_t j,
-                      int64_t seen, vec factor)
+/* How the scores of a block become P and dS, known when its code is compiled. */
+typedef struct { int pairs, cut, capped; } Kind;
+typedef enum { INSIDE, AT_THE_END, AT_BOTH_ENDS } Part; /* of the keys that a row sees */
+
+/* P and dS of LANES keys from j on and queries `row` and `row` + 1 of the block, at `i` and `i` + 1 of scores and
+ * grad_p, with zeros for keys that a query does not see. `span` is that of query `row`. */
+INLINE void make_pair(const Kind kind, const Part part, const Backward *b, int64_t row, int64_t i, int64_t j, Span span,
+                      vec factor)
 {
     vec p[2], grad_s[2];
     UNROLLED for (int y = 0; y < 2; y++) {
         int64_t at = (i + y) * KEYS + j;
-        p[y] = power_of_2(fused(load_vec(b->scores + at), factor, set(-b->lse[row + y])));
-        if (!whole)
-            p[y] = (vec)keep(first(seen + y - j), (ints)p[y]);
+        vec score = load_vec(b->scores + at);
+        p[y] = power_of_2(fused(score, factor, set(-b->lse[row + y])));
+        if (part != INSIDE)
+            p[y] = seen_of(part == AT_BOTH_ENDS, span, y, j, p[y], set(0));
         grad_s[y] = p[y] * (load_vec(b->grad_p + at) - set(b->delta[row + y]));
+        if (kind.capped)
+            grad_s[y] = grad_s[y] * fused(-score, score, set(1));
     }
-    if (pairs) {
+    if (kind.pairs) {
         int64_t at = row / 2 * KEYS + j;
         char *left = (char *)(b->grad_s + row * (KEYS / 2) + j / 2);
         store_pairs((char *)(b->p_pairs + at), NULL, NULL, p[0], p[1]);
@@ -381,55 +478,92 @@ INLINE void make_pair(const int pairs, const int whole, const Backward *b, int64
         }
 }
 
-/* P and dS of TOGETHER queries, from query `row` of the block on and `at` of scores and grad_p on, and the block's first
- * `keys` keys. Query `row` sees the block's first `seen` keys. */
-INLINE void make_some(const int pairs, const Backward *b, int64_t row, int64_t at, int64_t keys, int64_t seen,
+/* make_pair for TOGETHER queries. */
+INLINE void make_part(const Kind kind, const Part part, const Backward *b, int64_t row, int64_t at, int64_t j, Span span,
                       vec factor)
 {
-    int64_t j, whole = least(keys, seen / LANES * LANES);
-    for (j = 0; j < whole; j += LANES)
-        UNROLLED for (int64_t i = 0; i < TOGETHER; i += 2)
-            make_pair(pairs, 1, b, row + i, at + i, j, seen + i, factor);
-    for (; j < keys; j += LANES)
-        UNROLLED for (int64_t i = 0; i < TOGETHER; i += 2)
-            make_pair(pairs, 0, b, row + i, at + i, j, seen + i, factor);
+    UNROLLED for (int64_t i = 0; i < TOGETHER; i += 2)
+        make_pair(kind, part, b, row + i, at + i, j, (Span){span.from + i, span.to + i, span.end}, factor);
+}
+
+/* P and dS of TOGETHER queries, from query `row` of the block on and `at` of scores and grad_p on, and the block's keys
+ * from `key` on. `span` is that of query `row`. */
+INLINE void make_some(const Kind kind, const Backward *b, int64_t row, int64_t at, int64_t key, Span span, vec factor)
+{
+    int64_t j = kind.cut ? key : 0, whole = least(span.end, span.to / LANES * LANES);
+    int64_t edge = kind.cut ? least(span.end, padded(span.from + TOGETHER - 1, LANES)) : 0;
+    for (; j < edge; j += LANES)
+        make_part(kind, AT_BOTH_ENDS, b, row, at, j, span, factor);
+    for (; j < whole; j += LANES)
+        make_part(kind, INSIDE, b, row, at, j, span, factor);
+    for (; j < span.end; j += LANES)
+        make_part(kind, AT_THE_END, b, row, at, j, span, factor);
 }
 
 /* P and dS of ROWS queries. */
-INLINE void make_rows(const int pairs, const Backward *b, int64_t row, int64_t keys, int64_t seen, float scale)
+INLINE void make_rows(const Kind kind, const Backward *b, int64_t row, int64_t key, Span span, float factor)
 {
     for (int64_t i = 0; i < ROWS; i += TOGETHER)
-        make_some(pairs, b, row + i, i, keys, seen + i, set(scale));
+        make_some(kind, b, row + i, i, key, (Span){span.from + i, span.to + i, span.end}, set(factor));
+}
+
+/* make_rows of the kind that a call needs. */
+INLINE void make_rows_of(const int pairs, const Call *call, const Backward *b, int64_t row, int64_t key, Span span)
+{
+    float factor = factor_of(call);
+    if (!call->cap && !is_cut(span, ROWS))
+        make_rows((Kind){pairs, 0, 0}, b, row, key, span, factor);
+    else if (!call->cap)
+        make_rows((Kind){pairs, 1, 0}, b, row, key, span, factor);
+    else if (!is_cut(span, ROWS))
+        make_rows((Kind){pairs, 0, 1}, b, row, key, span, factor);
+    else
+        make_rows((Kind){pairs, 1, 1}, b, row, key, span, factor);
+}
+
+/* P and dS of ROWS queries from `row` of their block on and the block of keys at `key`, and their part of dQ. `span` is
+ * that of query `row`. */
+static void backward_rows(const Call *call, const Backward *b, int64_t row, int64_t key, Span span)
+{
+    int64_t size = call->size, pair = pair_of(paired(call)), depth = size / pair;
+    int64_t from = first_panel(span.from), columns = span.end - from; /* whose scores are computed */
+    int64_t until = least(KEYS, span.to + ROWS - 1);
+    Right k = {b->k_columns + (key + from) * depth, COLUMNS, COLUMNS * depth};
+    Right v = {b->v_columns + (key + from) * depth, COLUMNS, COLUMNS * depth};
+    Right k_pairs = {b->k_pairs + (key + from) / pair * size, size, COLUMNS};
+    product(paired(call), columns, depth, (Left){b->q + row * depth, depth, 1}, k, b->scores + from, KEYS, 0);
+    product(paired(call), columns, depth, (Left){b->grad + row * depth, depth, 1}, v, b->grad_p + from, KEYS, 0);
+    if (call->cap)
+        bend(b->scores + from, KEYS, columns, call->scale / call->cap);
+    if (paired(call))
+        make_rows_of(HALVES, call, b, row, from, span);
+    else
+        make_rows_of(0, call, b, row, from, span);
+    product(paired(call), size, (until - from) / pair,
+            (Left){b->grad_s + (row * KEYS + from) / pair, KEYS / pair, 1}, k_pairs, b->grad_q + row * size, size, 1);
 }
 
 /* Adds the contribution of `count` queries at `query` and the keys from `key` on to all three gradients. Both are
  * counted from the example's first token, and query >= key. */
 static void backward_block(const Call *call, const Backward *b, int64_t query, int64_t count, int64_t key)
 {
-    int64_t size = call->size, pair = pair_of(paired(call)), depth = size / pair, rows = padded(count, ROWS);
+    int64_t size = call->size, pair = pair_of(paired(call)), rows = padded(count, ROWS);
     int64_t ahead = query - key; /* keys of the block before the first query */
-    Right k = {b->k_columns + key * depth, COLUMNS, COLUMNS * depth};
-    Right v = {b->v_columns + key * depth, COLUMNS, COLUMNS * depth};
-    Right k_pairs = {b->k_pairs + key / pair * size, size, COLUMNS};
+    int64_t behind = ahead + 1 - window_of(call); /* keys of the block before those that the first query sees */
     for (int64_t row = 0; row < rows; row += ROWS) {
-        int64_t keys = least(KEYS, padded(ahead + row + ROWS, LANES));
-        if (key == 0) {
+        if (key == b->first_key) {
             prefetch(call, call->q, b->next_head, b->next_token + row);
             prefetch(call, call->grad, b->next_head, b->next_token + row);
             prefetch(call, call->out, b->next_head, b->next_token + row);
         }
-        product(paired(call), keys, depth, (Left){b->q + row * depth, depth, 1}, k, b->scores, KEYS, 0);
-        product(paired(call), keys, depth, (Left){b->grad + row * depth, depth, 1}, v, b->grad_p, KEYS, 0);
-        if (paired(call))
-            make_rows(HALVES, b, row, keys, ahead + row + 1, call->scale * 1.4426950408889634f);
-        else
-            make_rows(0, b, row, keys, ahead + row + 1, call->scale * 1.4426950408889634f);
-        product(paired(call), size, least(KEYS, ahead + row + ROWS) / pair,
-                (Left){b->grad_s + row * (KEYS / pair), KEYS / pair, 1}, k_pairs, b->grad_q + row * size, size, 1);
+        if (behind + row < KEYS)
+            backward_rows(call, b, row, key,
+                          (Span){behind + row, ahead + row + 1, least(KEYS, padded(ahead + row + ROWS, LANES))});
     }
-    for (int64_t n = 0; n < least(KEYS, ahead + rows); n += ROWS) {
+    for (int64_t n = behind > 0 ? behind / ROWS * ROWS : 0; n < least(KEYS, ahead + rows); n += ROWS) {
         int64_t from = n > ahead ? n - ahead : 0; /* the first query that sees any of these keys */
-        int64_t at = from / pair * KEYS + n, words = (rows - from) / pair;
+        int64_t to = least(rows, padded(n + ROWS - behind, ROWS)); /* after the last one */
+        int64_t at = from / pair * KEYS + n, words = (to - from) / pair;
         product(paired(call), size, words, (Left){b->p_pairs + at, 1, KEYS},
                 (Right){b->grad_pairs + from / pair * size, size, COLUMNS}, b->grad_v + (key + n) * size, size, 1);
         product(paired(call), size, words, (Left){b->grad_s_pairs + at, 1, KEYS},
@@ -477,17 +611,20 @@ static void backward_item(const Call *call, word *space, int64_t begin, int64_t 
     pack_pairs(call, b.k_pairs, k, call->k.token, length);
     memset(b.grad_k, 0, padded(length, ROWS) * call->size * sizeof(float));
     memset(b.grad_v, 0, padded(length, ROWS) * call->size * sizeof(float));
-    for (int64_t query = 0; query < length; query += QUERIES)
+    for (int64_t query = 0; query < length; query += QUERIES) {
+        int64_t first_seen = query + 1 - window_of(call);
+        b.first_key = first_seen > 0 ? first_seen / KEYS * KEYS : 0;
         for (int64_t head = kv * groups; head < (kv + 1) * groups; head++) {
             int64_t count = least(QUERIES, length - query), last = head + 1 == (kv + 1) * groups;
             read_queries(call, &b, head, begin + query, count);
             b.next_head = last ? kv * groups : head + 1;
             b.next_token = begin + (last ? query + QUERIES : query);
-            for (int64_t key = 0; key <= query; key += KEYS)
+            for (int64_t key = b.first_key; key <= query; key += KEYS)
                 backward_block(call, &b, query, count, key);
             store_rows(call, place(call->grad_q, head, begin + query), call->grad_q.token, b.grad_q, count,
                        call->scale);
         }
+    }
     store_rows(call, place(call->grad_k, kv, begin), call->grad_k.token, b.grad_k, length, call->scale);
     store_rows(call, place(call->grad_v, kv, begin), call->grad_v.token, b.grad_v, length, 1.0f);
 }
@@ -553,7 +690,7 @@ static int run(const Call *call, int64_t (*words)(const Call *, int64_t), Item *
     return status;
 }
 
-/* Writes out and lse from q, k and v. */
+/* Writes out and lse from q, k, v and sinks. */
 int huarizo_attention_forward(const Call *call) { return run(call, forward_words, forward_item); }
 
 /* Writes grad_q, grad_k and grad_v from q, k, v, out, lse and grad. */

@@ -1,4 +1,4 @@
-"""Packed attention and its gradient in C (attention.c), for bf16 and fp32.
+"""Packed attention and its gradient in C (attention.c), for bf16 and fp32, with windows, caps and sinks.
 
 Only pointers and strides are passed to C. The results are bit-identical for any number of threads, which is torch's.
 Shapes: H query heads, K key/value heads, T tokens of the packed row, D head size.
@@ -32,7 +32,9 @@ class Call(ctypes.Structure):
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("size", ctypes.c_int64),
+        ("window", ctypes.c_int64),
         ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
         ("bf16", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("q", Tensor),
@@ -44,6 +46,7 @@ class Call(ctypes.Structure):
         ("grad_k", Tensor),
         ("grad_v", Tensor),
         ("lse", ctypes.c_void_p),
+        ("sinks", ctypes.c_void_p),
     )
 
 
@@ -64,18 +67,29 @@ def reason_against(dtype: torch.dtype, size: int) -> str | None:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q: [H, T, D]; k, v: [K, T, D], of one dtype. Returns out [T, H, D] and the scores' log-sum-exp, fp32 [H, T].
+    """q: [H, T, D]; k, v: [K, T, D], of one dtype; window, cap: 0 for none; sinks: [H].
 
-    The latter is in base 2 and meant for `backward` only.
+    Returns out [T, H, D] and the log-sum-exp of the scores and the sink, fp32 [H, T], in base 2, for `backward` only.
 
     Raises:
         ValueError: `cu_seqlens` doesn't rise from 0 to T, or the shapes don't fit each other.
     """
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    _run("attention_forward", cu_seqlens, scale, lse, q=q, k=k, v=v, out=out.transpose(0, 1))
+    sinks = None if sinks is None else sinks.float().contiguous()
+    call = Call(
+        scale=scale, window=window, cap=cap, sinks=address("attention_forward", sinks, torch.float32, q.shape[0])
+    )
+    _run("attention_forward", call, cu_seqlens, lse, q=q, k=k, v=v, out=out.transpose(0, 1))
     return out, lse
 
 
@@ -88,28 +102,33 @@ def backward(
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
     scale: float,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, contiguous. grad: [T, H, D], the gradient of `out`; out, lse: from `forward`."""
+    """Gradients of q, k, v, contiguous. grad: [T, H, D], the gradient of `out`; out, lse: from `forward`.
+
+    It needs no sinks, because `lse` has them in it.
+    """
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     _run(
-        "attention_backward", cu_seqlens, scale, lse, q=q, k=k, v=v, out=out.transpose(0, 1),
-        grad=grad.transpose(0, 1), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
+        "attention_backward", Call(scale=scale, window=window, cap=cap), cu_seqlens, lse, q=q, k=k, v=v,
+        out=out.transpose(0, 1), grad=grad.transpose(0, 1), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
 
 
-def _run(function: str, cu_seqlens: torch.Tensor, scale: float, lse: torch.Tensor, **tensors: torch.Tensor) -> None:
-    """tensors: the fields of `Call` that the function reads or writes, each [H, T, D] or [K, T, D]."""
+def _run(function: str, call: Call, cu_seqlens: torch.Tensor, lse: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """call: has all that isn't given here; tensors: the fields of `Call` that the function reads or writes, each
+    [H, T, D] or [K, T, D]."""
     of_queries, of_keys, dtype = tensors["q"].shape, tensors["k"].shape, tensors["q"].dtype
     heads, tokens, size = of_queries
     if heads % of_keys[0] or of_keys[1:] != of_queries[1:]:
         raise ValueError(f"q and k don't fit each other: {tuple(of_queries)}, {tuple(of_keys)}")
     cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-    call = Call(
-        cu_seqlens=address(function, cu_seqlens, torch.int32, len(cu_seqlens)), examples=len(cu_seqlens) - 1,
-        tokens=tokens, heads=heads, kv_heads=of_keys[0], size=size, scale=scale, bf16=dtype == torch.bfloat16,
-        threads=torch.get_num_threads(), lse=address(function, lse, torch.float32, heads, tokens),
-    )  # fmt: skip
+    call.cu_seqlens = address(function, cu_seqlens, torch.int32, len(cu_seqlens))
+    call.lse = address(function, lse, torch.float32, heads, tokens)
+    call.examples, call.tokens, call.heads, call.kv_heads = len(cu_seqlens) - 1, tokens, heads, of_keys[0]
+    call.size, call.bf16, call.threads = size, dtype == torch.bfloat16, torch.get_num_threads()
     held = [cu_seqlens]  # keeps them alive until C returns
     for name, x in tensors.items():
         shape = of_keys if name in OF_KEYS else of_queries

@@ -5,6 +5,7 @@ returns the results that must have the same bytes on every tier. drivers.py deci
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,6 +31,8 @@ DROPOUT = {torch.bfloat16: 4e-3, torch.float32: 1e-6}
 SEED, SHARE = 987654321, 0.2
 MASK = SEED, int(SHARE * 2**32), 1 / (1 - SHARE)
 Results = list[torch.Tensor]
+Rule = tuple[int, float, bool]  # a window, a cap, and whether there are sinks
+PLAIN: Rule = (0, 0.0, False)
 
 
 def near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -173,36 +176,64 @@ def attention_states(
     return states, torch.randn(total, heads, size).to(dtype), torch.tensor([0, *ends], dtype=torch.int32)
 
 
-def attention_results(states: Results, grad: torch.Tensor, cu_seqlens: torch.Tensor) -> Results:
-    scale = states[0].shape[-1] ** -0.5
-    q, k, v = states
-    out, lse = attention_kernel.forward(q, k, v, cu_seqlens, scale)
-    return [out, *attention_kernel.backward(grad, q, k, v, out, lse, cu_seqlens, scale)]
+def sinks_of(heads: int, rule: Rule) -> torch.Tensor | None:
+    return torch.linspace(-3, 3, heads) if rule[2] else None
 
 
-def attention_results_of(heads: int, kv_heads: int, lengths: list[int], size: int, dtype: torch.dtype) -> Results:
+def attention_results(states: Results, grad: torch.Tensor, cu_seqlens: torch.Tensor, rule: Rule = PLAIN) -> Results:
+    (q, k, v), (window, cap, _) = states, rule
+    scale = q.shape[-1] ** -0.5
+    out, lse = attention_kernel.forward(q, k, v, cu_seqlens, scale, window, cap, sinks_of(len(q), rule))
+    return [out, *attention_kernel.backward(grad, q, k, v, out, lse, cu_seqlens, scale, window, cap)]
+
+
+def attention_results_of(
+    heads: int, kv_heads: int, lengths: list[int], size: int, dtype: torch.dtype, rule: Rule
+) -> Results:
     """Without a comparison; tokens lie apart."""
     states, grad, cu_seqlens = attention_states(heads, kv_heads, lengths, size, dtype)
     states = [state.transpose(0, 1).contiguous().transpose(0, 1) for state in states]
-    return attention_results(states, grad, cu_seqlens)
+    return attention_results(states, grad, cu_seqlens, rule)
 
 
 def attention_equals_the_reference(
-    heads: int, kv_heads: int, lengths: list[int], size: int, dtype: torch.dtype
+    heads: int, kv_heads: int, lengths: list[int], size: int, dtype: torch.dtype, rule: Rule = PLAIN
 ) -> Results:
     states, grad, cu_seqlens = attention_states(heads, kv_heads, lengths, size, dtype)
-    results = attention_results(states, grad, cu_seqlens)
+    results = attention_results(states, grad, cu_seqlens, rule)
     q, k, v = (state.double().requires_grad_() for state in states)
-    out = attention.reference(q, k, v, cu_seqlens, size**-0.5)
+    out = attention.reference(q, k, v, cu_seqlens, size**-0.5, *rule[:2], sinks_of(heads, rule))
     expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.double())]
     for actual, exact in zip(results, expected, strict=True):
         near(actual, exact, ATTENTION[dtype])
     return []
 
 
-def attention_threads(lengths: list[int], dtype: torch.dtype) -> Results:
+def attention_threads(lengths: list[int], dtype: torch.dtype, rule: Rule) -> Results:
     states, grad, cu_seqlens = attention_states(6, 3, lengths, 48, dtype)
-    on_any_threads(lambda: attention_results(states, grad, cu_seqlens))
+    on_any_threads(lambda: attention_results(states, grad, cu_seqlens, rule))
+    return []
+
+
+def attention_in_a_wide_window(dtype: torch.dtype) -> Results:
+    """A window that every example fits gives the same bytes as none."""
+    states, grad, cu_seqlens = attention_states(4, 2, [33, 7, 40], 32, dtype)
+    same(attention_results(states, grad, cu_seqlens), attention_results(states, grad, cu_seqlens, (40, 0.0, False)))
+    return []
+
+
+def attention_caps(dtype: torch.dtype) -> Results:
+    """The score of a token's only key, from the smallest to the largest, is as near its tanh as fp32 can be."""
+    scores = torch.cat([torch.logspace(-30, 4, 60, dtype=torch.float64), torch.linspace(0.5, 1, 30).double()])
+    scores = torch.cat([scores, -scores, torch.zeros(1).double()]).to(dtype)
+    q, k = torch.zeros(1, len(scores), 16, dtype=dtype), torch.ones(1, len(scores), 16, dtype=dtype)
+    q[0, :, 3] = scores
+    each_alone = torch.arange(len(scores) + 1, dtype=torch.int32)
+    for cap in (1.0, 50.0):
+        _, lse = attention_kernel.forward(q, k, k, each_alone, 1.0, 0, cap)
+        exact = cap * torch.tanh(scores.double() / cap) / math.log(2)
+        wrong = ((lse[0].double() - exact).abs() / exact.abs().clamp(min=1e-30)).max()
+        assert wrong < 4 * torch.finfo(torch.float32).eps, f"cap {cap}: {float(wrong):.2e}"
     return []
 
 
@@ -318,8 +349,25 @@ def attention_cases(brief: bool) -> Iterator[Case]:
         yield attention_equals_the_reference, (*shape, size, dtype)
     for dtype, shape in itertools.product(DTYPES, [] if brief else [(8, 1, [200, 2]), (3, 3, [0, 385, 0])]):
         yield attention_equals_the_reference, (*shape, 64, dtype)  # longer than a block of the backward pass
+    windows, caps = ((5, 33), (2.0,)) if brief else ((1, 2, 5, 63, 64, 65, 100, 1000), (1.0, 30.0))
+    rules = (
+        [(window, 0.0, False) for window in windows if window > 1]
+        + [(0, cap, False) for cap in caps]
+        + [(0, 0.0, True)]
+    )
+    rules += [(window, caps[0], True) for window in windows]
+    lengths = [12, 40] if brief else [97, 1, 0, 200, 13]
+    for dtype, rule in itertools.product(DTYPES, rules):
+        yield attention_equals_the_reference, (4, 2, lengths, 32, dtype, rule)
+    for dtype, size in itertools.product(DTYPES, () if brief else (16, 48, 80, 128, 240, 256)):
+        yield attention_equals_the_reference, (6, 2, [33, 70, 7], size, dtype, (17, 1.0, True))
+    for dtype, window in itertools.product(DTYPES, () if brief else (10, 70, 192, 300)):
+        yield attention_equals_the_reference, (3, 1, [500], 32, dtype, (window, 0.0, False))  # blocks wholly outside
     for dtype in DTYPES:
-        yield attention_threads, ([33, 1] if brief else [100, 5, 64, 1, 33], dtype)
+        yield attention_in_a_wide_window, (dtype,)
+        yield attention_caps, (dtype,)
+        for rule in ((20, 2.0, True),) if brief else (PLAIN, (20, 2.0, True)):
+            yield attention_threads, ([33, 1] if brief else [100, 5, 64, 1, 33], dtype, rule)
         for bad in BAD:
             yield attention_bad_tokens, (bad, dtype)
 

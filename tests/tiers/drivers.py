@@ -90,7 +90,7 @@ def _sizes(call: Any, function: str) -> dict[str, int]:
     """The bytes from each pointer of a call on that a function may touch."""
     element = 2 if call.bf16 else 4
     if function.startswith("attention"):
-        of = {"cu_seqlens": 4 * (call.examples + 1), "lse": 4 * call.heads * call.tokens}
+        of = {"cu_seqlens": 4 * (call.examples + 1), "lse": 4 * call.heads * call.tokens, "sinks": 4 * call.heads}
         for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
             heads, tensor = call.kv_heads if name in attention.OF_KEYS else call.heads, getattr(call, name)
             last = (heads - 1) * tensor.head + (call.tokens - 1) * tensor.token

@@ -124,4 +124,5 @@ def _random_case(kernel: ModuleType, chance: random.Random) -> cases.Case:
     if chance.random() < 0.02:
         lengths.append(chance.randint(150, 400))  # longer than the blocks of the backward pass
     size = 16 * chance.randint(1, 8)
-    return cases.attention_results_of, (kv_heads * chance.randint(1, 3), kv_heads, lengths, size, dtype)
+    rule = chance.choice((0, chance.randint(1, 60))), chance.choice((0.0, 2.0)), chance.random() < 0.5
+    return cases.attention_results_of, (kv_heads * chance.randint(1, 3), kv_heads, lengths, size, dtype, rule)
