@@ -17,7 +17,7 @@ from huarizo import kernels
 from huarizo.files import sha256_of
 from huarizo.machine import keep_compiled_code
 from huarizo.model import frozen
-from huarizo.model.architectures.registry import architecture_of
+from huarizo.model.architectures.structure import structure_of
 from huarizo.model.frozen.linear import TRACED_AS_ONE
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def compile_layers(model: "PeftModel") -> None:
     keep_compiled_code()
     _let_products_be_cached()
     model.enable_input_require_grads()  # makes the first layer like all others: one compilation fewer
-    for layer in base.get_submodule(architecture_of(base.config).layers).children():
+    for layer in base.get_submodule(structure_of(base).layers).children():
         layer.compile(dynamic=True)
 
 
