@@ -35,7 +35,7 @@ class Sizes:
     attention: int
     """Channels of the queries of one layer, at most."""
     inner: int
-    """Channels of the widest activation within a layer."""
+    """Channels of the widest input of a linear layer, and of the experts that a token is sent to."""
     in_layers: int
     """Weights in the linear layers of all decoder layers."""
     embedding: int
@@ -134,11 +134,13 @@ def _sizes(model: "PreTrainedModel", structure: Structure) -> Sizes:
     counted = {id(linear.weight) for linear in linears.values()} | {id(embedding), id(head)}
     others = [weight for weight in model.parameters() if weight.dim() > 1 and id(weight) not in counted]
     heads = getattr(config, "num_attention_heads", None) or 1
+    experts = [weight.shape[1] * weight.shape[2] // config.hidden_size for weight in others if weight.dim() == 3]
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
     return Sizes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
-        inner=max((channels for _, channels in shapes), default=config.hidden_size),
+        inner=max((channels for _, channels in shapes), default=config.hidden_size) + chosen * min(experts, default=0),
         in_layers=sum(outputs * inputs for outputs, inputs in shapes),
         embedding=embedding.numel(),
         head=head.numel(),

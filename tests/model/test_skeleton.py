@@ -28,7 +28,7 @@ def test_all_weights_are_counted_once(kind: str) -> None:
     assert counted == sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
     assert sizes.tied == (kind in ("gemma", "gpt2")) and (sizes.layers, sizes.hidden) == (2, 32)
     assert bool(sizes.others) == (kind in ("gpt2", "mixtral"))  # positions, experts
-    assert sizes.inner == {"gpt2": 128, "mixtral": 32}.get(kind, 48)
+    assert sizes.inner == {"gpt2": 128, "gemma": 1024, "mixtral": 32 + 2 * 48}.get(kind, 48)
     assert sizes.attention == (1024 if kind == "gemma" else 32)
 
 

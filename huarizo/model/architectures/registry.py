@@ -35,7 +35,6 @@ ROWS = (
     Architecture(model_type="qwen2", packs=True),
     Architecture(model_type="qwen3", packs=True),
     Architecture(model_type="smollm3", packs=True),
-    Architecture(model_type="stablelm", packs=True),
     Architecture(model_type="beam", packs=False, logits=CAPPED),
     Architecture(model_type="cohere2_moe", packs=False, logits=SCALED),
     Architecture(model_type="cohere_compass_text", packs=False, logits=SCALED),
