@@ -1,6 +1,7 @@
 """What is no causal language model is told by config.json alone, before any weights are fetched."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_is_refused_is_refused_with_its_kind_and_a_remedy(case: str) -> None:
     config, said = REFUSED[case]
     problem = unsuitable(config)
-    assert problem is not None
-    with pytest.raises(ValueError, match=f"^(it|config|Transformers).*{said}"):
-        raise ValueError(problem)
+    assert problem is not None and re.search(said, problem), problem
+    assert "Give a decoder-only language model" in problem or "give one of these" in problem
 
 
 @pytest.mark.parametrize(
