@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,7 +48,7 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 
 def compile_layers(model: "PeftModel") -> None:
     """Compile the decoder layers of a PeftModel in place. Call it only if `why_not` returns None."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     keep_compiled_code()
     _let_products_be_cached()
     model.enable_input_require_grads()  # makes the first layer like all others: one compilation fewer

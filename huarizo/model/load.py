@@ -79,8 +79,8 @@ def _wrong_sizes(config: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, dict):
             yield from _wrong_sizes(value)
         elif SIZE.search(name) and value is not None and not isinstance(value, bool | list):
-            least, most = int(name in POSITIVE), LIMITS.get(name.rpartition("_")[2], 2**31 - 1)
-            if type(value) is not int or not least <= value <= most:
+            most: int = LIMITS.get(name.rpartition("_")[2], 2**31 - 1)
+            if type(value) is not int or not int(name in POSITIVE) <= value <= most:
                 yield name
 
 

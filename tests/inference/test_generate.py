@@ -62,7 +62,8 @@ def test_other_architectures_answer_with_an_attention_that_they_support(kind: st
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 16, "attn_logit_softcapping": 1.0,
     }  # fmt: skip
-    config = CONFIG_MAPPING[kind](vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields)
+    config_class: Any = CONFIG_MAPPING[kind]
+    config = config_class(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields)
     model, ids = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         expected = model(ids).logits

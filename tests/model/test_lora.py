@@ -115,7 +115,8 @@ def test_a_head_in_8_bit_is_not_trained_as_a_whole(tmp_path: Path) -> None:
      ("olmo2", ["q_proj", "v_proj"])],
 )  # fmt: skip
 def test_the_default_targets_are_layers_that_the_model_has(kind: str, targets: Any) -> None:
-    config = CONFIG_MAPPING[kind](num_hidden_layers=1, vocab_size=50, pad_token_id=0).to_dict()
+    config_class: Any = CONFIG_MAPPING[kind]
+    config = config_class(num_hidden_layers=1, vocab_size=50, pad_token_id=0).to_dict()
     lora = with_targets(make_recipe().lora, config)
     assert lora.target_modules == targets
     chosen = make_recipe(lora={"target_modules": ["o_proj"]}).lora
@@ -128,7 +129,7 @@ def test_an_adapter_on_transposed_weights_says_so_and_merges(tmp_path: Path) -> 
     )
     recipe = make_recipe(lora={"r": 4, "target_modules": ["c_attn", "c_proj"], "options": {"use_dora": True}})
     check_lora(tmp_path / "base", recipe.lora, "fp32")
-    tuned = add_lora(load_base(tmp_path / "base", torch.float32, torch.device("cpu")), recipe.lora, 0)
+    tuned: Any = add_lora(load_base(tmp_path / "base", torch.float32, torch.device("cpu")), recipe.lora, 0)
     assert tuned.peft_config["default"].fan_in_fan_out
     for parameter in tuned.parameters():
         if parameter.requires_grad:

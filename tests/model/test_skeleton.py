@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt_neox", "gemma", "gpt2", "mixtral"])
 def test_all_weights_are_counted_once(kind: str) -> None:
-    fields = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50} if kind == "gpt2" else SIZES
+    fields: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50} if kind == "gpt2" else SIZES
     config = CONFIG_MAPPING[kind](**fields)
     model = AutoModelForCausalLM.from_config(config)
     sizes = seen_in(config.to_dict()).sizes

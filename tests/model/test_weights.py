@@ -136,13 +136,13 @@ def test_names_without_the_prefix_and_masks_of_old_files_are_placed(tmp_path: Pa
     weights = MergedWeights(tmp_path, None)
     assert set(weights.names()) == tensors.keys()
     assert all(torch.equal(weights[name], tensors[name]) for name in tensors)
-    base = load_quantised_base(tmp_path, "int8", torch.float32, CPU, pack([Example([1, 2], [1, 2])]))
+    base: Any = load_quantised_base(tmp_path, "int8", torch.float32, CPU, pack([Example([1, 2], [1, 2])]))
     assert torch.equal(base.transformer.wpe.weight, tensors["transformer.wpe.weight"])
 
 
 def test_experts_are_stored_one_by_one(tmp_path: Path) -> None:
     """Transformers makes one tensor of them all on loading."""
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1,
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}  # fmt: skip
     MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -7,6 +7,7 @@ which are seen while a decoder layer runs.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,17 +109,15 @@ def readers_seen(module: nn.Module) -> Iterator[list[Readers]]:
     seen: dict[tuple[int, ...], Readers] = {}
     groups: list[Readers] = []
 
-    def note(path: str, x: torch.Tensor) -> None:
+    def note(path: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
         key = (x.data_ptr(), x.numel(), x.shape[-1], x._version)
         if key not in seen:
             groups.append(seen.setdefault(key, Readers(x)))
         if path not in seen[key].paths:
             seen[key].paths.append(path)
 
-    handles = [
-        linear.register_forward_pre_hook(lambda _, args, path=path: note(path, args[0]))
-        for path, linear in linears_in(module).items()
-    ]
+    handles = [linear.register_forward_pre_hook(partial(note, path)) for path, linear in linears_in(module).items()]
     try:
         yield groups
     finally:

@@ -243,7 +243,7 @@ def test_an_adapter_is_saved_loaded_and_merged(folder: Path, tmp_path: Path) -> 
     model = with_lora(load_base(folder, torch.float32, CPU))
     before = loss_and_gradients(model, EXAMPLES)[0]
     model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    again = load_adapter(load_base(folder, torch.float32, CPU), tmp_path)
+    again: Any = load_adapter(load_base(folder, torch.float32, CPU), tmp_path)
     with torch.no_grad():
         batch = pack(EXAMPLES)
         loss = PackedLoss(again.get_base_model())(again, batch).item() / batch.num_labels
@@ -256,7 +256,8 @@ def test_an_adapter_is_saved_loaded_and_merged(folder: Path, tmp_path: Path) -> 
 def test_rows_of_tokens_are_trained_under_its_names(folder: Path) -> None:
     base = load_base(folder, torch.float32, CPU)
     embedding, head = structure_of(base).vocabulary_layers
-    model = add_lora(base, make_recipe(lora={"dropout": 0, "target_modules": "all-linear"}).lora, seed=1, tokens=[3, 5])
+    lora = make_recipe(lora={"dropout": 0, "target_modules": "all-linear"}).lora
+    model: Any = add_lora(base, lora, seed=1, tokens=[3, 5])
     tied = base.config.tie_word_embeddings
     assert model.peft_config["default"].trainable_token_indices == (
         [3, 5] if tied else {embedding: [3, 5], head: [3, 5]}
