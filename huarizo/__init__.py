@@ -1,4 +1,4 @@
-"""Huarizo: fine-tune Llama-architecture models with LoRA on instruction data, on the machine you have."""
+"""Huarizo: fine-tune causal language models with LoRA on instruction data, on the machine you have."""
 
 from huarizo.host import spin_briefly
 

@@ -16,7 +16,7 @@ from huarizo.console import console, keep_terminal_plain
 from huarizo.errors import HuarizoError, MachineError, UserError
 
 app = typer.Typer(
-    help="Fine-tune TinyLlama, or any Llama-architecture model, with LoRA on instruction data.",
+    help="Fine-tune TinyLlama, or another causal language model, with LoRA on instruction data.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

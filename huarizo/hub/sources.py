@@ -14,10 +14,11 @@ from huggingface_hub.utils import filter_repo_objects
 
 from huarizo.errors import DataError, ModelError, UserError
 from huarizo.files import sha256_of
-from huarizo.hub import data_files, model_files
+from huarizo.hub import data_files, model_files, model_types
 from huarizo.hub.data_card import CardError, card_in
 from huarizo.hub.data_files import Part, split_name
 from huarizo.hub.quickstart import QUICKSTART
+from huarizo.sandbox.reading import read_json
 
 WHOLE = Part()
 
@@ -92,6 +93,16 @@ def _no_adapter(names: Iterable[str]) -> str | None:
     return f"this is not a PEFT LoRA adapter: {' and '.join(missing)} missing" if missing else None
 
 
+def _unfit_model(folder: Path, name: str) -> str | None:
+    """Why a model can't be trained, from its config.json and card alone."""
+    if problem := model_files.hostile(folder) or model_files.quantised(folder, name):
+        return problem
+    try:
+        return model_types.unsuitable(read_json(folder / "config.json"))
+    except (OSError, ValueError):
+        return None  # reported where it is read
+
+
 MODEL = Kind(
     repo_type="model",
     noun="model",
@@ -101,7 +112,7 @@ MODEL = Kind(
     lacking=model_files.lacking,
     broken=model_files.broken,
     beside=model_files.BESIDE,
-    unfit=model_files.quantised,
+    unfit=_unfit_model,
     first=("config.json", model_files.CARD),
 )
 ADAPTER = Kind(

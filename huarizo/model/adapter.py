@@ -19,7 +19,7 @@ from huarizo.errors import ModelError
 from huarizo.files import fault_in, manifest_of
 from huarizo.hub.model_files import tensors_in
 from huarizo.model.added_tokens import lengthen, lengthened, size_of
-from huarizo.model.architectures.registry import vocabulary_layers
+from huarizo.model.architectures.registry import EMBEDDINGS, HEADS
 from huarizo.model.load import load_tokenizer
 from huarizo.sandbox.reading import odd_entry, read_json, without_panics
 from huarizo.wording import first_line
@@ -132,7 +132,7 @@ def layer_of(name: str) -> str:
 
 
 def _is_vocabulary(name: str) -> bool:
-    return layer_of(name).rpartition(".")[2] in set().union(*vocabulary_layers())
+    return layer_of(name).rpartition(".")[2] in EMBEDDINGS | HEADS
 
 
 def rows_with(folder: Path, rows: int) -> int:
@@ -167,7 +167,7 @@ def _places(name: str, shape: list[int]) -> int:
 def trained_rows(config: "LoraConfig") -> dict[str, list[int]]:
     """The ids of the tokens whose single rows an adapter holds, by the last part of the layer's name."""
     found = config.trainable_token_indices or {}
-    found = found if isinstance(found, dict) else dict.fromkeys(vocabulary_layers()[0], found)
+    found = found if isinstance(found, dict) else dict.fromkeys(EMBEDDINGS, found)
     return {name.rpartition(".")[2]: numbers for name, numbers in found.items()}
 
 
@@ -301,7 +301,7 @@ def _is_tokens(value: object) -> bool:
     numbers = list(value.values()) if isinstance(value, dict) else [value]
     names = [str(name).rpartition(".")[2] for name in value] if isinstance(value, dict) else []
     return value is None or (
-        set(names) <= set().union(*vocabulary_layers())
+        set(names) <= EMBEDDINGS | HEADS
         and len(set(names)) == len(names)
         and all(
             isinstance(each, list)
@@ -339,7 +339,7 @@ CHECKS = {
     "rank_pattern": _is_pattern_of(_is_rank),
     "alpha_pattern": _is_pattern_of(_is_number),
     "bias": lambda value: value == "none",
-    "fan_in_fan_out": lambda value: value is False,
+    "fan_in_fan_out": _is_flag,
     "use_rslora": _is_flag,
     "use_dora": _is_flag,
     "lora_bias": _is_flag,

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,7 @@ from huarizo import kernels
 from huarizo.files import sha256_of
 from huarizo.machine import keep_compiled_code
 from huarizo.model import frozen
-from huarizo.model.architectures.registry import architecture_of
+from huarizo.model.architectures.structure import structure_of
 from huarizo.model.frozen.linear import TRACED_AS_ONE
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 
 def compile_layers(model: "PeftModel") -> None:
     """Compile the decoder layers of a PeftModel in place. Call it only if `why_not` returns None."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     keep_compiled_code()
     _let_products_be_cached()
     model.enable_input_require_grads()  # makes the first layer like all others: one compilation fewer
-    for layer in base.get_submodule(architecture_of(base.config).layers).children():
+    for layer in base.get_submodule(structure_of(base).layers).children():
         layer.compile(dynamic=True)
 
 

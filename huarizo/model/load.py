@@ -1,8 +1,10 @@
 """Loads a frozen model and its tokenizer from a local folder.
 
-Only registered architectures are accepted, only safetensors are read, and no code of a model ever runs.
+Any causal language model of Transformers is accepted, only safetensors are read, and no code of a model ever runs.
 """
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +12,13 @@ import torch
 
 from huarizo.errors import MachineError, ModelError
 from huarizo.hub.model_files import quantised
+from huarizo.hub.model_types import unsuitable
 from huarizo.machine import spread
-from huarizo.model.architectures.architecture import Architecture
 from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 from huarizo.model.frozen.storages import STORAGES
-from huarizo.model.weights import (
-    NO_ROOM,
-    check_weights,
-    class_of,
-    config_of,
-    reading,
-    tensors_of,
-    within_memory,
-)
+from huarizo.model.skeleton import Seen, class_of, config_of, configuration, seen_in
+from huarizo.model.weights import NO_ROOM, check_weights, count_tensors, reading, tensors_of, within_memory
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
 from huarizo.wording import first_line
@@ -36,12 +31,20 @@ if TYPE_CHECKING:
 TOKENIZER_TIME, TOKENIZER_MEMORY = 60.0, 4 * 2**30  # seconds and bytes, for tokenizer.json
 _TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)
 OR_INT8 = ", or train with precision=int8"
-LIMITS = {"head_dim": 2**16, "max_position_embeddings": 2**31, "num_labels": 10_000}
-"""Largest values of other sizes in config.json: Transformers makes a table of `num_labels` names."""
+SIZE = re.compile(r"(^n_\w+|(^|_)(size|dim|layers?|heads?|experts|labels|embeddings|positions))$")
+"""Names of the sizes in config.json."""
+LIMITS = {"labels": 10_000, "layers": 10_000, "layer": 10_000, "heads": 10_000, "head": 10_000, "experts": 10_000,
+          "dim": 2**16}  # fmt: skip
+"""Largest sizes by the last part of their names; Transformers makes a table or a list of some. Of others: 2^31 - 1."""
+POSITIVE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json` of a model folder and check that the architecture is supported.
+    """Read `config.json` of a model folder and check that the model can be trained and its sizes are plausible.
+
+    Returns:
+        Its content, with `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `vocab_size` and
+        `tie_word_embeddings` under these names, where the file has others or leaves them to Transformers' defaults.
 
     Raises:
         ModelError: config.json is missing or broken, the architecture is not supported, or the weights are quantised.
@@ -53,34 +56,63 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no config.json here, so this is not a model folder") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: can't be read: {error}") from None
-    architecture = architecture_of(config, folder)
-    if problem := quantised(folder, folder.name):
+    if problem := unsuitable(config) or quantised(folder, folder.name):
         raise ModelError(f"{folder}: {problem}")
-    _check_sizes(path, config, architecture)
+    if wrong := next(_wrong_sizes(config), None):
+        raise ModelError(f"{path}: {wrong} is not a valid size")
+    if not architecture_of(config).packs:
+        raise ModelError(f"{folder}: models of type {config['model_type']!r} can't be trained yet")
+    config = _completed(path, config)
+    seen = seen_in(config, path)
+    expected = weight_bytes(config, "int8", torch.float16) // 2
+    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if expected > there:
+        raise ModelError(f"{path}: a model of these sizes has more weights than fit in the {there:,} bytes beside it")
+    _check_layers(path, seen)
     return config
 
 
-def _check_sizes(path: Path, config: dict[str, Any], architecture: Architecture) -> None:
-    """Check that the sizes are whole numbers, and that the weight files are large enough for them."""
-    wrong = [name for name in architecture.sizes if type(config.get(name)) is not int or not 0 < config[name] < 2**31]
-    shared = config.get("num_key_value_heads")
-    if wrong or (shared is not None and (type(shared) is not int or not 0 < shared <= config["num_attention_heads"])):
-        raise ModelError(f"{path}: {(wrong or ['num_key_value_heads'])[0]} is not a valid size")
-    expected = weight_bytes(config, "int8", torch.float16) // 2
-    there = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
-    if expected > there:
-        raise ModelError(f"{path}: a model of these sizes has more weights than fit in the {there:,} bytes beside it")
-    for name, most in LIMITS.items():
-        value = config.get(name)
-        if value is not None and (type(value) is not int or not 0 < value <= most):
+def _wrong_sizes(config: dict[str, Any]) -> Iterator[str]:
+    """The names of sizes, at any depth, that are not whole numbers or exceed their limits. None and lists are left to
+    Transformers."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _wrong_sizes(value)
+        elif SIZE.search(name) and value is not None and not isinstance(value, bool | list):
+            most: int = LIMITS.get(name.rpartition("_")[2], 2**31 - 1)
+            if type(value) is not int or not int(name in POSITIVE) <= value <= most:
+                yield name
+
+
+def _completed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the sizes that Transformers reads from it, under Transformers' common names.
+
+    Raises:
+        ModelError: one is not positive, or there are more layers than weights.
+    """
+    try:
+        known = configuration(config).get_text_config(decoder=True)
+    except Exception as error:  # anything that a broken configuration causes
+        raise ModelError(f"{path}: no model can be made from it: {first_line(error)}") from None
+    sizes = {name: getattr(known, name, None) for name in POSITIVE}
+    shared, heads = getattr(known, "num_key_value_heads", None), sizes["num_attention_heads"]
+    if type(shared) is int and type(heads) is int and not 0 < shared <= heads:
+        raise ModelError(f"{path}: num_key_value_heads is not a valid size")
+    for name, value in sizes.items():
+        if (value is None and name != "num_attention_heads") or (type(value) is int and value < 1):
             raise ModelError(f"{path}: {name} is not a valid size")
-    _check_layers(path, config, architecture.layers + ".")
+    if known.num_hidden_layers > (count := count_tensors(path.parent)):  # no more layers are made than there can be
+        raise ModelError(f"{path}: it has {known.num_hidden_layers:,} layers, but the weights have {count:,} tensors")
+    if getattr(known, "tie_word_embeddings", False):
+        sizes["tie_word_embeddings"] = True
+    return config | {name: value for name, value in sizes.items() if value is not None and name not in config}
 
 
 def positions(config: dict[str, Any]) -> int:
     """The longest text that a model supports, in tokens. With linear, dynamic or yarn scaling of rope,
     `max_position_embeddings` is the length before scaling; with any other it includes the scaling."""
     most, rope = config.get("max_position_embeddings"), config.get("rope_parameters") or config.get("rope_scaling")
+    most = config.get("n_positions") if most is None else most  # GPT-2's name
     most = most if isinstance(most, int) else 2048  # Transformers' default
     if not isinstance(rope, dict):
         return most
@@ -91,12 +123,13 @@ def positions(config: dict[str, Any]) -> int:
     return int(factor * (original if kind == "yarn" and isinstance(original, int) else most))
 
 
-def _check_layers(path: Path, config: dict[str, Any], prefix: str) -> None:
+def _check_layers(path: Path, seen: Seen) -> None:
     """Check that the weights have as many layers as the config; `check_weights` compares the rest, layer by layer."""
-    names = (name for tensors in tensors_of(path.parent).values() for name in tensors)
+    prefix = f"{seen.structure.layers}."
+    names = (name for tensors in tensors_of(path.parent, seen.model).values() for name in tensors)
     layers = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
-    if len(layers) < config["num_hidden_layers"]:
-        raise ModelError(f"{path}: it has {config['num_hidden_layers']:,} layers, but the weights have {len(layers):,}")
+    if len(layers) < seen.sizes.layers:
+        raise ModelError(f"{path}: it has {seen.sizes.layers:,} layers, but the weights have {len(layers):,}")
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":
@@ -174,27 +207,28 @@ def load_base(
 def activation_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
     """Estimate of the memory that one token needs for the backward pass, in bytes, uncompiled, with LoRA everywhere.
 
-    Compiled layers need less than half of that.
+    In each layer the norms store their input and its fp32 copy (12 hidden sizes in all); attention stores q, k, v, the
+    output and rope's products (8 times the queries' channels); the MLP stores gate, up, silu and their product (6 times
+    the inner channels); LoRA stores fp32 inputs (8 hidden sizes). Compiled layers need less than half of that.
     """
-    size = torch.finfo(dtype).bits // 8
-    return config["num_hidden_layers"] * architecture_of(config).layer_activation_bytes(config, size)
+    size, sizes = torch.finfo(dtype).bits // 8, seen_in(config).sizes
+    layer = (12 * sizes.hidden + 8 * sizes.attention + 6 * sizes.inner) * size + 8 * sizes.hidden * 4
+    return sizes.layers * layer
 
 
 def checkpoint_bytes_per_token(config: dict[str, Any], dtype: torch.dtype) -> int:
     """As `activation_bytes_per_token`, with activation checkpointing: each layer's input, and one layer in full."""
-    layers, size = config["num_hidden_layers"], torch.finfo(dtype).bits // 8
-    return layers * config["hidden_size"] * size + activation_bytes_per_token(config, dtype) // layers
+    size, sizes = torch.finfo(dtype).bits // 8, seen_in(config).sizes
+    return sizes.layers * sizes.hidden * size + activation_bytes_per_token(config, dtype) // sizes.layers
 
 
 def weight_bytes(config: dict[str, Any], precision: str, dtype: torch.dtype) -> int:
-    """Memory of the frozen base in bytes: linears in `precision`, the embedding in `dtype`.
+    """Memory of the frozen base in bytes: linears in `precision`, all else in `dtype`.
 
     A head tied to the embedding takes none, unless it is quantised and therefore a copy.
     """
-    size = torch.finfo(dtype).bits // 8
+    size, sizes = torch.finfo(dtype).bits // 8, seen_in(config).sizes
     stored = STORAGES.get(precision)
     linear_size = stored.bytes_per_weight if stored else size
-    embedding = config["vocab_size"] * config["hidden_size"]
-    head = embedding * linear_size if stored or not config.get("tie_word_embeddings") else 0
-    layers = config["num_hidden_layers"] * architecture_of(config).layer_weights(config)
-    return int(layers * linear_size + embedding * size + head)
+    head = sizes.head * linear_size if stored or not sizes.tied else 0
+    return int(sizes.in_layers * linear_size + (sizes.embedding + sizes.others) * size + head)

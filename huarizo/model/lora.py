@@ -7,18 +7,19 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from huarizo.errors import RecipeError
 from huarizo.model.adapter import CHECKS
 from huarizo.model.added_tokens import SETTING, lengthen
-from huarizo.model.architectures.registry import architecture_of
+from huarizo.model.architectures.structure import LINEAR, has_experts, linears_in, structure_of
 from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.lora import register
 from huarizo.model.frozen.storages import STORAGES
-from huarizo.model.weights import skeleton
+from huarizo.model.skeleton import seen_in, skeleton
 from huarizo.recipe import LoraRecipe
 from huarizo.wording import did_you_mean, first_line, listed
 
@@ -33,7 +34,7 @@ REASONS = {
     **dict.fromkeys(BY_HUARIZO, "Huarizo sets it"),
     "bias": NO_BIAS,
     "lora_bias": NO_BIAS,
-    "fan_in_fan_out": "the model's linear layers are stored as [out, in]",
+    "fan_in_fan_out": "Huarizo sets it where a model's linear layers are stored as [in, out]",
     "exclude_modules": "give a list of plain names, not a pattern",
     "rank_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and ranks, not patterns",
     "alpha_pattern": "give plain names (q_proj, or layers.0.self_attn.q_proj) and numbers, not patterns",
@@ -51,6 +52,7 @@ REASONS = {
 """Why an option of PEFT is refused, and what to write instead."""
 ALSO_REFUSED: dict[str, Callable[[object], bool]] = {
     "lora_bias": lambda value: value is True,
+    "fan_in_fan_out": lambda value: value is True,
     "init_lora_weights": lambda value: isinstance(value, str) and value.startswith("pissa_"),
     "exclude_modules": lambda value: isinstance(value, str),
     "modules_to_save": lambda value: isinstance(value, str),
@@ -61,9 +63,23 @@ ALSO_REFUSED: dict[str, Callable[[object], bool]] = {
 
 def linear_names(model: torch.nn.Module) -> list[str]:
     """Last parts of the names of the model's linear layers, such as q_proj, in order of appearance."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | FrozenLinear)]
-    names = [name.rpartition(".")[2] for name in linears]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in linears_in(model)))
+
+
+def with_targets(recipe: LoraRecipe, config: dict[str, Any]) -> LoraRecipe:
+    """The recipe with target modules that the model has: where it leaves the default and the model has no such layers,
+    PEFT's default for its type, or all linear layers.
+
+    config: the content of config.json.
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    known, default = set(linear_names(seen_in(config).model)), LoraRecipe().target_modules
+    if recipe.target_modules != default or known.intersection(default):
+        return recipe
+    of_peft = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config["model_type"])
+    fits = isinstance(of_peft, list) and known.issuperset(of_peft)
+    return recipe.model_copy(update={"target_modules": of_peft if fits else "all-linear"})
 
 
 def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequence[int] = ()) -> int:
@@ -83,6 +99,10 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
     lengthen(model, max(tokens, default=-1) + 1)
     _check_options(recipe.options)
     stored = precision in STORAGES
+    if stored and has_experts(model):
+        raise RecipeError(
+            f"precision: a mixture of experts is trained in float, not in {precision}. Set precision=bf16 or fp32"
+        )
     if tokens and stored:
         raise RecipeError(
             f"{SETTING}: their rows are trained in float, and with precision {precision} the head is frozen in "
@@ -104,7 +124,7 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
         found = [module for path, module in modules.items() if path == name or path.endswith(f".{name}")]
         if not found:
             raise RecipeError(f"lora.options.modules_to_save: the model has no {name!r}")
-        wrapped = any(isinstance(part, torch.nn.Linear) for module in found for part in module.modules())
+        wrapped = any(isinstance(part, LINEAR) for module in found for part in module.modules())
         if stored and wrapped:
             raise RecipeError(
                 f"lora.options.modules_to_save: with precision {precision} {name} is frozen in {precision}. Set "
@@ -139,7 +159,7 @@ def add_lora(model: "PreTrainedModel", recipe: LoraRecipe, seed: int, tokens: Se
     known = linear_names(model)
     targets = recipe.target_modules
     if targets == "all-linear":  # PEFT's own expansion of it does not know frozen layers
-        targets = [name for name in known if name != architecture_of(model.config).vocabulary_layers[1]]
+        targets = [name for name in known if name != structure_of(model).vocabulary_layers[1]]
     for name in targets:
         if name.rpartition(".")[2] not in known:
             near = did_you_mean(name, known) or "."
@@ -156,11 +176,17 @@ def add_lora(model: "PreTrainedModel", recipe: LoraRecipe, seed: int, tokens: Se
             lora_alpha=int(recipe.alpha) if recipe.alpha == int(recipe.alpha) else recipe.alpha,  # pyright: ignore
             lora_dropout=recipe.dropout,
             target_modules=targets,
-            **{"bias": "none", **recipe.options, **rows},
+            **{"bias": "none", "fan_in_fan_out": _are_transposed(model, targets), **recipe.options, **rows},
         )
         return get_peft_model(model, register(config))
     except (ValueError, TypeError, ImportError, AttributeError, LookupError) as error:
         raise RecipeError(f"lora: peft refuses these settings: {first_line(error)}") from None
+
+
+def _are_transposed(model: "PreTrainedModel", targets: Sequence[str]) -> bool:
+    """Whether the weights of one of the targets are [in, out]."""
+    transposed = {path.rpartition(".")[2] for path, linear in linears_in(model).items() if isinstance(linear, Conv1D)}
+    return not transposed.isdisjoint(name.rpartition(".")[2] for name in targets)
 
 
 def _rows_config(
@@ -173,7 +199,7 @@ def _rows_config(
     """
     if not tokens:
         return {}
-    embedding, head = architecture_of(model.config).vocabulary_layers
+    embedding, head = structure_of(model).vocabulary_layers
     whole = [name for name in recipe.options.get("modules_to_save") or [] if name in (embedding, head)]
     if set(whole) == {embedding, head}:
         return {}

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from huarizo.errors import ModelError
-from huarizo.hub.model_files import Tensor, tensors_in
+from huarizo.hub.model_files import tensors_in
 from huarizo.model.adapter import (
     CONFIG,
     PREFIX,
@@ -29,7 +30,8 @@ from huarizo.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from huarizo.model.added_tokens import lengthened
 from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.load import read_config
-from huarizo.model.weights import FLOATS, check_weights, read_tensor, tensors_of
+from huarizo.model.skeleton import seen_in
+from huarizo.model.weights import FLOATS, Stored, check_weights, read_tensor, tensors_of
 from huarizo.wording import first_line
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class MergedWeights:
     parts by module (`lora_A.weight` [r, in], `lora_B.weight` [out, r] ...), `replaced` the tensors that it replaces as
     a whole, `token_rows` its rows of single tokens by tensor, as ids and [ids, H], and `base_tensors` the embedding and
     head saved with the adapter, if they differ from the base's. Embedding and head have as many rows as the adapter
-    needs.
+    needs. `transposed` names the modules whose weights are [in, out].
 
     Raises:
         ModelError: the base lacks weights; the adapter is broken, or of another model (the message names both).
@@ -56,10 +58,12 @@ class MergedWeights:
     def __init__(self, base: Path, adapter: Path | None) -> None:
         self.base, self.adapter = base, adapter
         self.config = read_config(base)
-        self.architecture = architecture_of(self.config, base)
-        self.embedding, self.head = (f"{path}.weight" for path in (self.architecture.embedding, self.architecture.head))
+        self.architecture = architecture_of(self.config)
+        model, self.structure, _ = seen_in(self.config, base)
+        self.embedding, self.head = (f"{path}.weight" for path in (self.structure.embedding, self.structure.head))
+        self.transposed = {path for path, module in model.named_modules() if isinstance(module, Conv1D)}
         check_weights(base)
-        files = tensors_of(base)
+        files = tensors_of(base, model)
         if self.config.get("tie_word_embeddings"):
             _leave_out_a_copy(base, files, self.head, self.embedding)
         self.shards = {file: list(tensors) for file, tensors in files.items()}
@@ -98,7 +102,7 @@ class MergedWeights:
             return tuple(self.replaced[name].shape)
         source = self._source(name)
         if source in (self.embedding, self.head):
-            return self.config["vocab_size"], self.config["hidden_size"]
+            return self.config["vocab_size"], self._headers[source].shape[1]
         return tuple(self._headers[source].shape)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -123,7 +127,7 @@ class MergedWeights:
         return lengthened(tensor, self.config["vocab_size"]) if name in (self.embedding, self.head) else tensor
 
     def _file_tensor(self, name: str) -> torch.Tensor:
-        return read_tensor(self.base / self._file_of[name], name)
+        return read_tensor(self.base / self._file_of[name], self._headers[name].name)
 
     def _read_adapter(self, adapter: Path) -> None:
         for key in sorted(tensors_in(adapter / ADAPTER_WEIGHTS)):
@@ -140,7 +144,7 @@ class MergedWeights:
     def _take(self, adapter: Path, key: str, tensor: torch.Tensor) -> None:
         """Sort a tensor of the adapter's file into `changes`, `token_rows`, `base_tensors` or `replaced`."""
         saved_whole = tuple(self._lora.modules_to_save or ())
-        known = {name.removesuffix(".weight") for name in self._file_of} | {self.architecture.head}
+        known = {name.removesuffix(".weight") for name in self._file_of} | {self.structure.head}
         module, (_, mark, rest) = layer_of(key), key.partition(".lora_")
         if module not in known:
             raise self._wrong_base(f"it has no {module}")
@@ -188,11 +192,11 @@ class MergedWeights:
             odd = sorted(set(parts) ^ wanted)[0]
             raise ModelError(f"{self.adapter}: {odd} of {module} is {'missing' if odd in wanted else 'not expected'}")
         shape, ours = self.shape(f"{module}.weight"), _shape_of(parts)
-        if shape != ours:
+        if (shape[::-1] if module in self.transposed else shape) != ours:
             raise self._wrong_base(f"its {module} is {_size(shape)}, the adapter's {_size(ours)}")
 
     def _changes_one_of_the_tied(self) -> bool:
-        tied = (self.architecture.embedding, self.architecture.head)
+        tied = (self.structure.embedding, self.structure.head)
         changed = any(module in self.changes or f"{module}.weight" in self.replaced for module in tied)
         return changed or self.head in self.token_rows
 
@@ -203,6 +207,9 @@ class MergedWeights:
         parts, shape = self.changes[module], weight.shape
         if "lora_embedding_A" in parts:
             tree: Any = nn.Embedding(shape[0], shape[1], device="meta")
+        elif module in self.transposed:
+            with torch.device("meta"):
+                tree = Conv1D(shape[1], shape[0])
         else:
             tree = nn.Linear(shape[1], shape[0], bias=False, device="meta")
         tree.weight = nn.Parameter(weight, requires_grad=False)
@@ -224,10 +231,10 @@ class MergedWeights:
         return ModelError(f"{self.adapter}: this adapter was made for {made_for}, not for {self.base}: {why}")
 
 
-def _leave_out_a_copy(base: Path, files: dict[str, dict[str, Tensor]], head: str, embedding: str) -> None:
+def _leave_out_a_copy(base: Path, files: dict[str, dict[str, Stored]], head: str, embedding: str) -> None:
     """Leave out the tensor of a tied head if the files hold it as a copy of the embedding."""
-    place = {name: base / file for file, tensors in files.items() for name in tensors}
-    if head in place and torch.equal(read_tensor(place[head], head), read_tensor(place[embedding], embedding)):
+    place = {name: (base / file, tensor.name) for file, tensors in files.items() for name, tensor in tensors.items()}
+    if head in place and torch.equal(read_tensor(*place[head]), read_tensor(*place[embedding])):
         for tensors in files.values():
             tensors.pop(head, None)
 

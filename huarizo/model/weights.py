@@ -7,7 +7,7 @@ another model than the given one, so both are refused by name before any weight 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,35 +16,64 @@ from huarizo.errors import MachineError, ModelError
 from huarizo.hub import model_files
 from huarizo.hub.model_files import INDEX, Tensor
 from huarizo.machine import is_out_of_memory
-from huarizo.model.architectures.architecture import Architecture
-from huarizo.model.architectures.registry import architecture_of
+from huarizo.model.names import places_of
+from huarizo.model.skeleton import skeleton
 from huarizo.sandbox.reading import PanicError, without_panics
 from huarizo.wording import first_line, listed
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-COMPUTED = ".rotary_emb.inv_freq"  # in older conversions; nothing reads it
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FAULTS_OF_FILES = OSError, SafetensorError, PanicError
 MOST_NAMED = 5
 NO_ROOM = "there is not enough memory for this model. Close other programs or use a smaller model"
 
 
-def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """A model's weight files, each with its tensors.
+class Stored(NamedTuple):
+    """A tensor of a weight file, by the file's header; `dtype` is F32, BF16 and so on."""
+
+    shape: list[int]
+    dtype: str
+    name: str
+    """Its name in the file."""
+    part_of: str | None
+    """The model's tensor that Transformers makes of it and others; None if it is that of the model as it stands."""
+
+
+def tensors_of(folder: Path, model: "PreTrainedModel") -> dict[str, dict[str, Stored]]:
+    """The weight files of a model's folder, each with its tensors by their names in the model, and parts of tensors by
+    their own. What Transformers ignores on loading, such as masks in old files, is left out.
 
     Raises:
         ModelError: a file is missing, a pickle, or incomplete.
     """
+    headers = _headers(folder)
+    places = places_of((name for tensors in headers.values() for name in tensors), model)
+    files: dict[str, dict[str, Stored]] = {}
+    for file, tensors in headers.items():
+        files[file] = {}
+        for name, tensor in tensors.items():
+            if place := places.get(name):
+                key, part_of = (place.name, None) if place.whole else (name, place.name)
+                files[file][key] = Stored(tensor.shape, tensor.dtype, name, part_of)
+    return files
+
+
+def count_tensors(folder: Path) -> int:
+    """The number of tensors in a model's weight files.
+
+    Raises:
+        ModelError: as `tensors_of`.
+    """
+    return sum(map(len, _headers(folder).values()))
+
+
+def _headers(folder: Path) -> dict[str, dict[str, Tensor]]:
     try:
-        found = model_files.tensors_of(folder)
+        return model_files.tensors_of(folder)
     except ValueError as error:
         raise ModelError(f"{folder}: {error}") from None
-    return {
-        file: {name: tensor for name, tensor in tensors.items() if not name.endswith(COMPUTED)}
-        for file, tensors in found.items()
-    }
 
 
 def read_tensor(file: Path, name: str, device: torch.device | None = None) -> torch.Tensor:
@@ -96,11 +125,10 @@ def check_weights(folder: Path) -> None:
         ModelError: they don't; the message names the tensors and the files.
     """
     model = skeleton(folder)
-    architecture = architecture_of(model.config, folder)
-    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    files = tensors_of(folder)
-    present = {name for names in files.values() for name in names}
-    absent = [name for name in expected if name not in present]
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    files = tensors_of(folder, model)
+    present = {tensor.part_of or name for tensors in files.values() for name, tensor in tensors.items()}
+    absent = [name for name, _ in model.named_parameters() if name not in present]
     if absent:
         where = next(iter(files)) if len(files) == 1 else f"the {len(files)} files that {INDEX} names"
         raise ModelError(
@@ -110,51 +138,19 @@ def check_weights(folder: Path) -> None:
     problems = []
     for file, tensors in files.items():
         for name, tensor in tensors.items():
-            if problem := _problem(name, tensor, expected, architecture):
+            if problem := _problem(tensor, expected.get(tensor.part_of or name)):
                 problems.append(f"{file}: {name} {problem}")
     if problems:
         raise ModelError(f"{folder}: the weights don't match config.json:\n{listed(problems, MOST_NAMED)}")
 
 
-def skeleton(folder: Path) -> "PreTrainedModel":
-    """The model that a folder's config.json describes, on torch's meta device: shapes without values.
-
-    Raises:
-        ModelError: config.json describes no model that Transformers can make.
-    """
-    try:
-        config = config_of(folder)
-        with torch.device("meta"):
-            return class_of(config)(config)
-    except Exception as error:  # anything that a broken configuration causes
-        raise ModelError(f"{folder / 'config.json'}: no model can be made from it: {first_line(error)}") from None
-
-
-def config_of(folder: Path) -> "PretrainedConfig":
-    """Transformers' configuration of a model folder, without dropout in attention: the base is frozen, and only the
-    adapter has dropout."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    config.attention_dropout = 0.0
-    return config
-
-
-def class_of(config: "PretrainedConfig") -> "type[PreTrainedModel]":
-    """Transformers' causal model class for this configuration."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-
-
-def _problem(name: str, tensor: Tensor, expected: dict[str, tuple[int, ...]], architecture: Architecture) -> str | None:
-    """What is wrong with a tensor of a weight file, as a message; None if nothing is."""
-    if name == f"{architecture.head}.weight" and name not in expected:  # tied, but in the files all the same
-        name = f"{architecture.embedding}.weight"
-    if name not in expected:
+def _problem(tensor: Stored, expected: tuple[int, ...] | None) -> str | None:
+    """What is wrong with a tensor of a weight file, as a message; None if nothing is. expected: its shape in the model,
+    None if it has no place there; of a tied head, which may be in the files all the same, the embedding's."""
+    if expected is None:
         return "has no place in this model"
-    if tuple(tensor.shape) != expected[name]:
-        return f"has the shape {tensor.shape}, but config.json requires {list(expected[name])}"
+    if tensor.part_of is None and tuple(tensor.shape) != expected:
+        return f"has the shape {tensor.shape}, but config.json requires {list(expected)}"
     if tensor.dtype not in FLOATS:
         return f"is stored as {tensor.dtype}, so this base is quantised. Use the original float model"
     return None

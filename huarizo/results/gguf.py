@@ -67,7 +67,10 @@ def layout_of(weights: MergedWeights) -> GgufLayout:
     """
     layout = weights.architecture.gguf
     if layout is None:
-        raise ModelError(f"{weights.base}: {weights.architecture.model_type} models can't be written as GGUF here")
+        raise ModelError(
+            f"{weights.base}: {weights.architecture.model_type} models can't be written as GGUF here. `huarizo merge` "
+            "writes an ordinary model folder, which the converter of llama.cpp (convert_hf_to_gguf.py) may take"
+        )
     return layout
 
 
@@ -107,7 +110,7 @@ def export_adapter(tuned: Tuned, target: Path, force: bool = False) -> Path:
     """
     check_file(target, force, [tuned.base, tuned.adapter])
     weights = MergedWeights(tuned.base, tuned.adapter)
-    if weights.tied and weights.architecture.head in weights.changes:
+    if weights.tied and weights.structure.head in weights.changes:
         raise ModelError(
             f"{tuned.adapter}: it changes the head, which this base shares with the embedding, so GGUF has no tensor "
             "for it. Export the merged model: leave out --adapter"

@@ -29,7 +29,7 @@ from huarizo.model.load import (
     read_config,
     weight_bytes,
 )
-from huarizo.model.lora import check_lora
+from huarizo.model.lora import check_lora, with_targets
 from huarizo.model.weights import check_weights
 from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
 from huarizo.recipe import Recipe, names_of
@@ -67,6 +67,7 @@ def prepare(recipe: Recipe, resumed: Run | None = None) -> Prepared:
         check_pinned(role, sources, recipe.pinned.get(role, {}))
     config = read_config(model.path)
     recipe, cut = _within_positions(recipe, config)
+    recipe = recipe.model_copy(update={"lora": with_targets(recipe.lora, config)})
     check_weights(model.path)
     tokenizer, added = load_tokenizer(model.path), recipe.data.special_tokens or []
     add_tokens(tokenizer, added)

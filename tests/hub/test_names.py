@@ -147,7 +147,11 @@ def hub_server(model_bytes: dict[str, bytes]) -> Iterator[HubServer]:
     read_here = {"entity": {"type": "user", "name": "bob"}, "permissions": ["repo.content.read"]}
     config = json.loads(model["config.json"]) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     quantised = model | {"config.json": json.dumps(config).encode(), "README.md": b"---\nbase_model: a/b\n---\n# x"}
+    speech = json.dumps({"model_type": "whisper"}).encode()
+    coded = json.dumps(json.loads(model["config.json"]) | {"auto_map": {"AutoModel": "evil.M"}}).encode()
     repos = {
+        "alpaca/speech": Repo(model | {"config.json": speech}),
+        "alpaca/coded": Repo(model | {"config.json": coded}),
         "alpaca/tiny": Repo(model | extras, branches={"dev": other | terms}),
         "alpaca/pinned": Repo(dict(model)),
         "alpaca/private": Repo(dict(model), private=True, readers=("ann",)),
@@ -226,6 +230,8 @@ def online(hub_server: HubServer, home: Path) -> Outcome:
     cases = [
         case("public", "alpaca/tiny"),
         case("again", "alpaca/tiny"),
+        case("speech", "alpaca/speech"),
+        case("coded", "alpaca/coded"),
         case("branch", "alpaca/tiny@dev"),
         case("commit", f"alpaca/pinned@{commit}"),
         case("commit again", f"alpaca/pinned@{commit}", token="unknown"),
@@ -367,6 +373,12 @@ def test_only_listed_files_are_fetched(online: Outcome, hub_server: HubServer) -
 def test_of_a_quantised_model_no_weights_are_fetched(online: Outcome, hub_server: HubServer) -> None:
     online.failure("quantised", "ModelError", "alpaca/tiny-GPTQ: ", "(gptq)", "Give the original model, a/b;")
     assert hub_server.files_sent("quantised") == {"config.json", "README.md"}
+
+
+def test_of_a_model_that_is_not_for_text_no_weights_are_fetched(online: Outcome, hub_server: HubServer) -> None:
+    online.failure("speech", "ModelError", "alpaca/speech: it has an encoder and a decoder", "'whisper'")
+    online.failure("coded", "ModelError", "alpaca/coded: config.json sets auto_map, which names code to run")
+    assert hub_server.files_sent("speech") == hub_server.files_sent("coded") == {"config.json"}
 
 
 def test_a_second_call_fetches_nothing(online: Outcome, hub_server: HubServer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from huarizo.data.packing import pack
 from huarizo.data.prompts import OpenExchange, Question
@@ -16,6 +16,7 @@ from huarizo.data.tokens import Example
 from huarizo.errors import MachineError, UserError
 from huarizo.inference import generate
 from huarizo.inference.generate import Assistant, Sampling, answers, open_assistant, stream_answer
+from huarizo.model.attention import NAME as PACKED_ATTENTION
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.plan import ModelSize, choose_precision, make_plan
 from huarizo.runs import Run
@@ -53,6 +54,25 @@ def test_a_question_is_asked_with_its_system_text(assistant: Assistant) -> None:
     single = [stream_answer(assistant, [turn], lambda _: None, system, Sampling(12)) for system in systems]
     assert answers(assistant, [Question(turn, system) for system in systems], 12) == single
     assert len({answer.text for answer in single}) == 3
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
+def test_other_architectures_answer_with_an_attention_that_they_support(kind: str) -> None:
+    fields = {"n_embd": 32, "n_layer": 1, "n_head": 2} if kind == "gpt2" else {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "attn_logit_softcapping": 1.0,
+    }  # fmt: skip
+    config_class: Any = CONFIG_MAPPING[kind]
+    config = config_class(vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2, **fields)
+    model, ids = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(ids).logits
+    model.set_attn_implementation(PACKED_ATTENTION)
+    assistant: Any = SimpleNamespace(model=model)
+    with generate.generating(model):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        assert generate._most_at_once(assistant, 20) >= 1
+    assert model.config._attn_implementation == PACKED_ATTENTION
 
 
 STREAMED = [

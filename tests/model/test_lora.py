@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import LlamaForCausalLM
+from transformers import CONFIG_MAPPING, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig
 
 from huarizo.errors import RecipeError
 from huarizo.model.adapter import load_adapter
-from huarizo.model.lora import add_lora, check_lora
+from huarizo.model.load import load_base
+from huarizo.model.lora import add_lora, check_lora, with_targets
 from huarizo.model.merge import MergedWeights
 from huarizo.recipe import make_recipe
 from huarizo.results.gguf import export_gguf
@@ -106,3 +107,43 @@ def test_a_head_in_8_bit_is_not_trained_as_a_whole(tmp_path: Path) -> None:
     check_lora(tmp_path, lora, "bf16")
     with pytest.raises(RecipeError, match="modules_to_save: with precision int8 lm_head is frozen"):
         check_lora(tmp_path, lora, "int8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("llama", ["q_proj", "v_proj"]), ("gpt_neox", ["query_key_value"]), ("gpt2", ["c_attn"]), ("phi3", "all-linear"),
+     ("olmo2", ["q_proj", "v_proj"])],
+)  # fmt: skip
+def test_the_default_targets_are_layers_that_the_model_has(kind: str, targets: Any) -> None:
+    config_class: Any = CONFIG_MAPPING[kind]
+    config = config_class(num_hidden_layers=1, vocab_size=50, pad_token_id=0).to_dict()
+    lora = with_targets(make_recipe().lora, config)
+    assert lora.target_modules == targets
+    chosen = make_recipe(lora={"target_modules": ["o_proj"]}).lora
+    assert with_targets(chosen, config) == chosen
+
+
+def test_an_adapter_on_transposed_weights_says_so_and_merges(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, initializer_range=0.2)).save_pretrained(
+        tmp_path / "base"
+    )
+    recipe = make_recipe(lora={"r": 4, "target_modules": ["c_attn", "c_proj"], "options": {"use_dora": True}})
+    check_lora(tmp_path / "base", recipe.lora, "fp32")
+    tuned: Any = add_lora(load_base(tmp_path / "base", torch.float32, torch.device("cpu")), recipe.lora, 0)
+    assert tuned.peft_config["default"].fan_in_fan_out
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    tuned.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    weights = MergedWeights(tmp_path / "base", tmp_path / "adapter")
+    merged = tuned.merge_and_unload().state_dict()
+    assert set(weights.changes) and all(
+        torch.allclose(weights[name], merged[name], rtol=0, atol=1e-5) for name in weights.names()
+    )
+
+
+def test_a_mixture_of_experts_is_not_trained_in_8_bit(tmp_path: Path) -> None:
+    MixtralConfig(num_hidden_layers=1, num_local_experts=2).save_pretrained(tmp_path)
+    check_lora(tmp_path, make_recipe().lora, "bf16")
+    with pytest.raises(RecipeError, match="precision: a mixture of experts is trained in float, not in int8. Set"):
+        check_lora(tmp_path, make_recipe().lora, "int8")

@@ -1,14 +1,27 @@
 """The chunked loss equals the plain one, in value and gradient, and computes nothing without labels."""
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, PretrainedConfig
 
 from huarizo.model import loss
+from huarizo.model.compile import why_not
+from huarizo.model.loss import PLAIN, LogitRule
+
+RULES = {
+    "plain": PLAIN,
+    "scaled": LogitRule(scale=torch.tensor(0.3)),
+    "capped": LogitRule(cap=torch.tensor(2.5)),
+    "both": LogitRule(torch.tensor(1.7), torch.tensor(4.0)),
+}
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 199])
 @pytest.mark.parametrize("trainable_head", [False, True])
-def test_equals_the_reference(count: int, trainable_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_the_reference(count: int, trainable_head: bool, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 64 * 301)  # chunks of 64 rows
     torch.manual_seed(0)
     head = torch.nn.Linear(32, 301, bias=False).requires_grad_(trainable_head)
@@ -17,7 +30,7 @@ def test_equals_the_reference(count: int, trainable_head: bool, monkeypatch: pyt
     for function in (loss.summed_loss, loss.reference):
         x = hidden.clone().requires_grad_()
         head.zero_grad()
-        value = function(x, head, targets)
+        value = function(x, head, targets, rule=RULES[rule])
         (value / count).backward()
         results.append((value.detach(), x.grad, head.weight.grad.clone() if trainable_head else torch.zeros(1)))
     for ours, plain in zip(*results, strict=True):
@@ -57,3 +70,43 @@ def test_without_gradients_the_value_is_the_same() -> None:
     with torch.no_grad():
         value = loss.summed_loss(hidden, head, targets)
     torch.testing.assert_close(value, loss.reference(hidden, head, targets).detach(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_without_gradients_a_rule_holds_too(rule: str) -> None:
+    torch.manual_seed(0)
+    head, hidden, targets = torch.nn.Linear(16, 50), 3 * torch.randn(60, 16), torch.randint(0, 50, (60,))
+    expected = loss.reference(hidden, head, targets, RULES[rule]).detach()
+    assert (rule == "plain") == torch.equal(expected, loss.reference(hidden, head, targets).detach())
+    with torch.no_grad():
+        torch.testing.assert_close(loss.summed_loss(hidden, head, targets, rule=RULES[rule]), expected)
+
+
+@pytest.mark.skipif(why_not(torch.device("cpu")) is not None, reason="nothing compiles here")
+def test_compiled_it_has_the_same_gradient() -> None:
+    compiled: Any = torch.compile(loss.loss_and_gradient, dynamic=True)
+    torch.manual_seed(0)
+    for rows, (name, rule) in enumerate(RULES.items(), start=5):
+        logits, targets = 3 * torch.randn(rows, 301), torch.randint(0, 301, (rows,))
+        for ours, plain in zip(
+            compiled(logits, targets, rule), loss.loss_and_gradient(logits, targets, rule), strict=True
+        ):
+            torch.testing.assert_close(ours, plain, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "cap"),
+    [
+        (LlamaConfig(), None, None),
+        (GraniteConfig(logits_scaling=8.0), 0.125, None),
+        (CohereConfig(logit_scale=0.0625), 0.0625, None),
+        (Gemma2Config(final_logit_softcapping=30.0), None, 30.0),
+        (Gemma2Config(final_logit_softcapping=None), None, None),
+    ],
+    ids=["llama", "granite", "cohere", "gemma2", "gemma2 uncapped"],
+)
+def test_the_rule_of_a_model_is_in_its_configuration(
+    config: PretrainedConfig, scale: float | None, cap: float | None
+) -> None:
+    found = loss.rule_of(config)
+    assert [None if number is None else number.item() for number in found] == [scale, cap]

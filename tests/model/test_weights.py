@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from huarizo.data.packing import pack
 from huarizo.data.tokens import Example
@@ -123,3 +124,31 @@ def test_a_head_of_its_own_in_a_tied_model_is_the_one_that_is_quantised(tmp_path
     head = USES["int8"](tmp_path).lm_head.dequantised()
     assert float((head - tensors["lm_head.weight"]).abs().max()) < 1e-3
     assert torch.equal(USES["float"](tmp_path).lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_names_without_the_prefix_and_masks_of_old_files_are_placed(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(old | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, tmp_path / "model.safetensors")
+    check_weights(tmp_path)
+    weights = MergedWeights(tmp_path, None)
+    assert set(weights.names()) == tensors.keys()
+    assert all(torch.equal(weights[name], tensors[name]) for name in tensors)
+    base: Any = load_quantised_base(tmp_path, "int8", torch.float32, CPU, pack([Example([1, 2], [1, 2])]))
+    assert torch.equal(base.transformer.wpe.weight, tensors["transformer.wpe.weight"])
+
+
+def test_experts_are_stored_one_by_one(tmp_path: Path) -> None:
+    """Transformers makes one tensor of them all on loading."""
+    sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}  # fmt: skip
+    MixtralForCausalLM(MixtralConfig(**sizes)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any(".experts.1.w2." in name for name in tensors)
+    check_weights(tmp_path)
+    experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+    save_file({name: tensors[name] for name in tensors.keys() - experts.keys()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="the weights have no .*experts"):
+        check_weights(tmp_path)

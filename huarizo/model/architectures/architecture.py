@@ -1,11 +1,10 @@
-"""What the rest of the package needs to know about an architecture: where its parts are, their sizes, its GGUF names.
+"""What can't be seen by looking at a model, as data: one `Architecture` for each `model_type`.
 
-How it computes is left to Transformers. Each architecture is one `Architecture` in a file of its own.
+How a model computes is left to Transformers, and where its parts are is seen in the model itself (structure.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,36 +23,25 @@ class GgufLayout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitFields:
+    """What is done to the output of the head before the softmax, in this order: the fields of config.json with the
+    numbers. A field that is None or not there changes nothing."""
+
+    multiplied_by: str | None = None
+    divided_by: str | None = None
+    capped_at: str | None = None
+    """c in c tanh(logits / c)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder architecture with rotary positions. Module paths are those in Transformers' causal model."""
+    """A causal language model, as Transformers implements it."""
 
     model_type: str
     """As in config.json and Transformers' Auto classes."""
-    described: str
-    """Its name and some of its models, for messages."""
-    embedding: str
-    """Path of the token embedding."""
-    layers: str
-    """Path of the list of decoder layers."""
-    norm: str
-    """Path of the norm after the last layer."""
-    rotary_embedding: str
-    """Path of the module that computes the rotary embeddings; its class takes only the config."""
-    head: str
-    """Path of the output head."""
-    shared_inputs: tuple[tuple[str, ...], ...]
-    """Paths of all linears within a decoder layer, grouped by the activations that they read."""
-    sizes: tuple[str, ...]
-    """Fields of config.json that must be present and positive whole numbers."""
-    layer_weights: Callable[[Mapping[str, Any]], float]
-    """config.json -> the number of weights in the linears of one layer."""
-    layer_activation_bytes: Callable[[Mapping[str, Any], int], int]
-    """config.json, bytes of an activation -> estimate of the bytes that one token needs in a layer for the backward
-    pass, uncompiled, with LoRA everywhere."""
+    packs: bool
+    """Whether training it on packed rows is known to equal Transformers' own, example by example. It needs rotary or
+    learnt positions that follow `position_ids`, and no attention but that of model/attention.py."""
+    logits: LogitFields = LogitFields()
     gguf: GgufLayout | None = None
     """None if it can't be written as GGUF."""
-
-    @property
-    def vocabulary_layers(self) -> tuple[str, str]:
-        """Last parts of the paths of the embedding and the head, which have a row for each token."""
-        return self.embedding.rpartition(".")[2], self.head.rpartition(".")[2]

@@ -1,47 +1,69 @@
-"""The supported architectures, by the `model_type` of config.json.
+"""The architectures by the `model_type` of config.json: a row for each that is trained on packed rows or that does
+something to its logits.
 
-An architecture belongs here only if its packed training is known to equal Transformers' own, example by example.
+`packs` is set only where packed training is shown to equal Transformers' own, example by example
+(tests/model/architectures/test_registry.py). A causal model of Transformers without a row has none of either.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from huarizo.errors import ModelError
-from huarizo.model.architectures.architecture import Architecture
+from transformers import PretrainedConfig
+
+from huarizo.model.architectures.architecture import Architecture, LogitFields
 from huarizo.model.architectures.llama import LLAMA
 
-ARCHITECTURES: dict[str, Architecture] = {}
+CAPPED = LogitFields(capped_at="final_logit_softcapping")
+DIVIDED = LogitFields(divided_by="logits_scaling")
+SCALED = LogitFields(multiplied_by="logit_scale")
+
+ROWS = (
+    LLAMA,
+    Architecture(model_type="cohere", packs=True, logits=SCALED),
+    Architecture(model_type="cohere2", packs=True, logits=SCALED),
+    Architecture(model_type="gemma", packs=True),
+    Architecture(model_type="gemma2", packs=True, logits=CAPPED),
+    Architecture(model_type="gemma3_text", packs=True, logits=CAPPED),
+    Architecture(model_type="glm4", packs=True),
+    Architecture(model_type="gpt2", packs=True),
+    Architecture(model_type="gpt_neox", packs=True),
+    Architecture(model_type="granite", packs=True, logits=DIVIDED),
+    Architecture(model_type="mistral", packs=True),
+    Architecture(model_type="olmo2", packs=True),
+    Architecture(model_type="olmo3", packs=True),
+    Architecture(model_type="phi3", packs=True),
+    Architecture(model_type="qwen2", packs=True),
+    Architecture(model_type="qwen3", packs=True),
+    Architecture(model_type="smollm3", packs=True),
+    Architecture(model_type="beam", packs=False, logits=CAPPED),
+    Architecture(model_type="cohere2_moe", packs=False, logits=SCALED),
+    Architecture(model_type="cohere_compass_text", packs=False, logits=SCALED),
+    Architecture(model_type="falcon_h1", packs=False, logits=LogitFields(multiplied_by="lm_head_multiplier")),
+    Architecture(model_type="gemma3n_text", packs=False, logits=CAPPED),
+    Architecture(model_type="gemma4_text", packs=False, logits=CAPPED),
+    Architecture(model_type="gemma4_unified_text", packs=False, logits=CAPPED),
+    Architecture(model_type="granite_swa", packs=False, logits=DIVIDED),
+    Architecture(model_type="granitemoe", packs=False, logits=DIVIDED),
+    Architecture(model_type="granitemoe_swa", packs=False, logits=DIVIDED),
+    Architecture(model_type="granitemoehybrid", packs=False, logits=DIVIDED),
+    Architecture(model_type="granitemoeshared", packs=False, logits=DIVIDED),
+    Architecture(model_type="hyperclovax", packs=False, logits=LogitFields(multiplied_by="logits_scaling")),
+    Architecture(model_type="nanochat", packs=False, logits=CAPPED),
+    Architecture(model_type="recurrent_gemma", packs=False, logits=LogitFields(capped_at="logits_soft_cap")),
+    Architecture(model_type="vaultgemma", packs=False, logits=CAPPED),
+)
+ARCHITECTURES = {row.model_type: row for row in ROWS}
+
+EMBEDDINGS = frozenset({"embed_in", "embed_tokens", "embeddings", "tokens_embed", "w", "word_embeddings", "wte"})
+HEADS = frozenset({"embed_out", "head", "lm_head", "output_projection"})
+"""Last parts of the names of embeddings and heads in Transformers' causal models: an adapter file doesn't say which
+model it is for."""
 
 
-def register(architecture: Architecture) -> None:
-    """Support models of an architecture. Transformers' Auto classes must know its `model_type`."""
-    ARCHITECTURES[architecture.model_type] = architecture
-
-
-def architecture_of(config: object, source: Path | str = "this model") -> Architecture:
+def architecture_of(config: Mapping[str, Any] | PretrainedConfig) -> Architecture:
     """The architecture of a model.
 
-    config: the content of config.json, or Transformers' configuration; source: where it is from, for the message.
-
-    Raises:
-        ModelError: the architecture is not supported, or `config` is not a configuration.
+    config: the content of config.json, or Transformers' configuration.
     """
-    is_json = isinstance(config, dict)
-    found = config.get("model_type") if is_json else getattr(config, "model_type", type(config).__name__)
-    if isinstance(found, str) and found in ARCHITECTURES:
-        return ARCHITECTURES[found]
-    names = config.get("architectures") if is_json else getattr(config, "architectures", None)
-    supported = ", and ".join(architecture.described for architecture in ARCHITECTURES.values())
-    raise ModelError(
-        f"{source}: the architecture is {found!r} ({', '.join(map(str, names or ['no class named']))}). "
-        f"Huarizo trains {supported}"
-    )
-
-
-def vocabulary_layers() -> tuple[set[str], set[str]]:
-    """Last parts of the names of the embeddings and of the heads of all architectures: an adapter file doesn't say
-    which architecture it is for."""
-    names = [architecture.vocabulary_layers for architecture in ARCHITECTURES.values()]
-    return {embedding for embedding, _ in names}, {head for _, head in names}
-
-
-register(LLAMA)
+    found: str = config["model_type"] if isinstance(config, Mapping) else config.model_type
+    return ARCHITECTURES.get(found) or Architecture(model_type=found, packs=False)

@@ -1,25 +1,27 @@
 """Loads a model from a local folder and quantises its linear layers, one decoder layer at a time.
 
-Each layer is read in its float dtype, a few training rows run through it to measure the size of its input channels, and
-then its linears are quantised and their float weights freed; likewise the output head. The whole float model is never
-in memory, and each layer is calibrated on the float outputs of the ones before it. Embedding and norms stay in the
-float dtype.
+The model runs on a few training rows. Each decoder layer is read in its float dtype just before it runs; while it runs,
+the size of its linears' input channels is measured; then the linears are quantised and their float weights freed. The
+output head follows. The whole float model is never in memory, and each layer is calibrated on the float outputs of the
+ones before it. Embedding and norms stay in the float dtype, and so does what the rows don't reach.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from huarizo.data.packing import PackedBatch
-from huarizo.model.architectures.registry import architecture_of
+from huarizo.model.architectures.structure import Readers, as_linear, readers_seen, structure_of
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 from huarizo.model.frozen.storages import STORAGES, Storage
 from huarizo.model.load import read_config
-from huarizo.model.weights import check_weights, class_of, config_of, read_tensor, tensors_of, within_memory
+from huarizo.model.skeleton import config_of, empty_model
+from huarizo.model.weights import check_weights, read_tensor, tensors_of, within_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,41 +30,25 @@ if TYPE_CHECKING:
 class _Weights:
     """The tensors of a model folder by name, each read on demand."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self.files = {name: folder / file for file, names in tensors_of(folder).items() for name in names}
-        self.folder, self.dtype, self.device = folder, dtype, device
+    def __init__(self, folder: Path, model: "PreTrainedModel", dtype: torch.dtype, device: torch.device) -> None:
+        self.stored = {
+            name: (folder / file, tensor.name)
+            for file, tensors in tensors_of(folder, model).items()
+            for name, tensor in tensors.items()
+        }
+        self.dtype, self.device = dtype, device
 
-    def fill(self, module: nn.Module, prefix: str) -> None:
-        """Load every parameter of `module` from the tensor named `prefix`.name."""
+    def fill(self, module: nn.Module, prefix: str, but: tuple[str, ...] = ()) -> None:
+        """Load the parameters and saved buffers of `module` from the tensors named prefix + name, where there are any.
+
+        but: the beginnings of the names that are left as they are.
+        """
         tensors = {}
-        for name, _ in module.named_parameters():
-            full = f"{prefix}.{name}"
-            tensors[name] = read_tensor(self.files[full], full, self.device).to(self.dtype)
-        module.load_state_dict(tensors, assign=True)
-
-
-@contextmanager
-def _peaks(layer: nn.Module) -> Iterator[dict[nn.Module, torch.Tensor]]:
-    """Collects the largest |x| of each input channel, float32 [K], of each linear of `layer` that runs in the block."""
-    seen: dict[nn.Module, torch.Tensor] = {}
-
-    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen[module] = args[0].detach().abs().flatten(0, -2).amax(0).float()
-
-    handles = [m.register_forward_pre_hook(note) for m in layer.modules() if isinstance(m, nn.Linear)]
-    yield seen
-    for handle in handles:
-        handle.remove()
-
-
-def _quantise(
-    module: nn.Module, groups: Iterable[Sequence[str]], peaks: dict[nn.Module, torch.Tensor], stored: Storage
-) -> None:
-    """Replace a module's linears, named by their paths and grouped by their input, with quantised layers."""
-    for names in groups:
-        linears = [cast(nn.Linear, module.get_submodule(name)) for name in names]
-        for name, replacement in zip(names, stored.quantise(linears, peaks[linears[0]]), strict=True):
-            module.set_submodule(name, replacement)
+        for name in module.state_dict():
+            if prefix + name in self.stored and not name.startswith(but):
+                tensor = read_tensor(*self.stored[prefix + name], self.device)
+                tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        module.load_state_dict(tensors, strict=False, assign=True)
 
 
 @torch.no_grad()
@@ -87,34 +73,58 @@ def load_quantised_base(
     config._attn_implementation = PACKED_ATTENTION
     config.use_cache = False
     config.dtype = dtype
-    with torch.device("meta"):
-        model = class_of(config)(config)
+    model = empty_model(config).eval()
     with within_memory(folder):
-        _fill(model, _Weights(folder, dtype, device), STORAGES[storage], calibration)
+        _fill(model, _Weights(folder, model, dtype, device), STORAGES[storage], calibration)
     model.generation_config = GenerationConfig()  # as in load_base
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False)
 
 
 def _fill(model: "PreTrainedModel", weights: _Weights, stored: Storage, calibration: PackedBatch) -> None:
     """Load the weights of a model on torch's meta device and quantise it, from the embedding to the head."""
-    parts, device = architecture_of(model.config), weights.device
-    rotary = type(model.get_submodule(parts.rotary_embedding))(model.config).to(device)
-    model.set_submodule(parts.rotary_embedding, rotary)
-    embedding, norm, head = (model.get_submodule(path) for path in (parts.embedding, parts.norm, parts.head))
-    weights.fill(embedding, parts.embedding)
-    weights.fill(norm, parts.norm)
-    calibration = calibration.to(device)
-    hidden = embedding(calibration.input_ids)
-    positions = rotary(hidden, calibration.position_ids)
-    for number, layer in enumerate(model.get_submodule(parts.layers).children()):
-        weights.fill(layer, f"{parts.layers}.{number}")
-        with _peaks(layer) as peaks:
-            hidden = layer(hidden, position_embeddings=positions, cu_seqlens=calibration.cu_seqlens)
-        _quantise(layer, parts.shared_inputs, peaks, stored)
-    if f"{parts.head}.weight" in weights.files:
-        weights.fill(head, parts.head)
-    else:
+    structure, calibration = structure_of(model), calibration.to(weights.device)
+    _compute_buffers(model, weights.device)
+    weights.fill(model, "", but=(f"{structure.layers}.", f"{structure.head}."))
+    hooks: list[RemovableHandle] = []
+    for number, layer in enumerate(model.get_submodule(structure.layers).children()):
+        hooks += _quantise_as_it_runs(layer, f"{structure.layers}.{number}.", weights, stored)
+    hidden = model.base_model(**calibration.model_inputs(), use_cache=False).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    if f"{structure.head}.weight" not in weights.stored:
         model.tie_weights()
-    with _peaks(head) as peaks:
-        head(norm(hidden))
-    _quantise(model, [[parts.head]], peaks, stored)
+    weights.fill(model.get_submodule(structure.head), f"{structure.head}.")
+    _quantise(model, [Readers(hidden, [structure.head])], stored)
+
+
+def _compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
+    """Compute the buffers of a model on torch's meta device, such as rope's frequencies, as Transformers does."""
+    for path, buffer in list(model.named_buffers()):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()  # the parameters, which have no values, stay so
+
+
+def _quantise_as_it_runs(layer: nn.Module, prefix: str, weights: _Weights, stored: Storage) -> list[RemovableHandle]:
+    """Let a decoder layer load its weights before it runs, and quantise its linears after it has run."""
+    watch = ExitStack()
+    seen: list[Sequence[Readers]] = []
+
+    def before(*_: Any) -> None:
+        weights.fill(layer, prefix)
+        seen.append(watch.enter_context(readers_seen(layer)))
+
+    def after(*_: Any) -> None:
+        watch.close()
+        _quantise(layer, seen.pop(), stored)
+
+    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+
+
+def _quantise(module: nn.Module, groups: Sequence[Readers], stored: Storage) -> None:
+    """Replace the linears of `module` in each group with quantised layers."""
+    for group in groups:
+        linears = [as_linear(module.get_submodule(path)) for path in group.paths]
+        peaks = group.x.detach().abs().flatten(0, -2).amax(0).float()
+        for path, replacement in zip(group.paths, stored.quantise(linears, peaks), strict=True):
+            module.set_submodule(path, replacement)

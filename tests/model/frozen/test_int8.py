@@ -186,8 +186,8 @@ def test_only_one_float_layer_stands_in_memory(tmp_path: Path, monkeypatch: pyte
     whole: list[int] = []
     fill = int8_load._Weights.fill
 
-    def counted(self: Any, module: nn.Module, prefix: str) -> None:
-        fill(self, module, prefix)
+    def counted(self: Any, module: nn.Module, prefix: str, **options: Any) -> None:
+        fill(self, module, prefix, **options)
         models = [m for m in alive if m.model.layers]
         whole.append(sum(not m.weight.is_meta for model in models for m in model.model.layers.modules()
                          if isinstance(m, nn.Linear)))  # fmt: skip

@@ -1,0 +1,125 @@
+"""Finds the parts of a causal model of Transformers by looking at it: embedding, decoder layers, head, linear layers.
+
+No architecture is named here. A model on torch's meta device is enough, but for the inputs that linear layers share,
+which are seen while a decoder layer runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from huarizo.errors import ModelError
+from huarizo.model.frozen.linear import FrozenLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LINEAR = (nn.Linear, Conv1D, FrozenLinear)
+"""Layers that compute x W' + b: torch's, GPT-2's, whose weight is W', and those that are not stored in floats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """The paths of a model's parts."""
+
+    embedding: str
+    """Of the token embedding."""
+    layers: str
+    """Of the list of decoder layers."""
+    head: str
+    """Of the output head."""
+
+    @property
+    def vocabulary_layers(self) -> tuple[str, str]:
+        """Last parts of the paths of the embedding and the head, which have a row for each token."""
+        return self.embedding.rpartition(".")[2], self.head.rpartition(".")[2]
+
+
+def structure_of(model: "PreTrainedModel") -> Structure:
+    """The paths of a causal model's parts, whatever its layers are stored in or wrapped by.
+
+    Raises:
+        ModelError: a part can't be found.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    embedding, head = paths.get(id(model.get_input_embeddings())), paths.get(id(model.get_output_embeddings()))
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = {
+        path: sum(1 for _ in module.modules())
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    layers = max(lists, key=lists.__getitem__, default=None)  # lists of heads or experts within a layer are smaller
+    for part, path in (("token embedding", embedding), ("output head", head), (f"list of {count} layers", layers)):
+        if path is None:
+            raise ModelError(f"{model.name_or_path or model.config.model_type}: no {part} is found in this model")
+    assert embedding is not None and head is not None and layers is not None
+    return Structure(embedding=embedding, layers=layers, head=head)
+
+
+def linears_in(module: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a module by their paths, in order of appearance."""
+    return {path: found for path, found in module.named_modules() if isinstance(found, LINEAR)}
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether the model is a mixture of experts, by the names of Transformers' classes."""
+    return any(type(module).__name__.endswith("Experts") for module in model.modules())
+
+
+def shape_of(linear: Any) -> tuple[int, int]:  # linear: any of LINEAR
+    """(N, K), the output and input channels of a linear layer."""
+    if isinstance(linear, Conv1D):
+        return linear.nf, linear.nx
+    return linear.out_features, linear.in_features
+
+
+def as_linear(linear: nn.Module) -> nn.Linear:
+    """An nn.Linear with the weight [N, K] and bias of a linear layer in floats, and no copy of them."""
+    if isinstance(linear, nn.Linear):
+        return linear
+    assert isinstance(linear, Conv1D)
+    plain = nn.Linear(linear.nx, linear.nf, device="meta")
+    plain.weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
+    plain.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return plain
+
+
+@dataclass
+class Readers:
+    """Linear layers that read the same input."""
+
+    x: torch.Tensor
+    """The input, [..., K]."""
+    paths: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def readers_seen(module: nn.Module) -> Iterator[list[Readers]]:
+    """Collects the linear layers of `module` that run in the block, grouped by their input, in the order of running.
+
+    The inputs are kept, so that no memory is used twice: a tensor is the same if it is the same memory.
+    """
+    seen: dict[tuple[int, ...], Readers] = {}
+    groups: list[Readers] = []
+
+    def note(path: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        key = (x.data_ptr(), x.numel(), x.shape[-1], x._version)
+        if key not in seen:
+            groups.append(seen.setdefault(key, Readers(x)))
+        if path not in seen[key].paths:
+            seen[key].paths.append(path)
+
+    handles = [linear.register_forward_pre_hook(partial(note, path)) for path, linear in linears_in(module).items()]
+    try:
+        yield groups
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,149 @@
+"""The model that a config.json describes, on torch's meta device: shapes without values, made in milliseconds.
+
+What must be known of a model before its weights are read is seen in it: names, shapes, sizes, the paths of its parts.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+
+from huarizo.errors import ModelError
+from huarizo.model.architectures.structure import Structure, linears_in, shape_of, structure_of
+from huarizo.wording import first_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DROPOUT = re.compile(r"(dropout|pdrop|layerdrop)(_prob|_rate)?$")
+"""Names of the shares of dropout in a configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of a model, for estimates of memory. Weights are counted if they have two or more dimensions."""
+
+    layers: int
+    """Number of decoder layers."""
+    hidden: int
+    """Channels between the layers."""
+    attention: int
+    """Channels of the queries of one layer, at most."""
+    inner: int
+    """Channels of the widest input of a linear layer, and of the experts that a token is sent to."""
+    in_layers: int
+    """Weights in the linear layers of all decoder layers."""
+    embedding: int
+    """Weights of the token embedding."""
+    head: int
+    """Weights of the output head."""
+    tied: bool
+    """Whether the head shares the embedding's."""
+    others: int
+    """Weights elsewhere: experts, learnt positions, convolutions."""
+
+
+def config_of(folder: Path) -> "PretrainedConfig":
+    """Transformers' configuration of a model folder, without dropout: the base is frozen, and only the adapter has
+    dropout."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    for name, value in list(vars(config).items()):
+        if DROPOUT.search(name) and type(value) in (int, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def configuration(content: Mapping[str, Any]) -> "PretrainedConfig":
+    """Transformers' configuration for the content of a config.json. What it raises for a broken one is of any kind."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+
+
+def class_of(config: "PretrainedConfig") -> "type[PreTrainedModel]":
+    """Transformers' causal model class for this configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def empty_model(config: "PretrainedConfig") -> "PreTrainedModel":
+    """A new model on the meta device."""
+    with torch.device("meta"):
+        return class_of(config)(config)
+
+
+def skeleton(folder: Path) -> "PreTrainedModel":
+    """A new model of a folder's config.json, on the meta device.
+
+    Raises:
+        ModelError: config.json describes no model that Transformers can make.
+    """
+    try:
+        return empty_model(config_of(folder))
+    except Exception as error:  # anything that a broken configuration causes
+        raise ModelError(f"{folder / 'config.json'}: no model can be made from it: {first_line(error)}") from None
+
+
+class Seen(NamedTuple):
+    """What is seen in a model before its weights are read."""
+
+    model: "PreTrainedModel"
+    """The model on the meta device. It is shared: don't change it."""
+    structure: Structure
+    sizes: Sizes
+
+
+def seen_in(config: Mapping[str, Any], source: Path | str = "config.json") -> Seen:
+    """What is seen in the model that the content of a config.json describes; made once for the same content.
+
+    source: where it is from, for the message.
+
+    Raises:
+        ModelError: it describes no model that Transformers can make, or a part of the model can't be found.
+    """
+    try:
+        return _seen(json.dumps(config, sort_keys=True, default=str))
+    except ModelError:
+        raise
+    except Exception as error:  # anything that a broken configuration causes
+        raise ModelError(f"{source}: no model can be made from it: {first_line(error)}") from None
+
+
+@lru_cache(maxsize=4)
+def _seen(text: str) -> Seen:
+    model = empty_model(configuration(json.loads(text)))
+    structure = structure_of(model)
+    return Seen(model, structure, _sizes(model, structure))
+
+
+def _sizes(model: "PreTrainedModel", structure: Structure) -> Sizes:
+    config = model.config.get_text_config(decoder=True)
+    layers = model.get_submodule(structure.layers)
+    linears = linears_in(layers)
+    shapes = [shape_of(linear) for linear in linears.values()]
+    vocabulary = (model.get_submodule(path).weight for path in (structure.embedding, structure.head))
+    embedding, head = (cast(torch.Tensor, weight) for weight in vocabulary)
+    counted = {id(linear.weight) for linear in linears.values()} | {id(embedding), id(head)}
+    others = [weight for weight in model.parameters() if weight.dim() > 1 and id(weight) not in counted]
+    heads = getattr(config, "num_attention_heads", None) or 1
+    experts = [weight.shape[1] * weight.shape[2] // config.hidden_size for weight in others if weight.dim() == 3]
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    return Sizes(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        inner=max((channels for _, channels in shapes), default=config.hidden_size) + chosen * min(experts, default=0),
+        in_layers=sum(outputs * inputs for outputs, inputs in shapes),
+        embedding=embedding.numel(),
+        head=head.numel(),
+        tied=head is embedding,
+        others=sum(weight.numel() for weight in others),
+    )
