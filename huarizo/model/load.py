@@ -79,7 +79,8 @@ def _wrong_sizes(config: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, dict):
             yield from _wrong_sizes(value)
         elif SIZE.search(name) and value is not None and not isinstance(value, bool | list):
-            most: int = LIMITS.get(name.rpartition("_")[2], 2**31 - 1)
+            last = name.rpartition("_")[2]
+            most = LIMITS[last] if last in LIMITS else 2**31 - 1
             if type(value) is not int or not int(name in POSITIVE) <= value <= most:
                 yield name
 
