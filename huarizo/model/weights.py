@@ -131,12 +131,21 @@ def skeleton(folder: Path) -> "PreTrainedModel":
 
 
 def config_of(folder: Path) -> "PretrainedConfig":
-    """Transformers' configuration of a model folder, without dropout in attention: the base is frozen, and only the
-    adapter has dropout."""
+    """Transformers' configuration of a model folder, without dropout: the base is frozen, and only the adapter has
+    dropout."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    config.attention_dropout = 0.0
+    return without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+
+
+def without_dropout(config: "PretrainedConfig") -> "PretrainedConfig":
+    """Set every share of values, paths or layers that a configuration drops in training to 0, and return it."""
+    for name, value in list(vars(config).items()):
+        if "drop" in name and type(value) in (float, int) and value > 0:
+            setattr(config, name, type(value)())
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            without_dropout(inner)
     return config
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, GPT2Config
 
 from huarizo.data.packing import pack
 from huarizo.data.tokens import Example
@@ -16,7 +17,7 @@ from huarizo.model import weights
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base
 from huarizo.model.merge import MergedWeights
-from huarizo.model.weights import check_weights
+from huarizo.model.weights import check_weights, config_of, without_dropout
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -123,3 +124,12 @@ def test_a_head_of_its_own_in_a_tied_model_is_the_one_that_is_quantised(tmp_path
     head = USES["int8"](tmp_path).lm_head.dequantised()
     assert float((head - tensors["lm_head.weight"]).abs().max()) < 1e-3
     assert torch.equal(USES["float"](tmp_path).lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_a_base_drops_nothing(tmp_path: Path) -> None:
+    """A frozen base gives the same activations in training as afterwards, and draws no random numbers."""
+    GPT2Config(resid_pdrop=0.3, embd_pdrop=1).save_pretrained(tmp_path)
+    found = config_of(tmp_path)
+    assert (found.resid_pdrop, found.embd_pdrop, found.attn_pdrop) == (0, 0, 0) and found.n_head == 12
+    inner = without_dropout(Gemma3Config(text_config={"attention_dropout": 0.2}))
+    assert inner.text_config.attention_dropout == 0

@@ -50,6 +50,8 @@ class Architecture:
     layer_activation_bytes: Callable[[Mapping[str, Any], int], int]
     """config.json, bytes of an activation -> estimate of the bytes that one token needs in a layer for the backward
     pass, uncompiled, with LoRA everywhere."""
+    packs: bool = True
+    """Whether it is known to keep packed examples apart; otherwise they are padded, and its own attention is used."""
     gguf: GgufLayout | None = None
     """None if it can't be written as GGUF."""
 
