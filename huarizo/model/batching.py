@@ -146,7 +146,7 @@ def require_gradients(model: PeftModel, batching: Batching, examples: Sequence[E
     model.zero_grad()
     if not reached:
         raise ModelError(
-            f"Transformers' {type(base).__name__} passes no gradient to the LoRA. Choose other target_modules"
+            f"Transformers' {type(base).__name__} passes no gradient to the LoRA. Set other lora.target_modules"
         )
 
 
