@@ -204,8 +204,10 @@ def weights_in(run: Path) -> bytes:
 
 
 def test_where_packing_is_wrong_rows_are_padded_and_the_losses_are_right(
-    recipe: Recipe, console: Console, scaled_attention: Callable[[], None], tmp_path: Path
-) -> None:
+    recipe: Recipe, console: Console, scaled_attention: Callable[[], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("huarizo.training.prepare.why_not", lambda on: None)
     recipe.training.compile = True
     heard = list[Event]()
     found = fine_tune(recipe, console=console, listeners=[heard.append])
