@@ -105,7 +105,7 @@ class Session:
     def _with_checked_batching(self, model: PeftModel) -> "Session":
         """This session with a batching that is right for the loaded model, as the first process finds it for all."""
         plan, rows = self.prepared.plan, self.prepared.data.train.dataset
-        few = [Example.from_row(row) for row in itertools.islice(rows, CHECKED_ROWS)]
+        few = [Example.from_row(row) for row in rows.select(range(min(CHECKED_ROWS, len(rows)))).to_list()]
         text = from_first(lambda: json.dumps(asdict(check_batching(model, plan.batching, few))), device())
         checked = Checked(**json.loads(text))
         for fault in checked.faults:

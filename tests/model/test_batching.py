@@ -68,7 +68,8 @@ def test_a_right_model_stays_packed_and_as_it_was() -> None:
 def test_the_bar_is_far_above_rounding_and_below_what_is_wrong(
     dtype: torch.dtype, packed_with: Callable[..., None]
 ) -> None:
-    model = add_lora(make_model(initializer_range=0.2).to(dtype).requires_grad_(False), RECIPE.lora, 0)
+    base: Any = make_model(initializer_range=0.2).requires_grad_(False)
+    model = add_lora(base.to(dtype), RECIPE.lora, 0)
     assert check_batching(model, "packed", EXAMPLES).batching == "packed"
     packed_with(lambda *args, scaling, **kwargs: packed_attention(*args, scaling=3 * scaling, **kwargs))
     assert check_batching(model, "packed", EXAMPLES).batching == "padded"

@@ -195,7 +195,7 @@ def scaled_attention() -> Iterator[Callable[[], None]]:
     right_again()
 
 
-def losses_in(result: Result) -> list[tuple[int, float]]:
+def losses_in(result: Result) -> list[Any]:
     return [(row["step"], row.get("loss", row.get("eval_loss"))) for row in result.metrics]
 
 

@@ -58,7 +58,8 @@ def test_a_packed_step_equals_stock_on_padded_rows(variant: str, target_modules:
 @pytest.mark.parametrize("noise", [None, 5.0])
 def test_a_padded_step_equals_a_packed_one(batching: Batching, noise: float | None, tmp_path: Path) -> None:
     recipe = make_recipe(lora={"dropout": 0.3}, trainer={"neftune_noise_alpha": noise} if noise else {})
-    examples, results = random_examples([2, 63, 64, 65, 129, 7, 60]), []
+    examples: Any = random_examples([2, 63, 64, 65, 129, 7, 60])
+    results = []
     for kind in ("packed", batching):
         trainer = make_trainer(lora_model(recipe), recipe, examples, tmp_path, budget=200, batching=kind)
         with torch.no_grad():
