@@ -1,4 +1,4 @@
-"""How this machine computes a recipe: precision, micro-batches, activation checkpointing, compilation.
+"""How this machine computes a recipe: precision, batching, micro-batches, activation checkpointing, compilation.
 
 The recipe decides what is trained, the plan how it is computed here, and why. It is made before a run starts, printed,
 and stored next to the recipe in the run folder. A resumed run gets a new plan: an equal one on the same machine, so
@@ -7,9 +7,9 @@ that the result stays bit-identical, and one for the new machine elsewhere.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import torch
 
@@ -25,6 +25,9 @@ from huarizo.sandbox.reading import read_text
 Gain = Callable[[torch.device, torch.dtype], float]
 INT8_GAIN = 1.1  # speedup of an int8 layer over a float one that is worth its rounding error
 LEAST_TOKENS = 64  # the smallest micro-batch
+Batching = Literal["packed", "padded", "alone"]
+"""How examples go through the model, the fastest first: end to end, padded to a similar length, or one by one."""
+PADDED = "batches are not packed"  # why layers are not compiled then
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,17 @@ class Plan:
     compilation: str
     """Why they are not; "" if they are."""
     memory: Memory
+    batching: Batching = "packed"
+    """How examples go through the model."""
+    batching_reason: str = ""
+    """Why so, to show to the user."""
+
+    def with_batching(self, batching: Batching, reason: str) -> "Plan":
+        """The same plan with another batching; only packed batches are computed by compiled layers."""
+        compilation = self.compilation if batching == "packed" else self.compilation or PADDED
+        return replace(
+            self, batching=batching, batching_reason=reason, compiled=not compilation, compilation=compilation
+        )
 
     def to_json(self) -> str:
         """The content of plan.json."""
@@ -98,13 +112,13 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The inverse of `to_json`.
+        """The inverse of `to_json`. A plan without a batching is one of packed batches.
 
         Raises:
             ValueError: the text is not that of a plan.
         """
         try:
-            values = json.loads(text)
+            values = {"batching": "packed", "batching_reason": "", **json.loads(text)}
             own = {field.name: values[field.name] for field in fields(cls) if field.name not in ("choice", "memory")}
             plan = cls(**own, choice=Choice.from_values(values), memory=Memory(**values["memory"]))
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -115,6 +129,8 @@ class Plan:
                     raise ValueError(f"not a plan: {name} is not of type {kind.__name__}")
         if plan.micro_batch_tokens < 1:
             raise ValueError("not a plan: micro_batch_tokens is below 1")
+        if plan.batching not in get_args(Batching):
+            raise ValueError("not a plan: unknown batching")
         return plan
 
     def is_for(self, device: str, world_size: int) -> bool:
@@ -207,12 +223,20 @@ def read_plan(path: Path) -> Plan | None:
 
 
 def make_plan(
-    recipe: Recipe, choice: Choice, size: ModelSize, on: torch.device, compilation: str, before: Plan | None = None
+    recipe: Recipe,
+    choice: Choice,
+    size: ModelSize,
+    on: torch.device,
+    compilation: str,
+    before: Plan | None = None,
+    batching: tuple[Batching, str] = ("packed", ""),
 ) -> Plan:
     """Plan the micro-batches, and activation checkpointing if the longest row would not fit without it.
 
     compilation: why the layers can't be compiled; "" if they can.
-    before: the plan of the same run on this machine. Its micro-batches are kept, so that rounding stays the same.
+    before: the plan of the same run on this machine. Its micro-batches and batching are kept, so that rounding stays
+        the same.
+    batching: how examples go through the model, and why.
     """
     everywhere = spread(size.weights, on) and choice.precision != "int8"
     if everywhere:
@@ -229,7 +253,7 @@ def make_plan(
     tokens = tokens if wanted else max(tokens, LEAST_TOKENS)
     checkpointing = checkpointing or bool(recipe.trainer.get("gradient_checkpointing"))
     kept = size.checkpoints if checkpointing else size.activations
-    return Plan(
+    plan = Plan(
         device=name_of(on),
         world_size=world_size(),
         choice=choice,
@@ -240,6 +264,9 @@ def make_plan(
         compilation=compilation,
         memory=Memory(weights=size.weights, adapter=16 * size.trained, activations=tokens * kept, available=available),
     )
+    if before is not None and before.batching != batching[0]:
+        batching = before.batching, before.batching_reason
+    return plan.with_batching(*batching)
 
 
 def micro_batch_tokens(bytes_per_token: int, free: int, on: torch.device) -> int:

@@ -149,6 +149,23 @@ def test_a_plan_is_read_back_as_it_was_written() -> None:
     assert not plan.is_for(plan.device, 2) and not plan.is_for("cpu: another", 1)
 
 
+def test_layers_are_compiled_for_packed_batches_only() -> None:
+    recipe, padded = make_recipe(), ("padded", "opt is new")
+    plan = make_plan(recipe, INT8, SIZE, CPU, "", batching=padded)
+    assert (plan.batching, plan.batching_reason, plan.compiled) == (*padded, False)
+    assert plan.compilation == "batches are not packed" and Plan.from_json(plan.to_json()) == plan
+    packed = make_plan(recipe, INT8, SIZE, CPU, "")
+    assert packed.compiled and packed.with_batching("alone", "it is wrong").batching == "alone"
+    resumed = make_plan(recipe, INT8, SIZE, CPU, "", plan)
+    assert (resumed.batching, resumed.compiled) == ("padded", False), "a run keeps its batching"
+
+
+def test_a_plan_that_says_no_batching_is_of_packed_ones() -> None:
+    plan = make_plan(make_recipe(), INT8, SIZE, CPU, "")
+    older = {name: value for name, value in json.loads(plan.to_json()).items() if not name.startswith("batching")}
+    assert Plan.from_json(json.dumps(older)) == plan
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"dtype": "float32", "precision": "fp32"}', "[" * 100_000])
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
@@ -158,7 +175,7 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("micro_batch_tokens", "abc"), ("micro_batch_tokens", None), ("micro_batch_tokens", 0), ("compiled", 1),
-     ("precision", "fp8"), ("dtype", ["float32"]), ("memory", {"weights": 1}), ("world_size", True)],
+     ("precision", "fp8"), ("batching", "loose"), ("dtype", ["float32"]), ("memory", {"weights": 1}), ("world_size", True)],
 )  # fmt: skip
 def test_a_plan_with_a_damaged_field_is_none(field: str, value: Any, tmp_path: Path) -> None:
     text = make_plan(make_recipe(), INT8, SIZE, CPU, "").to_json()

@@ -13,11 +13,15 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from huarizo.data.tokens import IGNORED, Example, TokenisedRow
+
+if TYPE_CHECKING:
+    from huarizo.data.padding import Batch, Within
 
 # Shapes: T tokens of a packed row, n examples in it, L labels.
 
@@ -75,6 +79,8 @@ class PackedBatch:
     """int64 [L], those next tokens"""
     longest: int
     """tokens of the longest example"""
+    indices: tuple[int, ...]
+    """the examples, by their number among those that the batch was made from"""
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +93,17 @@ class PackedBatch:
     @property
     def num_labels(self) -> int:
         return len(self.targets)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int64 [T], tokens of each token's example, on the CPU."""
+        lengths_n = self.cu_seqlens.diff().long()
+        return lengths_n.repeat_interleave(lengths_n)
+
+    @property
+    def label_rows(self) -> torch.Tensor:
+        """int64 [L], the example that each label is in, by its place in the batch. Only before the batch is moved."""
+        return torch.bucketize(self.label_positions, self.cu_seqlens[1:].long(), right=True)
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """What the model's forward pass takes, by its own names."""
@@ -104,10 +121,13 @@ class PackedBatch:
         )
 
 
-def pack(examples: Sequence[Example], places: Sequence[int] | None = None) -> PackedBatch:
+def pack(
+    examples: Sequence[Example], places: Sequence[int] | None = None, indices: Sequence[int] | None = None
+) -> PackedBatch:
     """Lay examples end to end.
 
     places: where each example begins in the optimizer step; by default these are the whole of it.
+    indices: the number of each example, as `PackedBatch.indices`; by default from 0.
     """
     lengths = lengths_of(examples)
     lengths_n = torch.tensor(lengths)
@@ -115,7 +135,7 @@ def pack(examples: Sequence[Example], places: Sequence[int] | None = None) -> Pa
     labels_T = torch.cat([torch.as_tensor(example.labels) for example in examples]).long()
     ends_n = lengths_n.cumsum(0)
     labels_T[ends_n - lengths_n] = IGNORED  # nothing predicts the first token of an example
-    label_positions_L = (labels_T[1:] != IGNORED).nonzero()[:, 0]
+    label_positions_L, targets_L = next_tokens(labels_T)
     position_ids_T = torch.cat([torch.arange(length) for length in lengths])
     begins_n = torch.tensor(starts(lengths) if places is None else places)
     return PackedBatch(
@@ -124,9 +144,19 @@ def pack(examples: Sequence[Example], places: Sequence[int] | None = None) -> Pa
         cu_seqlens=torch.nn.functional.pad(ends_n, (1, 0)).int(),
         places=begins_n.repeat_interleave(lengths_n) + position_ids_T,
         label_positions=label_positions_L,
-        targets=labels_T[label_positions_L + 1],
+        targets=targets_L,
         longest=max(lengths),
+        indices=tuple(range(len(examples)) if indices is None else indices),
     )
+
+
+def next_tokens(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens whose next token is learnt, and those next tokens: int64 [L] each.
+
+    labels: int64 [T], of examples one after another, IGNORED at the first token of each.
+    """
+    label_positions_L = (labels[1:] != IGNORED).nonzero()[:, 0]
+    return label_positions_L, labels[label_positions_L + 1]
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:
@@ -158,7 +188,7 @@ def pack_within(budget: int, examples: Sequence[Example], places: Sequence[int] 
     lengths = lengths_of(examples)
     begins = starts(lengths) if places is None else places
     for part in cut(lengths, budget):
-        yield pack([examples[index] for index in part], [begins[index] for index in part])
+        yield pack([examples[index] for index in part], [begins[index] for index in part], part)
 
 
 @dataclass(frozen=True)
@@ -179,9 +209,9 @@ class Step:
         """Tokens of this process's longest example."""
         return max(lengths_of(self.examples))
 
-    def micro_batches(self, budget: int) -> list[PackedBatch]:
-        """Packed batches of at most `budget` tokens each."""
-        return list(pack_within(budget, self.examples, self.places))
+    def micro_batches(self, budget: int, within: "Within" = pack_within) -> "list[Batch]":
+        """Batches of at most `budget` tokens each, as `within` makes them."""
+        return list(within(budget, self.examples, self.places))
 
 
 @dataclass(frozen=True)

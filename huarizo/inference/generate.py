@@ -24,6 +24,7 @@ from huarizo.machine import available_memory, device, float_precision, is_out_of
 from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
 from huarizo.model.compile import uncompiled
 from huarizo.model.load import load_base, positions
+from huarizo.model.padded_loss import take_own_attention
 from huarizo.plan import choose_precision, nearest_precision, read_plan
 from huarizo.wording import excerpt
 
@@ -132,7 +133,7 @@ def generating(model: Any) -> Iterator[None]:
     """Evaluation mode with Transformers' own attention. Restores both afterwards."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention, was_training = base.config._attn_implementation, model.training
-    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    take_own_attention(base)
     model.eval()
     try:
         with torch.no_grad(), uncompiled():
@@ -222,7 +223,7 @@ def _each_answer(
 def _most_at_once(assistant: Assistant, length: int) -> int:
     """How many prompts of this length (answer included) fit into memory: keys, values, one layer and its mask."""
     config, on = assistant.model.config, assistant.model.device
-    heads, hidden = config.num_attention_heads, config.hidden_size
+    heads, hidden = getattr(config, "num_attention_heads", None) or 1, config.hidden_size
     size = getattr(config, "head_dim", None) or hidden // heads
     keys_and_values = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden

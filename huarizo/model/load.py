@@ -170,7 +170,7 @@ def default_template(found: object) -> str | None:
 def load_base(
     folder: Path, dtype: torch.dtype, device: torch.device, over_all: bool | None = None
 ) -> "PreTrainedModel":
-    """Load the frozen base model in `dtype` on `device`, with packed attention.
+    """Load the frozen base model in `dtype` on `device`, with packed attention where its architecture `packs`.
 
     generation_config.json is not read, so that the base's beams, penalties and stop strings have no effect.
     over_all: whether to spread it over all GPUs (Accelerate's `device_map="auto"`); None: if one can't hold it.
@@ -193,7 +193,7 @@ def load_base(
             config=config,
             dtype=dtype,
             device_map="auto" if over_all else {"": device},
-            attn_implementation=PACKED_ATTENTION,
+            attn_implementation=PACKED_ATTENTION if architecture_of(config).packs else None,
             use_safetensors=True,
             generation_config=GenerationConfig(),
             local_files_only=True,

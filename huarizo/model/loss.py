@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from transformers import PretrainedConfig, PreTrainedModel
 
-from huarizo.data.packing import PackedBatch
+from huarizo.data.packing import PackedBatch, pack_within
 from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.dropout import at_places
 from huarizo.model.frozen.linear import input_gradient_of
@@ -178,6 +178,8 @@ class PackedLoss:
 
     base: the causal model, inside any wrapper; compiled: whether the gradient of the logits is compiled.
     """
+
+    within = staticmethod(pack_within)
 
     def __init__(self, base: PreTrainedModel, compiled: bool = False) -> None:
         self.base, self.rule = base, rule_of(base.config)

@@ -4,7 +4,6 @@ What must be known of a model before its weights are read is seen in it: names, 
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,9 +18,6 @@ from huarizo.wording import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-DROPOUT = re.compile(r"(dropout|pdrop|layerdrop)(_prob|_rate)?$")
-"""Names of the shares of dropout in a configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +49,17 @@ def config_of(folder: Path) -> "PretrainedConfig":
     dropout."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+
+
+def without_dropout(config: "PretrainedConfig") -> "PretrainedConfig":
+    """Set every share of values, paths or layers that a configuration drops in training to 0, and return it."""
     for name, value in list(vars(config).items()):
-        if DROPOUT.search(name) and type(value) in (int, float):
-            setattr(config, name, 0.0)
+        if "drop" in name and type(value) in (float, int) and value > 0:
+            setattr(config, name, type(value)())
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            without_dropout(inner)
     return config
 
 

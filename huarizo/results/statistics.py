@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 
 from huarizo.console import tracked
-from huarizo.data.packing import PackedBatch, pack_within
+from huarizo.data.padding import Batch
 from huarizo.data.tokens import Example
 from huarizo.errors import MachineError
 from huarizo.inference.generate import Assistant
 from huarizo.machine import is_out_of_memory
+from huarizo.model.batching import CHECKED_ROWS, BatchLoss, check_batching, losses_of, planned_batching
 from huarizo.model.compile import uncompiled
-from huarizo.model.loss import PackedLoss
 
 # Shapes: n examples of a batch, L labelled tokens in it.
 
@@ -118,9 +118,13 @@ def measure(assistant: Assistant, examples: Sequence[Example], console: Console 
     Raises:
         MachineError: the longest example does not fit into memory.
     """
+    base = assistant.model.get_base_model()
+    checked = check_batching(assistant.model, planned_batching(base.config)[0], examples[:CHECKED_ROWS])
+    losses = losses_of(base, checked.batching)
 
     def measured() -> list[tuple[float, int]]:
-        return list(tracked(_row_losses(assistant.model, examples), "reading", console, len(examples)))
+        found = dict(tracked(_row_losses(losses, assistant.model, examples), "reading", console, len(examples)))
+        return [found[index] for index in range(len(examples))]
 
     with assistant.untuned():
         before = measured()
@@ -128,13 +132,12 @@ def measure(assistant: Assistant, examples: Sequence[Example], console: Console 
     return Losses([loss for loss, _ in before], [loss for loss, _ in after], [count for _, count in after])
 
 
-def _row_losses(model: Any, examples: Sequence[Example]) -> Iterator[tuple[float, int]]:
-    """(summed loss, labelled tokens) of each example. Halves the batch when memory runs out."""
-    losses = PackedLoss(model.get_base_model())
+def _row_losses(losses: BatchLoss, model: Any, examples: Sequence[Example]) -> Iterator[tuple[int, tuple[float, int]]]:
+    """Each example's index with its (summed loss, labelled tokens). Halves the batch when memory runs out."""
     model.eval()
-    done, budget = 0, BATCH_TOKENS
-    while done < len(examples):
-        batch = next(pack_within(budget, examples[done : done + 256]))
+    left, budget = list(range(len(examples))), BATCH_TOKENS
+    while left:
+        batch = next(losses.within(budget, [examples[index] for index in left[:256]], None))
         try:
             found = _batch_losses(losses, model, batch)
         except (RuntimeError, MemoryError) as error:
@@ -145,13 +148,13 @@ def _row_losses(model: Any, examples: Sequence[Example]) -> Iterator[tuple[float
             budget //= 2
             torch.cuda.empty_cache()
             continue
-        yield from found
-        done += batch.num_examples
+        yield from zip((left[place] for place in batch.indices), found, strict=True)
+        left = [index for place, index in enumerate(left) if place not in batch.indices]
 
 
-def _batch_losses(losses: PackedLoss, model: Any, batch: PackedBatch) -> list[tuple[float, int]]:
-    rows_L = torch.bucketize(batch.label_positions, batch.cu_seqlens[1:].long(), right=True)
+def _batch_losses(losses: BatchLoss, model: Any, batch: Batch) -> list[tuple[float, int]]:
     with uncompiled():
         losses_L = losses.by_token(model, batch.to(model.device))
+    rows_L = batch.label_rows
     sums_n = torch.zeros(batch.num_examples, dtype=torch.float64).index_add(0, rows_L, losses_L.double().cpu())
     return list(zip(sums_n.tolist(), rows_L.bincount(minlength=batch.num_examples).tolist(), strict=True))

@@ -31,6 +31,7 @@ from safetensors.torch import save as tensor_bytes
 
 from huarizo.errors import MachineError, UserError
 from huarizo.files import discard, read_own, remove_leftovers, write_folder, writing
+from huarizo.plan import Batching
 from huarizo.training.divergence import WatchState
 
 MANIFEST = "manifest.json"
@@ -66,6 +67,11 @@ class Checkpoint:
     def metrics(self) -> list[JsonObject]:
         """The rows of metrics.jsonl up to this step."""
         return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
+
+    @property
+    def batching(self) -> Batching:
+        """How examples went through the model. Older checkpoints don't say it: they are of packed ones."""
+        return self.manifest.get("batching", "packed")
 
     @property
     def watched(self) -> WatchState:

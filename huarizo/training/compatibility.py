@@ -99,6 +99,8 @@ class Facts(TypedDict):
     threads: int
     processes: int
     compiled: bool
+    batching: str
+    """How examples go through the model; a resumed run keeps it."""
     micro_batch_tokens: int
     activation_checkpointing: bool
     versions: dict[str, str]
@@ -137,6 +139,7 @@ def facts_of(recipe: Recipe, data_fingerprint: str, plan: Plan, device: torch.de
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "compiled": plan.compiled,
+        "batching": plan.batching,
         "micro_batch_tokens": plan.micro_batch_tokens,
         "activation_checkpointing": plan.activation_checkpointing,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

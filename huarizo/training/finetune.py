@@ -7,6 +7,7 @@ locked, and the run handed to `huarizo.training.session`.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -95,6 +96,9 @@ def _resume(run: Run, terminal: Terminal, listeners: Sequence[Listener], signals
         for fault in damaged:
             events.warn(f"damaged checkpoint set aside: {fault}")
         prepared = prepare(run.recipe(), resumed=run)
+        if checkpoint and checkpoint.batching != prepared.plan.batching:
+            plan = prepared.plan.with_batching(checkpoint.batching, "as the run was started")
+            prepared = replace(prepared, plan=plan)
         session = Session(prepared, run, terminal, events, signals, lock, began, checkpoint)
         changes = changes_since(checkpoint, prepared.recipe, session.facts) if checkpoint else []
         if lock is not None:

@@ -19,6 +19,7 @@ from huarizo.hub.names import check_pinned, files_of, pins, resolve_data, resolv
 from huarizo.hub.sources import Source
 from huarizo.machine import device, float_precision, from_first, name_of
 from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
+from huarizo.model.batching import planned_batching
 from huarizo.model.compile import why_not
 from huarizo.model.frozen.measure import int8_gain
 from huarizo.model.load import (
@@ -30,8 +31,9 @@ from huarizo.model.load import (
     weight_bytes,
 )
 from huarizo.model.lora import check_lora, with_targets
+from huarizo.model.padded_loss import logits_bytes_per_token
 from huarizo.model.weights import check_weights
-from huarizo.plan import Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
+from huarizo.plan import PADDED, Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
 from huarizo.recipe import Recipe, names_of
 from huarizo.runs import Run
 from huarizo.training.settings import check_trainer_settings
@@ -88,7 +90,7 @@ def prepare(recipe: Recipe, resumed: Run | None = None) -> Prepared:
         resolved.data.eval = _pinned(heldout)
     resolved.data.prompt, resolved.data.date = data.encoder.prompt.name, data.encoder.prompt.date
     resolved.pinned = {role: pins(sources) for role, sources in used.items()}
-    plan = _first_plan(recipe, choice, _size(config, choice, trained), on, before)
+    plan = _first_plan(recipe, choice, config, trained, on, before)
     return Prepared(resolved, model, [*train, *heldout], data, plan)
 
 
@@ -134,23 +136,29 @@ def _first_choice(recipe: Recipe, on: torch.device, resumed: bool, before: Plan 
     return Choice.from_values(json.loads(text))
 
 
-def _first_plan(recipe: Recipe, choice: Choice, size: ModelSize, on: torch.device, before: Plan | None) -> Plan:
+def _first_plan(
+    recipe: Recipe, choice: Choice, config: dict[str, Any], trained: int, on: torch.device, before: Plan | None
+) -> Plan:
     """The plan, made by the first process for all."""
-
-    def make() -> str:
-        compilation = why_not(on) if recipe.training.compile else "as the recipe asks"
-        return make_plan(recipe, choice, size, on, compilation or "", before).to_json()
-
-    return Plan.from_json(from_first(make, on))
-
-
-def _size(config: dict[str, Any], choice: Choice, trained: int) -> ModelSize:
-    return ModelSize(
+    batching = planned_batching(config)
+    packed = batching[0] == "packed"
+    size = ModelSize(
         weights=weight_bytes(config, choice.precision, choice.dtype),
         trained=trained,
         activations=activation_bytes_per_token(config, choice.dtype),
         checkpoints=checkpoint_bytes_per_token(config, choice.dtype),
     )
+    if not packed:
+        logits = logits_bytes_per_token(config, choice.dtype)
+        size = replace(size, activations=size.activations + logits, checkpoints=size.checkpoints + logits)
+
+    def make() -> str:
+        compilation = "as the recipe asks"
+        if recipe.training.compile:
+            compilation = why_not(on) or "" if packed else PADDED
+        return make_plan(recipe, choice, size, on, compilation, before, batching).to_json()
+
+    return Plan.from_json(from_first(make, on))
 
 
 def _choose(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None) -> Choice:

@@ -6,23 +6,26 @@ adapter is the first result to be written. Everything is reported as events.
 
 import dataclasses
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peft import PeftModel
 
 from huarizo import events as happened
+from huarizo.data.tokens import Example
 from huarizo.errors import HuarizoError, MachineError
 from huarizo.events import EventFile, Events, Listener
 from huarizo.files import make_parent, remove_leftovers, require_space, whole_folder, write_manifest, write_whole
 from huarizo.host import cache_folder, rank
 from huarizo.inference.generate import Assistant, answers
 from huarizo.inference.samples import Sample, samples_as_text, samples_from_text, samples_of
-from huarizo.machine import device, keep_freed_memory
+from huarizo.machine import device, from_first, keep_freed_memory
+from huarizo.model.batching import CHECKED_ROWS, IN_WORDS, Checked, check_batching, require_gradients
 from huarizo.model.compile import compile_layers
 from huarizo.model.lora import count_weights
 from huarizo.results.card import CARD, adapter_card
@@ -94,9 +97,30 @@ class Session:
 
         Raises:
             MachineError, Interrupted: as `huarizo.training.finetune.fine_tune`.
+            ModelError: the model's own code can't compute a loss, or no gradient reaches the LoRA.
         """
+        model = load_model(self.prepared)
+        return self._with_checked_batching(model)._train(model)
+
+    def _with_checked_batching(self, model: PeftModel) -> "Session":
+        """This session with a batching that is right for the loaded model, as the first process finds it for all."""
+        plan, rows = self.prepared.plan, self.prepared.data.train.dataset
+        few = [Example.from_row(row) for row in rows.select(range(min(CHECKED_ROWS, len(rows)))).to_list()]
+        text = from_first(lambda: json.dumps(asdict(check_batching(model, plan.batching, few))), device())
+        checked = Checked(**json.loads(text))
+        for fault in checked.faults:
+            self.events.warn(f"{fault}. They are not used, so that training is slower but right")
+        if checked.faults:
+            plan = plan.with_batching(checked.batching, f"a faster way is not right for this {model.config.model_type}")
+            if self.lock is not None:
+                write_whole(self.run.plan_file, plan.to_json())
+        if plan.batching != "packed":
+            require_gradients(model, plan.batching, few)
+        self.events.note("batches", f"{IN_WORDS[plan.batching]}: {plan.batching_reason}")
+        return dataclasses.replace(self, prepared=dataclasses.replace(self.prepared, plan=plan))
+
+    def _train(self, model: PeftModel) -> Result:
         prepared, run, plan = self.prepared, self.run, self.prepared.plan
-        model = load_model(prepared)
         keep_freed_memory()
         trainable = model.num_parameters(only_trainable=True)
         if self.lock is not None:
@@ -130,6 +154,7 @@ class Session:
             data.heldout.dataset if data.heldout else [],
             recipe,
             plan.micro_batch_tokens,
+            batching=plan.batching,
             precision=plan.choice.precision,
             compiled=plan.compiled,
             events=self.events,

@@ -1,8 +1,9 @@
 """Transformers' Trainer, with one difference: a batch is one whole optimizer step.
 
-The loader yields a `Step`. This trainer cuts it into packed micro-batches, computes the loss at labelled positions, and
-normalises it by the labelled tokens of the whole step, across all micro-batches and processes. Schedules, optimizers,
-callbacks, trackers and mixed precision are the Trainer's own. `huarizo.training.checkpoint` writes the checkpoints.
+The loader yields a `Step`. This trainer cuts it into micro-batches, packed or padded, computes the loss at labelled
+positions, and normalises it by the labelled tokens of the whole step, across all micro-batches and processes.
+Schedules, optimizers, callbacks, trackers and mixed precision are the Trainer's own. `huarizo.training.checkpoint`
+writes the checkpoints.
 """
 
 import contextlib
@@ -14,20 +15,21 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from huarizo.data.packing import PackedBatch, Step, StepCollator, StepLoader, StepSampler, pack_within
+from huarizo.data.packing import Step, StepCollator, StepLoader, StepSampler
+from huarizo.data.padding import Batch
 from huarizo.data.tokens import Example, TokenisedRow
 from huarizo.errors import MachineError
 from huarizo.events import Events, OutOfMemory
 from huarizo.host import rank, world_size
 from huarizo.machine import is_out_of_memory
+from huarizo.model.batching import base_of, losses_of
 from huarizo.model.compile import uncompiled
 from huarizo.model.dropout import DropoutMasks
 from huarizo.model.lora import count_weights
-from huarizo.model.loss import PackedLoss
 from huarizo.model.neftune import EmbeddingNoise
-from huarizo.plan import LEAST_TOKENS, Choice
+from huarizo.plan import LEAST_TOKENS, Batching, Choice
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
 from huarizo.training.checkpoint import Checkpoint, Trained, generators
@@ -75,12 +77,13 @@ class LoraTrainer(Trainer):
     """Trains a PeftModel on tokenised rows.
 
     Args:
-        model: the PeftModel, with `huarizo_packed` attention.
+        model: the PeftModel; it takes the attention that `batching` needs.
         args: from `training_arguments`.
         rows: the training rows, each with `input_ids` and `labels`.
         heldout: rows for the held-out loss; may be empty.
         recipe: the resolved recipe.
         budget: micro-batch size in tokens.
+        batching: how examples go through the model.
         precision: precision of the frozen base.
         compiled: whether the decoder layers are compiled (`huarizo.model.compile`).
         events: gets everything that happens.
@@ -98,6 +101,7 @@ class LoraTrainer(Trainer):
         recipe: Recipe,
         budget: int,
         *,
+        batching: Batching = "packed",
         precision: str = "fp32",
         compiled: bool = False,
         events: Events | None = None,
@@ -114,15 +118,14 @@ class LoraTrainer(Trainer):
         self.loop = Loop(self, elapsed_before)
         self.add_callback(self.loop)
         self.num_weights = count_weights(model)
-        base = model.get_base_model()
-        assert isinstance(base, PreTrainedModel)
+        base = base_of(model)
         self.masks = DropoutMasks(model, recipe.training.seed, budget)
         alpha, self.neftune_noise_alpha = (
             self.neftune_noise_alpha,
             None,
         )  # the Trainer's takes a pack for a row
         self.noise = EmbeddingNoise(base, alpha, recipe.training.seed) if alpha else None
-        self.packed_loss = PackedLoss(base, compiled)
+        self.losses = losses_of(base, batching, compiled)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; for LoRA+, with a learning rate of its own for B."""
@@ -207,12 +210,12 @@ class LoraTrainer(Trainer):
     def _accumulate(self, model: torch.nn.Module, step: Step) -> torch.Tensor:
         """Compute and add up the gradients of all micro-batches; returns the step's loss, float32 []."""
         total = torch.zeros((), device=self.args.device)
-        batches = step.micro_batches(self.budget)
+        batches = step.micro_batches(self.budget, self.losses.within)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             self.masks.draw(self.state.global_step, batch.places)
             if self.noise is not None:
-                self.noise.draw(self.state.global_step, batch.places, batch.cu_seqlens)
+                self.noise.draw(self.state.global_step, batch.places, batch.lengths)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, batch, num_items_in_batch=step.num_labels)
                 self.accelerator.backward(loss)
@@ -222,18 +225,18 @@ class LoraTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Summed loss of a PackedBatch, divided by the labelled tokens of the whole step.
+        """Summed loss of a batch, divided by the labelled tokens of the whole step.
 
         It is multiplied by the number of processes, because gradients and logged losses are averaged over them.
         """
         with self.compute_loss_context_manager():
-            loss = self.packed_loss(model, inputs.to(self.args.device))
+            loss = self.losses(model, inputs.to(self.args.device))
         return loss * world_size() / num_items_in_batch
 
-    def heldout_batches(self, rows: Sequence[TokenisedRow]) -> Iterator[PackedBatch]:
-        """This process's share of rows, packed."""
+    def heldout_batches(self, rows: Sequence[TokenisedRow]) -> Iterator[Batch]:
+        """This process's share of rows, in batches."""
         mine = [Example.from_row(rows[index]) for index in range(rank(), len(rows), world_size())]
-        return pack_within(self.budget, mine)
+        return self.losses.within(self.budget, mine, None)
 
     @torch.no_grad()
     def evaluate(
@@ -257,7 +260,7 @@ class LoraTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.heldout_batches(rows):
             with uncompiled(), self.compute_loss_context_manager():
-                loss = self.packed_loss(model, batch.to(self.args.device))
+                loss = self.losses(model, batch.to(self.args.device))
             total += torch.tensor([float(loss), batch.num_labels], dtype=torch.float64)
         model.train(was_training)
         return total

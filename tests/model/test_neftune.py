@@ -20,7 +20,7 @@ def noise_of(batch: PackedBatch, step: int = 3, seed: int = 1) -> torch.Tensor:
     """What the embeddings of a batch get: [T, K]."""
     model = make_model().train()
     plain = model.get_input_embeddings()(batch.input_ids)
-    EmbeddingNoise(model, ALPHA, seed).draw(step, batch.places, batch.cu_seqlens)
+    EmbeddingNoise(model, ALPHA, seed).draw(step, batch.places, batch.lengths)
     return (model.get_input_embeddings()(batch.input_ids) - plain)[0].detach()
 
 
@@ -46,7 +46,7 @@ def test_it_is_the_same_in_any_micro_batch_and_another_in_another_step() -> None
 def test_evaluation_has_none() -> None:
     model, batch = make_model().eval(), pack([Example([4, 5], [4, 5])])
     plain = model.get_input_embeddings()(batch.input_ids)
-    EmbeddingNoise(model, ALPHA, 1).draw(0, batch.places, batch.cu_seqlens)
+    EmbeddingNoise(model, ALPHA, 1).draw(0, batch.places, batch.lengths)
     assert torch.equal(model.get_input_embeddings()(batch.input_ids), plain)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import Gemma3Config, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from huarizo.data.packing import pack
 from huarizo.data.tokens import Example
@@ -17,6 +17,7 @@ from huarizo.model import weights
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base
 from huarizo.model.merge import MergedWeights
+from huarizo.model.skeleton import config_of, without_dropout
 from huarizo.model.weights import check_weights
 from tests.tiny import make_model
 
@@ -152,3 +153,10 @@ def test_experts_are_stored_one_by_one(tmp_path: Path) -> None:
     save_file({name: tensors[name] for name in tensors.keys() - experts.keys()}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="the weights have no .*experts"):
         check_weights(tmp_path)
+def test_a_base_drops_nothing(tmp_path: Path) -> None:
+    """A frozen base gives the same activations in training as afterwards, and draws no random numbers."""
+    GPT2Config(resid_pdrop=0.3, embd_pdrop=1).save_pretrained(tmp_path)
+    found = config_of(tmp_path)
+    assert (found.resid_pdrop, found.embd_pdrop, found.attn_pdrop) == (0, 0, 0) and found.n_head == 12
+    inner = without_dropout(Gemma3Config(text_config={"attention_dropout": 0.2}))
+    assert inner.text_config.attention_dropout == 0

@@ -1,5 +1,6 @@
 """Losses row by row against Transformers' own, and intervals against many draws."""
 
+import dataclasses
 import math
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import Example
 from huarizo.errors import MachineError
 from huarizo.inference.generate import open_assistant
+from huarizo.model.architectures.llama import LLAMA
 from huarizo.results import statistics as losses
 from huarizo.results.statistics import Losses, Mean, mean_loss, measure, student_t975
 from tests.results.make import make_tuned
@@ -46,6 +48,23 @@ def test_each_row_has_the_loss_that_transformers_gives_it(tmp_path: Path, monkey
     assert (perplexity.value, perplexity.low, perplexity.high) == tuple(
         map(math.exp, (mean.value, mean.low, mean.high))
     )
+
+
+def test_a_model_that_is_not_known_to_pack_is_measured_on_padded_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = make_tuned(tmp_path)
+    examples = [example for example in tuned.encoder.encode(ROWS) if example]
+    monkeypatch.setattr(losses, "BATCH_TOKENS", 400)
+    expected = measure(open_assistant(tuned, "fp32"), examples)
+    unknown = dataclasses.replace(LLAMA, packs=False)
+    monkeypatch.setattr("huarizo.model.architectures.registry.ARCHITECTURES", {"llama": unknown})
+    assistant = open_assistant(tuned, "fp32")
+    assert assistant.model.config._attn_implementation == "sdpa"
+    found = measure(assistant, examples)
+    assert found.tokens == expected.tokens
+    for padded, packed in ((found.before, expected.before), (found.after, expected.after)):
+        assert padded == pytest.approx(packed, rel=1e-5)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

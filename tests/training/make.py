@@ -9,9 +9,8 @@ from rich.console import Console
 
 from huarizo.data.packing import StepCollator
 from huarizo.events import Events
-from huarizo.model.attention import NAME as PACKED
 from huarizo.model.lora import add_lora
-from huarizo.plan import Choice
+from huarizo.plan import Batching, Choice
 from huarizo.recipe import Recipe
 from huarizo.runs import Run
 from huarizo.training.interrupt import Signals
@@ -43,9 +42,8 @@ def lora_model(recipe: Recipe, **config: Any) -> Any:
 
 def make_trainer(
     model: Any, recipe: Recipe, rows: Any, tmp_path: Path, budget: int = 4096, console: Any = None,
-    rows_so_far: Any = None,
+    rows_so_far: Any = None, batching: Batching = "packed",
 ) -> LoraTrainer:  # fmt: skip
-    model.get_base_model().set_attn_implementation(PACKED)
     run, cpu = Run(tmp_path / "run"), torch.device("cpu")
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     args = training_arguments(recipe, run, Choice("fp32", "test", torch.float32), cpu)
@@ -54,7 +52,7 @@ def make_trainer(
     saver = Saver(run, recipe, {}, metrics, events, budget) if recipe.training.save_every else None
     return LoraTrainer(
         model, args, rows, [], recipe, budget, events=events, saver=saver, stopping=Stopping(Signals()),
-        elapsed_before=metrics.elapsed_s,
+        elapsed_before=metrics.elapsed_s, batching=batching,
     )  # fmt: skip
 
 

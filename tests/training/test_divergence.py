@@ -34,7 +34,7 @@ def trainer_with(
     training = {"epochs": 20, "save_every": save_every, "keep": 99, "max_steps": steps}
     recipe = make_recipe(trainer=arguments, training=training)
     trainer = make_trainer(lora_model(recipe), recipe, random_examples([20, 30, 40, 50] * 4), tmp_path)
-    plain = trainer.packed_loss
+    plain = trainer.losses
 
     def loss_of(model: Any, batch: PackedBatch) -> torch.Tensor:
         loss, kind = plain(model, batch), bad.get(trainer.state.global_step + 1)
@@ -42,7 +42,9 @@ def trainer_with(
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss * math.inf if kind == "loss" else loss
 
-    monkeypatch.setattr(trainer, "packed_loss", loss_of)
+    losses: Any = loss_of
+    losses.within = plain.within
+    monkeypatch.setattr(trainer, "losses", losses)
     return trainer
 
 

@@ -3,22 +3,29 @@
 import hashlib
 import io
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from transformers import AttentionInterface
 
 import huarizo.training.session
-from huarizo.errors import Interrupted, MachineError
+from huarizo.errors import Interrupted, MachineError, RecipeError
 from huarizo.events import Done, Event, Noted, OutOfMemory, Saved, Started, Step, Stopped, Warned
+from huarizo.model.attention import NAME as PACKED
+from huarizo.model.attention import packed_attention
 from huarizo.plan import Plan
 from huarizo.recipe import Recipe, make_recipe
 from huarizo.runs import Run
 from huarizo.training.finetune import fine_tune, resume
 from huarizo.training.lock import LockLostError
 from huarizo.training.prepare import Prepared
+from huarizo.training.session import Result
+from tests.general import GENERAL
+from tests.training.conftest import Killed
 from tests.training.make import edit_recipe, printed
 from tests.training.test_lock import OTHER
 
@@ -174,3 +181,106 @@ def test_a_run_without_a_plan_is_resumed_as_its_recipe_says(recipe: Recipe, tmp_
     assert not [event for event in heard if isinstance(event, Warned)]
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == expected
     assert Plan.from_json(run.plan_file.read_text()).micro_batch_tokens == 128
+
+
+@pytest.fixture
+def scaled_attention() -> Iterator[Callable[[], None]]:
+    """Packed attention has a wrong scale until this is called."""
+
+    def right_again() -> None:
+        AttentionInterface.register(PACKED, packed_attention)
+
+    AttentionInterface.register(PACKED, lambda *args, scaling, **kwargs: packed_attention(*args, scaling=3.0, **kwargs))
+    yield right_again
+    right_again()
+
+
+def losses_in(result: Result) -> list[Any]:
+    return [(row["step"], row.get("loss", row.get("eval_loss"))) for row in result.metrics]
+
+
+def weights_in(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_where_packing_is_wrong_rows_are_padded_and_the_losses_are_right(
+    recipe: Recipe, console: Console, scaled_attention: Callable[[], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("huarizo.training.prepare.why_not", lambda on: None)
+    recipe.training.compile = True
+    heard = list[Event]()
+    found = fine_tune(recipe, console=console, listeners=[heard.append])
+    (warning,) = [event.text for event in heard if isinstance(event, Warned)]
+    assert warning.startswith("packed rows have a loss of") and warning.endswith("so that training is slower but right")
+    notes = {event.title: event.text for event in heard if isinstance(event, Noted)}
+    assert notes["batches"].startswith("padded by at most 20%, with the model's own attention: ")
+    assert notes["layers"] == "not compiled: batches are not packed"
+    assert Plan.from_json((tmp_path / "run" / "plan.json").read_text()).batching == "padded"
+    scaled_attention()
+    recipe.output, recipe.training.compile = str(tmp_path / "right"), False
+    expected = fine_tune(recipe, console=console)
+    for (step, loss), (same, right) in zip(losses_in(found), losses_in(expected), strict=True):
+        assert step == same and loss == pytest.approx(right, rel=1e-5)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_keeps_its_batching_and_resumes_to_the_bit(
+    recipe: Recipe, scaled_attention: Callable[[], None], elsewhere: bool, tmp_path: Path
+) -> None:
+    fine_tune(recipe, console=Console(quiet=True))
+    expected, recipe.output = weights_in(tmp_path / "run"), str(tmp_path / "stopped")
+
+    def killer(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
+    run, heard = Run(tmp_path / "stopped"), list[Event]()
+    if elsewhere:
+        run.plan_file.unlink()
+    scaled_attention()
+    resume(run, Console(quiet=True), listeners=[heard.append])
+    assert weights_in(run.path) == expected
+    assert not [event for event in heard if isinstance(event, Warned)]
+    assert any(isinstance(event, Noted) and event.text.startswith("padded") for event in heard)
+    assert Plan.from_json(run.plan_file.read_text()).batching == "padded"
+
+
+@pytest.mark.parametrize("kind", GENERAL)
+def test_a_model_of_which_nothing_is_known_trains_on_padded_rows(
+    kind: str, recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    general = GENERAL[kind]
+    general.register(monkeypatch)
+    recipe.model = str(general.save(tmp_path / kind, tiny_tokenizer))
+    recipe.lora.target_modules = general.targets
+    recipe.training.learning_rate = 1e-2
+    heard = list[Event]()
+    whole = fine_tune(recipe, console=Console(quiet=True), listeners=[heard.append])
+    notes = {event.title: event.text for event in heard if isinstance(event, Noted)}
+    assert notes["batches"].endswith(f"{kind} is not known to keep packed examples apart")
+    assert not [event for event in heard if isinstance(event, Warned)]
+    heldout = [row["eval_loss"] for row in whole.metrics if "eval_loss" in row]
+    assert heldout[-1] < heldout[0]
+    recipe.output, stopped = str(tmp_path / "stopped"), Run(tmp_path / "stopped")
+
+    def killer(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
+    resume(stopped, Console(quiet=True))
+    assert weights_in(stopped.path) == weights_in(tmp_path / "run")
+
+
+def test_what_peft_refuses_is_one_error(
+    recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GENERAL["mamba"].register(monkeypatch)
+    recipe.model = str(GENERAL["mamba"].save(tmp_path / "mamba", tiny_tokenizer))
+    recipe.lora.target_modules = ["out_proj"]
+    with pytest.raises(RecipeError, match="peft refuses these settings: .* 'out_proj' is incompatible with Mamba"):
+        fine_tune(recipe, console=Console(quiet=True))

@@ -17,7 +17,7 @@ from huarizo.data.prompts import TextFormat, alpaca
 from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import Encoder
 from huarizo.model.lora import add_lora
-from huarizo.plan import Choice
+from huarizo.plan import Batching, Choice
 from huarizo.recipe import load_recipe, make_recipe
 from huarizo.runs import Run
 from huarizo.training.trainer import training_arguments
@@ -52,6 +52,27 @@ def test_a_packed_step_equals_stock_on_padded_rows(variant: str, target_modules:
     assert packed_loss == pytest.approx(loss, rel=1e-5)
     assert gradients.keys() == packed_gradients.keys() and len(gradients) > 4
     assert max(relative(packed_gradients[name], gradients[name]) for name in gradients) < 1e-5
+
+
+@pytest.mark.parametrize("batching", ["padded", "alone"])
+@pytest.mark.parametrize("noise", [None, 5.0])
+def test_a_padded_step_equals_a_packed_one(batching: Batching, noise: float | None, tmp_path: Path) -> None:
+    recipe = make_recipe(lora={"dropout": 0.3}, trainer={"neftune_noise_alpha": noise} if noise else {})
+    examples: Any = random_examples([2, 63, 64, 65, 129, 7, 60])
+    results = []
+    for kind in ("packed", batching):
+        trainer = make_trainer(lora_model(recipe), recipe, examples, tmp_path, budget=200, batching=kind)
+        with torch.no_grad():
+            heldout_sums = trainer._heldout_sums(examples)
+        results.append((*packed_loss_and_gradients(trainer, examples), heldout_sums))
+    (loss, gradients, heldout), (padded_loss, padded_gradients, padded_heldout) = results
+    assert padded_loss == pytest.approx(loss, rel=1e-6) and gradients.keys() == padded_gradients.keys()
+    assert max(relative(padded_gradients[name], gradients[name]) for name in gradients) < 1e-5
+    torch.testing.assert_close(padded_heldout, heldout)
+    again = make_trainer(lora_model(recipe), recipe, examples, tmp_path, budget=200, batching=batching)
+    same_loss, same_gradients = packed_loss_and_gradients(again, examples)
+    assert same_loss == padded_loss, "to the bit"
+    assert all(torch.equal(gradient, same_gradients[name]) for name, gradient in padded_gradients.items())
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
