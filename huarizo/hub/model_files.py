@@ -196,17 +196,26 @@ def hostile(folder: Path) -> str | None:
             return f"{file.name} has {file.stat().st_size:,} bytes, too many for it. Fetch or save the model again"
         if file.suffix != ".json" or file.name in (*LARGEST, INDEX, "vocab.json", "added_tokens.json"):
             continue
-        try:
-            found = _forbidden(read_json(file))
-        except ValueError:
-            continue  # reported where it is read
-        except RecursionError:
-            return f"{file.name} is nested too deeply. Fetch or save the model again"
-        except OSError as error:
-            return f"{file.name} can't be read: {error.strerror or error}"
-        if found:
-            return f"{file.name} sets {found}. Huarizo runs no code of a model; where you trust it, delete that field"
+        if problem := names_code(file):
+            return problem
     return None
+
+
+def names_code(file: Path) -> str | None:
+    """What in a JSON file would run code or read outside its folder, with the remedy; None if nothing."""
+    try:
+        found = _forbidden(read_json(file))
+    except ValueError:
+        return None  # reported where it is read
+    except RecursionError:
+        return f"{file.name} is nested too deeply. Fetch or save the model again"
+    except OSError as error:
+        return f"{file.name} can't be read: {error.strerror or error}"
+    return (
+        f"{file.name} sets {found}. Huarizo runs no code of a model; where you trust it, delete that field"
+        if found
+        else None
+    )
 
 
 def _forbidden(value: object) -> str | None:

@@ -95,10 +95,13 @@ def _no_adapter(names: Iterable[str]) -> str | None:
 
 def _unfit_model(folder: Path, name: str) -> str | None:
     """Why a model can't be trained, from its config.json and card alone."""
-    if problem := model_files.hostile(folder) or model_files.quantised(folder, name):
+    file = folder / "config.json"
+    if not file.is_file():
+        return None  # reported where it is looked for
+    if problem := model_files.names_code(file) or model_files.quantised(folder, name):
         return problem
     try:
-        return model_types.unsuitable(read_json(folder / "config.json"))
+        return model_types.unsuitable(read_json(file))
     except (OSError, ValueError):
         return None  # reported where it is read
 
