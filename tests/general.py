@@ -16,6 +16,8 @@ from tests.tiny import SPECIALS
 
 SIZES: dict[str, Any] = {"vocab_size": len(SPECIALS) + 256, "hidden_size": 32, "num_hidden_layers": 2}
 
+ONE_LAYER: dict[str, Any] = SIZES | {"num_hidden_layers": 1}
+
 
 @dataclass(frozen=True)
 class General:
@@ -49,7 +51,7 @@ GENERAL = {
         ["q_proj", "v_proj", "fc1"],
     ),
     "mamba": General(
-        lambda: MambaForCausalLM(MambaConfig(**SIZES, state_size=4)),
+        lambda: MambaForCausalLM(MambaConfig(**ONE_LAYER, state_size=4)),
         {"model_type": "mamba", "embedding": "backbone.embeddings", "layers": "backbone.layers"},
         ["in_proj", "x_proj"],
     ),
