@@ -60,8 +60,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: {problem}")
     if wrong := next(_wrong_sizes(config), None):
         raise ModelError(f"{path}: {wrong} is not a valid size")
-    if not architecture_of(config).packs:
-        raise ModelError(f"{folder}: models of type {config['model_type']!r} can't be trained yet")
     config = _completed(path, config)
     seen = seen_in(config, path)
     expected = weight_bytes(config, "int8", torch.float16) // 2

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from huarizo.errors import RecipeError
 from huarizo.model.adapter import CHECKS
 from huarizo.model.added_tokens import SETTING, lengthen
-from huarizo.model.architectures.structure import LINEAR, has_experts, linears_in, structure_of
+from huarizo.model.architectures.structure import LINEAR, linears_in, structure_of
 from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.lora import register
 from huarizo.model.frozen.storages import STORAGES
@@ -99,10 +99,6 @@ def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequenc
     lengthen(model, max(tokens, default=-1) + 1)
     _check_options(recipe.options)
     stored = precision in STORAGES
-    if stored and has_experts(model):
-        raise RecipeError(
-            f"precision: a mixture of experts is trained in float, not in {precision}. Set precision=bf16 or fp32"
-        )
     if tokens and stored:
         raise RecipeError(
             f"{SETTING}: their rows are trained in float, and with precision {precision} the head is frozen in "

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from huarizo.data.dataset import Data, prepare_data
-from huarizo.errors import DataError
+from huarizo.errors import DataError, RecipeError
 from huarizo.files import sha256_of
 from huarizo.host import cache_folder, world_size
 from huarizo.hub.names import check_pinned, files_of, pins, resolve_data, resolve_model
 from huarizo.hub.sources import Source
 from huarizo.machine import device, float_precision, from_first, name_of
 from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
+from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.batching import planned_batching
 from huarizo.model.compile import why_not
 from huarizo.model.frozen.measure import int8_gain
+from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.load import (
     activation_bytes_per_token,
     checkpoint_bytes_per_token,
@@ -68,6 +70,7 @@ def prepare(recipe: Recipe, resumed: Run | None = None) -> Prepared:
     for role, sources in used.items():
         check_pinned(role, sources, recipe.pinned.get(role, {}))
     config = read_config(model.path)
+    choice = _possible(choice, recipe, config, on)
     recipe, cut = _within_positions(recipe, config)
     recipe = recipe.model_copy(update={"lora": with_targets(recipe.lora, config)})
     check_weights(model.path)
@@ -171,6 +174,21 @@ def _choose(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None
         reason = f"the rows of {SETTING} are trained in float"
         return replace(choose_precision(float_precision(on), on), reason=reason)
     return choose_precision("auto", on, int8_gain)
+
+
+def _possible(choice: Choice, recipe: Recipe, config: dict[str, Any], on: torch.device) -> Choice:
+    """The choice; but in float for a model of which it isn't known that it packs, if int8 was chosen by `auto`.
+
+    Raises:
+        RecipeError: the recipe asks for int8 for such a model.
+    """
+    architecture = architecture_of(config)
+    if choice.precision not in STORAGES or architecture.packs:
+        return choice
+    reason = f"models of type {architecture.model_type} are trained in float"
+    if recipe.precision != "auto":
+        raise RecipeError(f"precision: {reason}, not in {choice.precision}. Set precision=auto, bf16 or fp32")
+    return replace(choose_precision(float_precision(on), on), reason=reason)
 
 
 def changed_files(sources: Iterable[Source]) -> list[Path]:

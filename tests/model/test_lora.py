@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import CONFIG_MAPPING, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig
+from transformers import CONFIG_MAPPING, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from huarizo.errors import RecipeError
 from huarizo.model.adapter import load_adapter
@@ -140,10 +140,3 @@ def test_an_adapter_on_transposed_weights_says_so_and_merges(tmp_path: Path) -> 
     assert set(weights.changes) and all(
         torch.allclose(weights[name], merged[name], rtol=0, atol=1e-5) for name in weights.names()
     )
-
-
-def test_a_mixture_of_experts_is_not_trained_in_8_bit(tmp_path: Path) -> None:
-    MixtralConfig(num_hidden_layers=1, num_local_experts=2).save_pretrained(tmp_path)
-    check_lora(tmp_path, make_recipe().lora, "bf16")
-    with pytest.raises(RecipeError, match="precision: a mixture of experts is trained in float, not in int8. Set"):
-        check_lora(tmp_path, make_recipe().lora, "int8")

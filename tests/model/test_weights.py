@@ -153,6 +153,8 @@ def test_experts_are_stored_one_by_one(tmp_path: Path) -> None:
     save_file({name: tensors[name] for name in tensors.keys() - experts.keys()}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="the weights have no .*experts"):
         check_weights(tmp_path)
+
+
 def test_a_base_drops_nothing(tmp_path: Path) -> None:
     """A frozen base gives the same activations in training as afterwards, and draws no random numbers."""
     GPT2Config(resid_pdrop=0.3, embd_pdrop=1).save_pretrained(tmp_path)

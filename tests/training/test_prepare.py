@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from transformers import AddedToken
 
-from huarizo.errors import HuarizoError, ModelError, UserError
+from huarizo.errors import HuarizoError, ModelError, RecipeError, UserError
 from huarizo.recipe import Recipe, make_recipe, with_overrides
 from huarizo.training.compatibility import same_training
 from huarizo.training.finetune import fine_tune
 from huarizo.training.prepare import prepare
+from tests.general import GENERAL
 from tests.tiny import CHATML, make_model, make_tokenizer
 
 
@@ -133,3 +134,15 @@ def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_fi
     monkeypatch.setattr(huarizo.training.prepare, "prepare_data", changing)
     with pytest.raises(HuarizoError, match="changed while it was being read"):
         fine_tune(recipe)
+
+
+def test_a_model_that_is_not_known_to_pack_is_trained_in_float(
+    recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    recipe.model = str(GENERAL["opt"].save(tmp_path / "opt", tiny_tokenizer))
+    recipe.precision = "auto"
+    choice = prepare(recipe).plan.choice
+    assert choice.precision != "int8"
+    recipe.precision = "int8"
+    with pytest.raises(RecipeError, match="precision: models of type opt are trained in float, not in int8. Set"):
+        prepare(recipe)

@@ -250,10 +250,9 @@ def test_a_run_keeps_its_batching_and_resumes_to_the_bit(
 
 @pytest.mark.parametrize("kind", GENERAL)
 def test_a_model_of_which_nothing_is_known_trains_on_padded_rows(
-    kind: str, recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str, recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     general = GENERAL[kind]
-    general.register(monkeypatch)
     recipe.model = str(general.save(tmp_path / kind, tiny_tokenizer))
     recipe.lora.target_modules = general.targets
     recipe.samples = int(kind != "mamba")  # whose reference code answers slowly
@@ -277,10 +276,7 @@ def test_a_model_of_which_nothing_is_known_trains_on_padded_rows(
     assert weights_in(stopped.path) == weights_in(tmp_path / "run")
 
 
-def test_what_peft_refuses_is_one_error(
-    recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    GENERAL["mamba"].register(monkeypatch)
+def test_what_peft_refuses_is_one_error(recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:
     recipe.model = str(GENERAL["mamba"].save(tmp_path / "mamba", tiny_tokenizer))
     recipe.lora.target_modules = ["out_proj"]
     with pytest.raises(RecipeError, match="peft refuses these settings: .* 'out_proj' is incompatible with Mamba"):

@@ -68,11 +68,6 @@ def linears_in(module: nn.Module) -> dict[str, nn.Module]:
     return {path: found for path, found in module.named_modules() if isinstance(found, LINEAR)}
 
 
-def has_experts(model: nn.Module) -> bool:
-    """Whether the model is a mixture of experts, by the names of Transformers' classes."""
-    return any(type(module).__name__.endswith("Experts") for module in model.modules())
-
-
 def shape_of(linear: Any) -> tuple[int, int]:  # linear: any of LINEAR
     """(N, K), the output and input channels of a linear layer."""
     if isinstance(linear, Conv1D):

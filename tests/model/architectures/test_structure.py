@@ -11,7 +11,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MambaConfig,
-    MixtralConfig,
     OPTConfig,
     PretrainedConfig,
 )
@@ -21,7 +20,6 @@ from huarizo.errors import ModelError
 from huarizo.model.architectures.structure import (
     Structure,
     as_linear,
-    has_experts,
     linears_in,
     readers_seen,
     shape_of,
@@ -60,11 +58,6 @@ def test_what_is_not_found_is_named() -> None:
     model.config.num_hidden_layers, model.lm_head = 2, None
     with pytest.raises(ModelError, match="llama: no output head is found"):
         structure_of(model)
-
-
-def test_experts_are_known_by_their_class() -> None:
-    assert has_experts(empty_model(MixtralConfig(num_hidden_layers=1, num_local_experts=2)))
-    assert not has_experts(empty_model(LlamaConfig(num_hidden_layers=1)))
 
 
 class Layer(nn.Module):
