@@ -100,9 +100,9 @@ def test_mistakes_end_with_code_2_and_no_traceback(
 
 def test_another_architecture_is_refused_in_words(recipe_file: Path, tmp_path: Path) -> None:
     config = tmp_path / "tiny-llama" / "config.json"
-    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "gpt2"'))
+    config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "t5"'))
     done = call("train", str(recipe_file), cwd=tmp_path)
-    assert done.returncode == 2 and "architecture is 'gpt2'" in done.stderr
+    assert done.returncode == 2 and "it has an encoder and a decoder (model_type 't5'" in done.stderr
 
 
 def test_show_data_prints_rows_as_the_model_sees_them(recipe_file: Path, tmp_path: Path) -> None:
