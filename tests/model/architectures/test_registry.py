@@ -3,7 +3,6 @@
 What is computed of it on packed rows is compared with stock Transformers and PEFT on padded rows.
 """
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +28,6 @@ from huarizo.model.adapter import load_adapter
 from huarizo.model.architectures.architecture import Architecture
 from huarizo.model.architectures.registry import ARCHITECTURES, EMBEDDINGS, HEADS, architecture_of
 from huarizo.model.architectures.structure import linears_in, structure_of
-from huarizo.model.attention import packed_attention
 from huarizo.model.compile import compile_layers
 from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.load import load_quantised_base
@@ -66,8 +64,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32}, "smollm3": {"no_rope_layers": [1, 0]},
 }  # fmt: skip
 """A small model of each row of the registry, and variants; the first word is the model_type."""
-LATER = {"cohere2", "gemma2", "gemma3_text", "mistral window", "olmo3", "qwen2 window"}
-WITH_WINDOWS = "sliding_window" in inspect.signature(packed_attention).parameters
 generator = torch.Generator().manual_seed(0)
 ROWS = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in (9, 30, 17)]
 EXAMPLES = [Example(row, [-100] * 4 + row[4:]) for row in ROWS]
@@ -161,8 +157,6 @@ def folder(
 ) -> Path:
     """A small model with random weights; norms and biases are random too."""
     name = request.param
-    if name in LATER and not WITH_WINDOWS:
-        pytest.skip("packed attention has no windows yet")
     monkeypatch.setitem(ARCHITECTURES, "toy", Architecture(model_type="toy", packs=True))
     if name not in folders:
         torch.manual_seed(0)
