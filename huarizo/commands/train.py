@@ -78,5 +78,5 @@ def _show_result(result: "Result") -> None:
     from huarizo.results.report import show_summary
 
     if rank() == 0:
-        show_summary(console(), result.run, result.metrics, result.samples)
+        show_summary(console(), result.run, result.metrics, result.samples, result.in_gguf)
         print(f"done: {result.run.path}")

@@ -62,8 +62,13 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def show_summary(console: Console, run: Run, metrics: Sequence[MetricsRow], samples: list[Sample]) -> None:
-    """Print answers, losses, speed and files of a finished run, and what to do next."""
+def show_summary(
+    console: Console, run: Run, metrics: Sequence[MetricsRow], samples: list[Sample], in_gguf: bool
+) -> None:
+    """Print answers, losses, speed and files of a finished run, and what to do next.
+
+    in_gguf: whether the tuned model can be written as GGUF.
+    """
     if samples:
         show_samples(console, samples)
     change = heldout_change(metrics)
@@ -79,9 +84,10 @@ def show_summary(console: Console, run: Run, metrics: Sequence[MetricsRow], samp
         )
     console.print(f"adapter {run.adapter}, curves {run.loss_plot}, answers {run.samples}", soft_wrap=True)
     console.print("next:")
+    file = f"export {run.path} --ollama --verify", "a verified file for llama.cpp and Ollama"
     for arguments, what in (
         (f"chat {run.path}", "chat with it"),
         (f"eval {run.path}", "how good it is, and what it forgot"),
-        (f"export {run.path} --ollama --verify", "a verified file for llama.cpp and Ollama"),
+        file if in_gguf else (f"merge {run.path}", "base and adapter as one ordinary model folder"),
     ):
         console.print(f"  {program()} {arguments}    {what}", soft_wrap=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -25,6 +26,7 @@ from huarizo.host import cache_folder, rank
 from huarizo.inference.generate import Assistant, answers
 from huarizo.inference.samples import Sample, samples_as_text, samples_from_text, samples_of
 from huarizo.machine import device, from_first, keep_freed_memory
+from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.batching import CHECKED_ROWS, IN_WORDS, Checked, check_batching, require_gradients
 from huarizo.model.compile import compile_layers
 from huarizo.model.lora import count_weights
@@ -50,6 +52,8 @@ class Result:
     run: Run
     metrics: list[Row]
     samples: list[Sample]
+    in_gguf: bool
+    """Whether the tuned model can be written as GGUF."""
 
 
 def events_of(run: Run, terminal: Terminal, listeners: Sequence[Listener] = ()) -> Events:
@@ -141,7 +145,9 @@ class Session:
             self.lock,
         )  # fmt: skip
         self._optimise(self._trainer(model, saver), saver)
-        return self._finish(assistant, Result(run, metrics.rows, samples), saver)
+        base: Any = model.get_base_model()
+        in_gguf = architecture_of(base.config).gguf is not None
+        return self._finish(assistant, Result(run, metrics.rows, samples, in_gguf), saver)
 
     def _trainer(self, model: PeftModel, saver: Saver) -> LoraTrainer:
         recipe, plan, data = self.prepared.recipe, self.prepared.plan, self.prepared.data
