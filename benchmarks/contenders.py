@@ -30,22 +30,26 @@ RANK, ALPHA, DROPOUT, TARGETS = 8, 16, 0.05, ["q_proj", "v_proj"]
 # busy machine. Median tokens/s: padded to the longest of 4 rows 205 (loss of all tokens: 186; under autocast: 159),
 # packing bfd into 512 tokens 291, 186 and 286 (2 packs a step: 253), into 1024 tokens 246 (loss of all tokens: 238),
 # padding-free 268, 297 and 307. Packing "wrapped" is left out, for rows would see each other.
-TRL_SETTINGS = {
+TRL_ON_CPU = {
     "padding_free": True, "max_length": None, "gradient_checkpointing": False, "bf16": False,
     "include_num_input_tokens_seen": "all",
 }  # fmt: skip
+# On a card without FlashAttention's own package, padding-free rows cost a mask of the whole row.
+TRL_ON_CARD = {"padding_free": False, "max_length": MAX_LENGTH, "gradient_checkpointing": False, "bf16": True}
 
 
 @dataclass(frozen=True)
 class Task:
     """What every contender trains: the model's folder, a JSON file of Alpaca rows, and how many optimizer steps.
 
-    trl_path is a folder that holds TRL where the environment does not; trl_settings go over those of `trl`.
+    rows_a_step is the batch size. trl_path is a folder that holds TRL where the environment does not; trl_settings go
+    over those of `trl`.
     """
 
     model: str
     rows: str
     steps: int
+    rows_a_step: int = ROWS_A_STEP
     trl_path: str | None = None
     trl_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -98,7 +102,7 @@ def read_task_rows(task: Task) -> list[dict[str, str]]:
 def stock_arguments(task: Task, out: str) -> dict[str, Any]:
     """TrainingArguments alike for every Trainer but Huarizo's, which takes them from its recipe."""
     return {
-        "output_dir": out, "per_device_train_batch_size": ROWS_A_STEP, "max_steps": task.steps, "seed": SEED,
+        "output_dir": out, "per_device_train_batch_size": task.rows_a_step, "max_steps": task.steps, "seed": SEED,
         "learning_rate": LEARNING_RATE, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
         "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(), "include_num_input_tokens_seen": "non_padding",
     }  # fmt: skip
@@ -176,7 +180,12 @@ def trl_rows(task: Task, tokenizer: Any) -> list[dict[str, list[int]]]:
     return rows
 
 
-def trl(task: Task, out: str, clock: Clock) -> None:
+def trl_settings(task: Task) -> dict[str, Any]:
+    """The fastest that was found for this device, and what the task puts over it."""
+    return (TRL_ON_CARD if torch.cuda.is_available() else TRL_ON_CPU) | task.trl_settings
+
+
+def trl(task: Task, out: str, clock: Clock, **more: Any) -> None:
     """TRL's SFTTrainer at the fastest setting that was found for it."""
     sys.path += [task.trl_path] if task.trl_path else []
     from datasets import Dataset
@@ -185,7 +194,37 @@ def trl(task: Task, out: str, clock: Clock) -> None:
     tokenizer = stock_tokenizer(task)
     trainer = SFTTrainer(
         model=stock_model(task, fastest_float()),
-        args=SFTConfig(**(stock_arguments(task, out) | TRL_SETTINGS | task.trl_settings)),
+        args=SFTConfig(**(stock_arguments(task, out) | trl_settings(task) | more)),
+        train_dataset=Dataset.from_list(trl_rows(task, tokenizer)),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainer.train()
+    trainer.save_model(out)
+
+
+def trl_liger(task: Task, out: str, clock: Clock) -> None:
+    """TRL with Liger's kernels."""
+    trl(task, out, clock, use_liger_kernel=True)
+
+
+def unsloth(task: Task, out: str, clock: Clock) -> None:
+    """Unsloth's patched model in 16 bits, in TRL's SFTTrainer."""
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]  # isort: skip  # patches the others
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+
+    model, _ = FastLanguageModel.from_pretrained(
+        task.model, max_seq_length=MAX_LENGTH, dtype=fastest_float(), load_in_4bit=False
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=TARGETS, bias="none", random_state=SEED,
+        use_gradient_checkpointing=False,
+    )  # fmt: skip
+    tokenizer = stock_tokenizer(task)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**(stock_arguments(task, out) | trl_settings(task))),
         train_dataset=Dataset.from_list(trl_rows(task, tokenizer)),
         processing_class=tokenizer,
         callbacks=[clock],
@@ -209,7 +248,7 @@ def huarizo(precision: str) -> Callable[[Task, str, Clock], None]:
             data={"train": task.rows, "eval": 0, "prompt": "alpaca", "max_length": MAX_LENGTH},
             lora={"r": RANK, "alpha": ALPHA, "dropout": DROPOUT, "target_modules": TARGETS},
             training={
-                "max_steps": task.steps, "batch_size": ROWS_A_STEP, "learning_rate": LEARNING_RATE, "seed": SEED
+                "max_steps": task.steps, "batch_size": task.rows_a_step, "learning_rate": LEARNING_RATE, "seed": SEED
             },
             precision=precision, samples=0, output=out, trainer={"report_to": "benchmark"},
         )  # fmt: skip
@@ -218,11 +257,16 @@ def huarizo(precision: str) -> Callable[[Task, str, Clock], None]:
     return run
 
 
+ON_CARD_ONLY = {"trl_liger": "liger_kernel", "unsloth": "unsloth", "huarizo_fp16": ""}
+"""Contenders that need a card, and the package that each needs."""
 CONTENDERS: dict[str, Callable[[Task, str, Clock], None]] = {
     "tutorial": tutorial,
     "trainer": trainer,
     "trl": trl,
+    "trl_liger": trl_liger,
+    "unsloth": unsloth,
     "huarizo_fp32": huarizo("fp32"),
+    "huarizo_fp16": huarizo("fp16"),
     "huarizo_bf16": huarizo("bf16"),
     "huarizo_int8": huarizo("int8"),
 }

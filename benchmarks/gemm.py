@@ -28,8 +28,9 @@ from huarizo.model.frozen.int8 import int8_product
 from huarizo.model.frozen.measure import product_rate
 
 SLOW = 50  # 10^9 operations a second, below which a format is no ceiling and one small product tells its rate
+QUEUED = 20  # products that a card gets at once, so that their launches don't count
 REPEATS = 10  # after one to warm up; the best counts, for a ceiling is what the machine can do undisturbed
-DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def linears(config: dict[str, Any]) -> Counter[tuple[int, int]]:
@@ -54,13 +55,14 @@ def filled(dtype: torch.dtype, rows: int, columns: int, device: torch.device) ->
 
 
 def seconds(product: Callable[[], object], device: torch.device) -> float:
-    taken = []
+    taken, queued = [], QUEUED if device.type == "cuda" else 1
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
-        product()
+        for _ in range(queued):
+            product()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
+        taken.append((time.perf_counter() - began) / queued)
     return min(taken[1:])
 
 
@@ -93,6 +95,8 @@ def gflops(config: dict[str, Any], tokens: int, device: torch.device) -> dict[st
     """
     rates: dict[str, float] = {}
     for name, dtype in DTYPES.items():
+        if name == "fp16" and device.type == "cpu":
+            continue
         operations = taken = 0.0
         library = int8.library() if name == "int8" and device.type == "cpu" else ""
         if isinstance(library, Library) and int8.reason_against(DTYPES[float_precision(device)]) is None:

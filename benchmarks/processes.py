@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contenders import Task
+import torch
+from contenders import ON_CARD_ONLY, Task
 
 from huarizo.host import cache_folder
 
@@ -31,10 +32,13 @@ def why_left_out(name: str, only: Sequence[str], trl_path: str | None) -> str | 
     """The reason why a contender does not run; None if it does."""
     if name not in only:
         return "not asked for"
-    if name != "trl" or importlib.util.find_spec("trl") or (trl_path and Path(trl_path, "trl").is_dir()):
+    if name in ON_CARD_ONLY and not torch.cuda.is_available():
+        return "it needs an NVIDIA GPU"
+    package = "trl" if name == "trl" else ON_CARD_ONLY.get(name)
+    if not package or importlib.util.find_spec(package) or (trl_path and Path(trl_path, package).is_dir()):
         return None
     where = f" in {trl_path}" if trl_path else ""
-    return f"TRL is not installed{where}. `pip install --no-deps --target FOLDER trl` and --trl-path FOLDER"
+    return f"{package} is not installed{where}. `pip install --no-deps --target FOLDER {package}`, --trl-path FOLDER"
 
 
 def environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ from huarizo.host import cpu_flags
 
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+PEERS = ("trl", "liger_kernel", "unsloth")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Facts:
     labelled_share: float
     trl_path: str | None
     warm_up: int
+    rows_a_step: int
 
 
 def machine() -> dict[str, Any]:
@@ -44,10 +46,12 @@ def machine() -> dict[str, Any]:
 
 
 def versions(trl_path: str | None) -> dict[str, str]:
-    """Of the libraries that were timed; TRL's where it was found, in the environment or in its own folder."""
+    """Of the libraries that were timed; peers' where they were found, in the environment or in their own folder."""
     found = {name: version(name) for name in LIBRARIES}
-    there = [*distributions(name="trl"), *(distributions(name="trl", path=[trl_path]) if trl_path else [])]
-    return found | ({"trl": there[0].version} if there else {})
+    for peer in PEERS:
+        there = [*distributions(name=peer), *(distributions(name=peer, path=[trl_path]) if trl_path else [])]
+        found |= {peer: there[0].version} if there else {}
+    return found
 
 
 def ratio(over: float, under: float) -> float:

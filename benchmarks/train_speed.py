@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from contenders import CONTENDERS, MAX_LENGTH, ROWS_A_STEP, SEED, Task
 from processes import ContenderError, measure_gemm, random_model, run_contender, why_left_out
 from summary import Facts, summary, table
@@ -42,6 +43,7 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--data", default=QUICKSTART, help="file of Alpaca rows")
     parser.add_argument("--steps", type=int, default=10, help=f"timed steps of a run, after {WARM_UP} to warm up")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows-a-step", type=int, default=ROWS_A_STEP, help="the batch size")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, such as tutorial,huarizo_bf16")
     parser.add_argument("--trl-path", help="folder that holds TRL, where it is not installed")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps, one round, without the tutorial")
@@ -71,15 +73,15 @@ def usable_rows(file: Path, folder: Path) -> tuple[list[dict[str, str]], list[Ex
     return alpaca, [example for _, example in kept]
 
 
-def rates_of_steps(examples: list[Example], steps: int) -> tuple[int, float]:
+def rates_of_steps(examples: list[Example], steps: int, rows_a_step: int) -> tuple[int, float]:
     """Tokens of an average timed step, and the share of them that is learnt from."""
-    drawn = order(len(examples), SEED, 0)[WARM_UP * ROWS_A_STEP : (WARM_UP + steps) * ROWS_A_STEP]
+    drawn = order(len(examples), SEED, 0)[WARM_UP * rows_a_step : (WARM_UP + steps) * rows_a_step]
     chosen = [examples[index] for index in drawn]
     if not chosen:
         raise SystemExit(f"{len(examples)} rows are too few: give a larger file, or fewer --steps")
     tokens = sum(len(example.input_ids) for example in chosen)
     labels = num_labels(chosen)
-    return round(tokens * ROWS_A_STEP / len(chosen)), labels / tokens
+    return round(tokens * rows_a_step / len(chosen)), labels / tokens
 
 
 def timed_rounds(task: Task, names: list[str], rounds: int, tokens: int) -> tuple[dict[str, list[Any]], list[Any]]:
@@ -115,11 +117,11 @@ def main() -> None:
         raise SystemExit("no contender is left")
     folder = resolve_model(QUICKSTART).path if options.model == QUICKSTART else random_model(options.tokenizer)
     rows, examples = usable_rows(resolve_data(options.data).path, folder)
-    tokens, labelled = rates_of_steps(examples, options.steps)
+    tokens, labelled = rates_of_steps(examples, options.steps, options.rows_a_step)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary, "rows.json")
         file.write_text(json.dumps(rows), encoding="utf-8")
-        task = Task(str(folder), str(file), options.steps + WARM_UP, options.trl_path)
+        task = Task(str(folder), str(file), options.steps + WARM_UP, options.rows_a_step, options.trl_path)
         runs, products = timed_rounds(task, names, options.rounds, tokens)
     if not runs:
         raise SystemExit("every contender failed")
@@ -127,14 +129,24 @@ def main() -> None:
     date = time.strftime("%Y-%m-%d")
     rows_name = QUICKSTART if options.data == QUICKSTART else Path(options.data).name
     facts = Facts(
-        options.model, rows_name, date, options.steps, options.rounds, tokens, labelled, options.trl_path, WARM_UP
+        options.model,
+        rows_name,
+        date,
+        options.steps,
+        options.rounds,
+        tokens,
+        labelled,
+        options.trl_path,
+        WARM_UP,
+        options.rows_a_step,
     )
     result = summary(facts, runs, gflops, read_config(folder))
     print(table(result))
     if max(result["ceiling_share"].values(), default=0) > 1:
         print("a share above 1: something else slowed the matrix products down. Measure again", file=sys.stderr)
     if options.write:
-        target = Path(__file__).parent / "results" / f"train_speed-{options.model}-{date}.json"
+        card = f"-{options.rows_a_step}-rows-on-a-card" if torch.cuda.is_available() else ""
+        target = Path(__file__).parent / "results" / f"train_speed-{options.model}{card}-{date}.json"
         target.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     if len(runs) < len(names):

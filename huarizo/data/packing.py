@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from huarizo.data.tokens import IGNORED, Example, TokenisedRow
+from huarizo.machine import moved
 
 if TYPE_CHECKING:
     from huarizo.data.padding import Batch, Within
@@ -61,6 +62,11 @@ def starts(lengths: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(lengths)][: len(lengths)]
 
 
+def tensors_on(device: torch.device, batch: object) -> dict[str, torch.Tensor]:
+    """The tensors among the fields of a batch, by name, on a device."""
+    return {name: moved(value, device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Examples laid end to end, as one row without padding."""
@@ -70,7 +76,7 @@ class PackedBatch:
     position_ids: torch.Tensor
     """int64 [1, T], from 0 in each example"""
     cu_seqlens: torch.Tensor
-    """int32 [n + 1], where each example begins, and the end; read by the CPU and never moved"""
+    """int32 [n + 1], where each example begins, and the end"""
     places: torch.Tensor
     """int64 [T], of each token in the optimizer step"""
     label_positions: torch.Tensor
@@ -96,29 +102,23 @@ class PackedBatch:
 
     @property
     def lengths(self) -> torch.Tensor:
-        """int64 [T], tokens of each token's example, on the CPU."""
+        """int64 [T], tokens of each token's example."""
         lengths_n = self.cu_seqlens.diff().long()
-        return lengths_n.repeat_interleave(lengths_n)
+        return lengths_n.repeat_interleave(lengths_n, output_size=self.num_tokens)
 
     @property
     def label_rows(self) -> torch.Tensor:
-        """int64 [L], the example that each label is in, by its place in the batch. Only before the batch is moved."""
+        """int64 [L], the example that each label is in, by its place in the batch."""
         return torch.bucketize(self.label_positions, self.cu_seqlens[1:].long(), right=True)
 
-    def model_inputs(self) -> dict[str, torch.Tensor]:
-        """What the model's forward pass takes, by its own names."""
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "cu_seqlens": self.cu_seqlens}
+    def model_inputs(self) -> dict[str, torch.Tensor | int]:
+        """What the model's forward pass takes, by its own names, and what its attention needs."""
+        boundaries = {"cu_seqlens": self.cu_seqlens, "longest": self.longest}
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, **boundaries}
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same on a device, but for `cu_seqlens`."""
-        return dataclasses.replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            places=self.places.to(device),
-            label_positions=self.label_positions.to(device),
-            targets=self.targets.to(device),
-        )
+        """The same on a device."""
+        return dataclasses.replace(self, **tensors_on(device, self))
 
 
 def pack(

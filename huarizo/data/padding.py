@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from huarizo.data.packing import PackedBatch, lengths_of, next_tokens, starts
+from huarizo.data.packing import PackedBatch, lengths_of, next_tokens, starts, tensors_on
 from huarizo.data.tokens import IGNORED, Example
 
 SLACK = 0.2  # the most padding of a row, as a share of its tokens
@@ -75,8 +75,7 @@ class PaddedBatch:
 
     def to(self, device: torch.device) -> "PaddedBatch":
         """The same on a device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **tensors)
+        return dataclasses.replace(self, **tensors_on(device, self))
 
 
 def pad(

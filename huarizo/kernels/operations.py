@@ -12,8 +12,10 @@ import torch
 Result = TypeVar("Result")
 
 
-def operation(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Decorator: makes a function of CPU tensors the operation huarizo::{name}, which is returned.
+def operation(name: str, devices: str = "cpu") -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Decorator: makes a function of tensors on a kind of device the operation huarizo::{name}, which is returned.
+
+    devices: the type of the device, or "default" for all.
 
     The function's annotations are the operation's schema. It changes none of its arguments, and returns new tensors.
     Their shapes are given to the compiler by a second function, under `torch.library.register_fake`.
@@ -23,7 +25,7 @@ def operation(name: str) -> Callable[[Callable[..., Result]], Callable[..., Resu
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(qualified, "cpu", function)
+        torch.library.impl(qualified, devices, function)
         return getattr(torch.ops.huarizo, name).default
 
     return register

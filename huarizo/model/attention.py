@@ -5,8 +5,8 @@ computed on its own slice, so there is no mask of the whole row, and no example'
 windows, soft caps of the scores and attention sinks are computed too; anything else that a model asks for is refused.
 It needs no FlashAttention and runs on every device. On a CPU it uses the C kernel where kernels/attention.py has one,
 and otherwise batched products on blocks that fit the cache, which at the lengths of instruction data are several times
-as fast as torch's own CPU kernel. On other devices it uses torch's scaled_dot_product_attention where that has all that
-is asked for.
+as fast as torch's own CPU kernel. On an NVIDIA GPU it uses torch's kernels for examples of different lengths
+(kernels/variable_length.py) where they have all that is asked for, and otherwise products on larger blocks.
 Seen with transformers 5.17 to 5.23; tests/model/test_attention.py fails when the hooks move.
 """
 
@@ -16,15 +16,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from huarizo.errors import ModelError
 from huarizo.kernels import attention as kernel
+from huarizo.kernels import variable_length
 from huarizo.kernels.operations import operation
 
 NAME = "huarizo_packed"
 BLOCK = 64  # queries at a time: the scores of a block fit the cache, and keys above the diagonal are skipped
+BLOCK_ON_GPU = 512
 
 # Shapes: H query heads, K key/value heads, each shared by G = H / K query heads; T tokens of the packed row; D the head
 # size. An example spans tokens s to e. A block has B of its queries, which see the N keys up to its end; x = G * B.
@@ -67,8 +68,19 @@ def reference(
     return (scores_HTT.softmax(-1)[..., :length] @ v.to(wide)).to(q.dtype).transpose(0, 1)
 
 
-def _blocks(cu_seqlens: torch.Tensor, window: int) -> Iterator[tuple[int, int, int]]:
-    """(s, a, b) for each block of queries: the first key that one of them sees, its own start, and its end."""
+def _is_read(cu_seqlens: torch.Tensor) -> bool:
+    """Whether the CPU reads the boundaries of the examples. Those on a GPU are not, because that would wait for it."""
+    return cu_seqlens.device.type == "cpu"
+
+
+def _blocks(cu_seqlens: torch.Tensor, tokens: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """(s, a, b) for each block of queries: the first key that one of them may see, its own start, and its end.
+
+    Where the boundaries are not read, the blocks are those of the whole row.
+    """
+    if not _is_read(cu_seqlens):
+        yield from ((0, a, min(a + BLOCK_ON_GPU, tokens)) for a in range(0, tokens, BLOCK_ON_GPU))
+        return
     for s, e in itertools.pairwise(cu_seqlens.tolist()):
         for a in range(s, e, BLOCK):
             yield max(s, a - window + 1) if window else s, a, min(a + BLOCK, e)
@@ -79,16 +91,28 @@ def _folded(states: torch.Tensor, heads: int) -> torch.Tensor:
     return states.reshape(heads, -1, states.shape[-1])
 
 
-def _causal(like: torch.Tensor) -> torch.Tensor:
-    return torch.full((BLOCK, BLOCK), float("-inf"), dtype=like.dtype).triu(1)
+class _Masks:
+    """The masks of `_blocks`, in the dtype and on the device of `like`; -inf where a key is not seen."""
 
+    def __init__(self, like: torch.Tensor, cu_seqlens: torch.Tensor, tokens: int, window: int) -> None:
+        self.like, self.window = like, window
+        self.example_T = None
+        if _is_read(cu_seqlens):
+            self.causal = like.new_full((BLOCK, BLOCK), -math.inf).triu(1)
+        else:
+            at_T = torch.arange(tokens, device=like.device)
+            self.example_T = torch.searchsorted(cu_seqlens[1:], at_T, right=True)
 
-def _mask(causal: torch.Tensor, window: int, s: int, a: int, b: int) -> torch.Tensor:
-    """[B, N] for a block of `_blocks`, or its last columns, before which all keys are seen; -inf where one is not."""
-    if not window or b - s <= window:
-        return causal[: b - a, : b - a]
-    seen_BN = _seen(torch.arange(a, b), torch.arange(s, b), window)
-    return torch.zeros(seen_BN.shape, dtype=causal.dtype).masked_fill_(~seen_BN, float("-inf"))
+    def __call__(self, s: int, a: int, b: int) -> torch.Tensor:
+        """[B, N] for a block, or its last columns, before which all keys are seen."""
+        within = not self.window or b - s <= self.window
+        if self.example_T is None and within:
+            return self.causal[: b - a, : b - a]
+        rows, columns = (torch.arange(start, b, device=self.like.device) for start in (a, s))
+        seen_BN = _seen(rows, columns, self.window)
+        if self.example_T is not None:
+            seen_BN &= self.example_T[a:b, None] == self.example_T[None, s:b]
+        return self.like.new_zeros(seen_BN.shape).masked_fill_(~seen_BN, -math.inf)
 
 
 def _probabilities(
@@ -117,12 +141,12 @@ def _attend_in_torch(
     cap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    heads, causal = k.shape[0], _causal(q)
+    heads, tokens = k.shape[:2]
+    masks = _Masks(q, cu_seqlens, tokens, window)
     q, k, v = (x.contiguous() for x in (q, k, v))  # with other strides torch rounds some products differently
     out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
-    for s, a, b in _blocks(cu_seqlens, window):
-        mask = _mask(causal, window, s, a, b)
-        p_KxN, _ = _probabilities(_folded(q[:, a:b] * scale, heads), k[:, s:b], mask, cap, sinks)
+    for s, a, b in _blocks(cu_seqlens, tokens, window):
+        p_KxN, _ = _probabilities(_folded(q[:, a:b] * scale, heads), k[:, s:b], masks(s, a, b), cap, sinks)
         out[a:b] = torch.bmm(p_KxN, v[:, s:b]).view(q.shape[0], b - a, -1).transpose(0, 1)
     return out
 
@@ -143,13 +167,15 @@ def _gradients_in_torch(
     With P the probabilities and dP = dO V': dV = P' dO, dS = P * (dP - rowsum(P * dP)), dQ = dS K, dK = dS' Q. With a
     cap c, dS has the factor 1 - tanh(S / c)^2. A sink changes nothing but P, because its own dP is 0.
     """
-    heads, causal = k.shape[0], _causal(q)
+    heads, tokens = k.shape[:2]
+    masks = _Masks(q, cu_seqlens, tokens, window)
     grad, q, k, v = grad.transpose(0, 1).contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    for s, a, b in _blocks(cu_seqlens, window):
+    wide = torch.promote_types(k.dtype, torch.float32)
+    grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+    for s, a, b in _blocks(cu_seqlens, tokens, window):
         q_KxD, grad_KxD = _folded(q[:, a:b] * scale, heads), _folded(grad[:, a:b], heads)
-        p_KxN, slope_KxN = _probabilities(q_KxD, k[:, s:b], _mask(causal, window, s, a, b), cap, sinks)
+        p_KxN, slope_KxN = _probabilities(q_KxD, k[:, s:b], masks(s, a, b), cap, sinks)
         grad_v[:, s:b] += torch.bmm(p_KxN.transpose(1, 2), grad_KxD)
         grad_p_KxN = torch.bmm(grad_KxD, v[:, s:b].transpose(1, 2))
         grad_s_KxN = torch.ops.aten._softmax_backward_data(grad_p_KxN, p_KxN, -1, q.dtype)
@@ -161,61 +187,95 @@ def _gradients_in_torch(
 
 
 def _in_c(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    same = q.dtype == k.dtype == v.dtype
+    same = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype
     return same and kernel.reason_against(q.dtype, q.shape[-1]) is None
 
 
-@operation("packed_attention")
+@operation("packed_attention", "default")
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    longest: int,
     scale: float,
     window: int,
     cap: float,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q: [H, T, D]; k, v: [K, T, D]; sinks: [H]. Returns out [T, H, D] and, for the backward pass in C, fp32 [H, T].
+    """q: [H, T, D]; k, v: [K, T, D]; longest: tokens of the longest example; sinks: [H].
 
-    The latter is zeros when computed in torch, whose backward pass doesn't read it. Sinks get no gradient.
+    Returns out [T, H, D] and what the backward pass of a kernel needs, fp32: [H, T], or `variable_length.saved_shape`.
+    Without a kernel that is zeros. Sinks get no gradient.
     """
     if _in_c(q, k, v):
         return kernel.forward(q, k, v, cu_seqlens, scale, window, cap, sinks)
+    if on_card := variable_length.kernel_for(q, cap, sinks):
+        return variable_length.forward(on_card, q, k, v, cu_seqlens, longest, scale, window)
     out = _attend_in_torch(q, k, v, cu_seqlens, scale, window, cap, sinks)
     return out, q.new_zeros(q.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("huarizo::packed_attention")
-def _(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape[1], q.shape[0], q.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int,
+    cap: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    saved = q.shape[:2]
+    if on_card := variable_length.kernel_for(q, cap, sinks):
+        saved = variable_length.saved_shape(on_card, q, cu_seqlens, longest)
+    return q.new_empty(q.shape[1], q.shape[0], q.shape[2]), q.new_empty(saved, dtype=torch.float32)
 
 
-@operation("packed_attention_backward")
+@operation("packed_attention_backward", "default")
 def _attend_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    saved: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    longest: int,
     scale: float,
     window: int,
     cap: float,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v. grad, out: [T, H, D]; lse: the second result of the forward pass."""
+    """Gradients of q, k, v. grad, out: [T, H, D]; saved: the second result of the forward pass."""
     if _in_c(q, k, v):
-        return kernel.backward(grad, q, k, v, out, lse, cu_seqlens, scale, window, cap)
+        return kernel.backward(grad, q, k, v, out, saved, cu_seqlens, scale, window, cap)
+    if on_card := variable_length.kernel_for(q, cap, sinks):
+        return variable_length.backward(on_card, grad, q, k, v, out, saved, cu_seqlens, longest, scale, window)
     return _gradients_in_torch(grad, q, k, v, cu_seqlens, scale, window, cap, sinks)
 
 
 @torch.library.register_fake("huarizo::packed_attention_backward")
 def _(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: object
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    saved: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int,
+    cap: float,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))  # pyright: ignore
+    if variable_length.kernel_for(q, cap, sinks):
+        by_token = (x.new_empty(x.shape[1], x.shape[0], x.shape[2]) for x in (q, k, v))
+        return tuple(x.transpose(0, 1) for x in by_token)  # pyright: ignore[reportReturnType]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))  # pyright: ignore[reportReturnType]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -226,7 +286,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     *tensors, sinks = ctx.saved_tensors
-    return (*_attend_backward(grad, *tensors, *ctx.rule, sinks), None, None, None, None, None)
+    return (*_attend_backward(grad, *tensors, *ctx.rule, sinks), *(None,) * 6)
 
 
 torch.library.register_autograd("huarizo::packed_attention", _backward, setup_context=_save)
@@ -280,6 +340,7 @@ def packed_attention(
     *,
     scaling: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    longest: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -287,63 +348,22 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function that Transformers calls, with its names for a window, a cap and sinks.
 
-    query: [1, H, T, D]; key, value: [1, K, T, D]; cu_seqlens: [n + 1] int32; s_aux: [H]. Returns ([1, T, H, D], None).
+    query: [1, H, T, D]; key, value: [1, K, T, D]; cu_seqlens: [n + 1] int32; longest: tokens of the longest example;
+    s_aux: [H]. Returns ([1, T, H, D], None).
 
     Raises:
-        ValueError: `cu_seqlens` is missing. Generation uses Transformers' own attention instead.
+        ValueError: `cu_seqlens` or `longest` is missing. Generation uses Transformers' own attention instead.
         ModelError: the arguments ask for another attention than this one, or for a gradient of the sinks.
     """
     window, cap = sliding_window or 0, softcap or 0.0
     odd = [*_unknown(module, attention_mask, kwargs), *_unusable(window, cap, s_aux, query.shape[1])]
     if odd:
         raise ModelError(f"this model can't be trained here: packed attention has no {', '.join(odd)}")
-    if cu_seqlens is None:
-        raise ValueError(f"{NAME} needs cu_seqlens; call model.set_attn_implementation('sdpa') to generate")
+    if cu_seqlens is None or longest is None:
+        raise ValueError(f"{NAME} needs cu_seqlens and longest; call model.set_attn_implementation('sdpa') to generate")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu":
-        return _attend(query[0], key[0], value[0], cu_seqlens, scale, window, float(cap), s_aux)[0][None], None
-    return _attend_by_example(query, key, value, cu_seqlens, scale, window, cap, s_aux), None  # pyright: ignore[reportCallIssue]
-
-
-@torch.compiler.disable  # the number and lengths of the examples differ from batch to batch
-def _attend_by_example(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    scale: float,
-    window: int,
-    cap: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Returns [1, T, H, D]. The CPU reads the boundaries; if they are on a GPU, this synchronizes with it."""
-    lengths = cu_seqlens.diff().tolist()
-    outputs = [
-        _attend_alone(q, k, v, scale, window, cap, sinks)
-        for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _attend_alone(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    window: int,
-    cap: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention of one example by differentiable operations of torch. q: [1, H, T, D]; returns the same shape."""
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    if cap or sinks is not None:
-        ends = torch.tensor([0, length], device=q.device)
-        return reference(q[0], k[0], v[0], ends, scale, window, cap, sinks).transpose(0, 1)[None]
-    if not window or window >= length:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups > 1)
-    at_T = torch.arange(length, device=q.device)
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # with a mask, its fast kernels want them so
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(at_T, at_T, window), scale=scale)
+    rule = (scale, window, float(cap), s_aux)
+    return _attend(query[0], key[0], value[0], cu_seqlens, longest, *rule)[0][None], None
 
 
 def no_mask(*args: object, **kwargs: object) -> None:

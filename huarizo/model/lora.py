@@ -16,8 +16,8 @@ from huarizo.errors import RecipeError
 from huarizo.model.adapter import CHECKS
 from huarizo.model.added_tokens import SETTING, lengthen
 from huarizo.model.architectures.structure import LINEAR, linears_in, structure_of
+from huarizo.model.float_lora import register
 from huarizo.model.frozen.linear import FrozenLinear
-from huarizo.model.frozen.lora import register
 from huarizo.model.frozen.storages import STORAGES
 from huarizo.model.skeleton import seen_in, skeleton
 from huarizo.recipe import LoraRecipe

@@ -23,6 +23,7 @@ from huarizo.model.frozen.linear import input_gradient_of
 # Shapes: T tokens of a packed row, L labelled tokens, C labelled tokens of a chunk; H hidden size, V vocabulary size.
 
 CHUNK_LOGITS = 2**23  # of one chunk: 32 MiB in fp32, small enough for memory allocators to reuse without page faults
+CHUNK_LOGITS_ON_GPU = 2**26  # 128 MiB in bf16: products large enough to keep a GPU busy
 
 
 class LogitRule(NamedTuple):
@@ -104,7 +105,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grads = [torch.zeros_like(parameter) for parameter in parameters]
         input_gradient = None if parameters else input_gradient_of(head)
-        rows = _rows(head)
+        rows = _rows(head, hidden.device)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             if input_gradient is not None:
@@ -128,9 +129,11 @@ class _ChunkedLoss(torch.autograd.Function):
         return scaled[0], None, None, None, None, None, *scaled[1:]
 
 
-def _rows(head: Any) -> int:
+def _rows(head: Any, on: torch.device) -> int:
+    """Labelled tokens of a chunk."""
     head = getattr(head, "token_adapter", head)  # PEFT's wrapper of a head whose single rows are trained
-    return max(16, CHUNK_LOGITS // head.out_features)
+    logits = CHUNK_LOGITS_ON_GPU if on.type == "cuda" else CHUNK_LOGITS
+    return max(16, logits // head.out_features)
 
 
 def summed_loss(
@@ -168,7 +171,8 @@ def token_losses(
     hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, rule: LogitRule = PLAIN
 ) -> torch.Tensor:
     """The cross-entropy of each of `targets` [L] given `hidden` [L, H], in chunks: float32 [L], without gradient."""
-    parts = zip(hidden.split(_rows(head)), targets.split(_rows(head)), strict=True)
+    rows = _rows(head, hidden.device)
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
     losses = [F.cross_entropy(rule(head(part).float()), wanted, reduction="none") for part, wanted in parts]
     return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
 

@@ -33,7 +33,7 @@ class EmbeddingNoise:
         step: of the optimizer; places: of the tokens in the step; lengths: of each token's example. Integers [T].
         """
         on = self._seed.device
-        self._step_seed = hashed(torch.tensor([step], dtype=torch.int32, device=on), self._seed)
+        self._step_seed = hashed(torch.full((1,), step, dtype=torch.int32, device=on), self._seed)
         self._places_T, self._lengths_T = places.int().to(on), lengths.to(on)
 
     def _add(

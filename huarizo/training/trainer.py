@@ -212,7 +212,7 @@ class LoraTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         batches = step.micro_batches(self.budget, self.losses.within)
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
+            last, batch = index == len(batches) - 1, batch.to(self.args.device)
             self.masks.draw(self.state.global_step, batch.places)
             if self.noise is not None:
                 self.noise.draw(self.state.global_step, batch.places, batch.lengths)

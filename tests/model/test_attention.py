@@ -44,7 +44,8 @@ def value_and_gradients(
     """Of (result * weight).sum(); states: q, k, v as [heads, T, D] of any strides, which stay as they are."""
     leaves = [t.detach().requires_grad_() for t in states]
     row = (t[None] for t in leaves)
-    out, _ = attention.packed_attention(torch.nn.Module(), *row, None, cu_seqlens=cu_seqlens, **asked)
+    longest = int(cu_seqlens.diff().max())
+    out, _ = attention.packed_attention(torch.nn.Module(), *row, None, cu_seqlens=cu_seqlens, longest=longest, **asked)
     return [out[0].detach(), *torch.autograd.grad((out[0] * weight).sum(), leaves)]
 
 
@@ -145,15 +146,16 @@ def test_a_window_that_every_example_fits_changes_no_byte(way: str, dtype: torch
 
 @pytest.mark.parametrize("rule", [{}, *RULES], ids=name_of)
 @pytest.mark.parametrize("heads", [(6, 2), (6, 6)])
-def test_other_devices_compute_the_same(heads: tuple[int, int], rule: dict[str, Any]) -> None:
-    """What is done there with torch's own operations works on a CPU too."""
+def test_boundaries_that_are_not_read_give_the_same(
+    heads: tuple[int, int], rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU without a kernel; the row is longer than a block."""
+    monkeypatch.setattr(attention, "_is_read", lambda boundaries: False)
+    monkeypatch.setattr(attention, "BLOCK_ON_GPU", 64)
     torch.manual_seed(0)
     lengths = [7, 1, 100, 66]
     states, weight = random_states(heads, sum(lengths), 32, torch.float64), torch.randn(sum(lengths), 6, 32)
-    leaves = [t.clone().requires_grad_() for t in states]
-    named = rule.get("sliding_window", 0), rule.get("softcap", 0.0), rule.get("s_aux")
-    out = attention._attend_by_example(*(t[None] for t in leaves), boundaries(lengths), 0.5, *named)  # pyright: ignore
-    ours = [out[0].detach(), *torch.autograd.grad((out[0] * weight).sum(), leaves)]
+    ours = value_and_gradients(states, weight, boundaries(lengths), scaling=0.5, **rule)
     plain = plain_value_and_gradients(states, weight, boundaries(lengths), scaling=0.5, **rule)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
@@ -355,7 +357,9 @@ def test_equals_the_reference(way: str, heads: tuple[int, int], lengths: list[in
     ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
     plain = [t.detach()[0].clone().requires_grad_() for t in ours]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    out, _ = attention.packed_attention(torch.nn.Module(), *ours, None, scaling=0.3, cu_seqlens=cu_seqlens)
+    out, _ = attention.packed_attention(
+        torch.nn.Module(), *ours, None, scaling=0.3, cu_seqlens=cu_seqlens, longest=max(lengths)
+    )
     expected = attention.reference(*plain, cu_seqlens, scale=0.3)
     torch.testing.assert_close(out[0], expected, rtol=1e-5, atol=1e-6)
     weight = torch.randn_like(expected)
@@ -396,7 +400,9 @@ def test_bf16_is_as_near_as_its_rounding(lengths: list[int]) -> None:
     results = []
     for dtype in (torch.float64, torch.bfloat16):
         q, k, v = (t.to(dtype)[None].requires_grad_() for t in exact)
-        out, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None, cu_seqlens=cu_seqlens)
+        out, _ = attention.packed_attention(
+            torch.nn.Module(), q, k, v, None, cu_seqlens=cu_seqlens, longest=max(lengths)
+        )
         (out[0] * weight.to(dtype)).sum().backward()
         results.append([out.detach(), q.grad, k.grad, v.grad])
     for true, rounded in zip(*results, strict=True):
@@ -407,7 +413,7 @@ def test_bf16_is_as_near_as_its_rounding(lengths: list[int]) -> None:
 @pytest.mark.parametrize("size", [8, 16])
 def test_the_operator_is_known_to_compile(size: int) -> None:
     args = (torch.randn(4, 70, size), torch.randn(2, 70, size), torch.randn(2, 70, size))
-    args = (*(t.requires_grad_() for t in args), torch.tensor([0, 3, 70]), 0.3)
+    args = (*(t.requires_grad_() for t in args), torch.tensor([0, 3, 70]), 67, 0.3)
     torch.library.opcheck(torch.ops.huarizo.packed_attention.default, (*args, 5, 2.0, torch.zeros(4)))
 
 
@@ -419,14 +425,14 @@ def test_it_compiles_whole() -> None:
             super().__init__()
             self.rule = {"sliding_window": window, "softcap": cap, "s_aux": sinks}
 
-        def forward(self, x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-            return attention.packed_attention(self, x, x, x, None, cu_seqlens=cu_seqlens, **self.rule)[0] * 2  # pyright: ignore
+        def forward(self, x: torch.Tensor, **of_batch: Any) -> torch.Tensor:
+            return attention.packed_attention(self, x, x, x, None, **of_batch, **self.rule)[0] * 2  # pyright: ignore
 
     x, cu_seqlens = torch.randn(1, 2, 30, 16, requires_grad=True), boundaries([10, 20])
     for rule in ((None, None, None), (4, None, None), (3, 2.0, torch.zeros(2))):
         layer, results = Layer(*rule), []
         for forward in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-            out = forward(x, cu_seqlens)
+            out = forward(x, cu_seqlens=cu_seqlens, longest=20)
             results.append([out, *torch.autograd.grad(out.square().sum(), x)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -439,10 +445,10 @@ def test_generation_without_boundaries_is_refused() -> None:
 
 
 def test_what_transformers_passes_of_a_llama_is_taken() -> None:
-    x, cu_seqlens = torch.randn(1, 2, 5, 16), torch.tensor([0, 2, 5], dtype=torch.int32)
-    plain, _ = attention.packed_attention(torch.nn.Module(), x, x, x, None, cu_seqlens=cu_seqlens)
+    x, examples = torch.randn(1, 2, 5, 16), {"cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32), "longest": 3}
+    plain, _ = attention.packed_attention(torch.nn.Module(), x, x, x, None, **examples)
     out, _ = attention.packed_attention(
-        torch.nn.Module(), x, x, x, None, cu_seqlens=cu_seqlens, scaling=16**-0.5, dropout=0.0, use_cache=False,
+        torch.nn.Module(), x, x, x, None, **examples, scaling=16**-0.5, dropout=0.0, use_cache=False,
         position_ids=torch.arange(5)[None], num_items_in_batch=torch.tensor(3), output_attentions=False,
         sliding_window=None, softcap=None, s_aux=None, is_causal=True,
     )  # fmt: skip
@@ -464,28 +470,28 @@ def test_what_transformers_passes_of_a_llama_is_taken() -> None:
     ids=str,
 )  # fmt: skip
 def test_another_attention_is_refused_by_name(asked: dict[str, Any], named: str) -> None:
-    x, cu_seqlens = torch.randn(1, 2, 5, 16), torch.tensor([0, 2, 5], dtype=torch.int32)
+    x, examples = torch.randn(1, 2, 5, 16), {"cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32), "longest": 3}
     with pytest.raises(ModelError, match=f"packed attention has no {named}$"):
-        attention.packed_attention(torch.nn.Module(), x, x, x, None, cu_seqlens=cu_seqlens, **asked)
+        attention.packed_attention(torch.nn.Module(), x, x, x, None, **examples, **asked)
 
 
 def test_masks_and_attention_both_ways_are_refused() -> None:
-    x, cu_seqlens = torch.randn(1, 2, 5, 16), torch.tensor([0, 2, 5], dtype=torch.int32)
+    x, examples = torch.randn(1, 2, 5, 16), {"cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32), "longest": 3}
     with pytest.raises(ModelError, match="attention_mask"):
-        attention.packed_attention(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 5, 5), cu_seqlens=cu_seqlens)
+        attention.packed_attention(torch.nn.Module(), x, x, x, torch.zeros(1, 1, 5, 5), **examples)
     encoder = torch.nn.Module()
     encoder.is_causal = False
     with pytest.raises(ModelError, match="is_causal=False"):
-        attention.packed_attention(encoder, x, x, x, None, cu_seqlens=cu_seqlens)
-    out, _ = attention.packed_attention(encoder, x, x, x, None, cu_seqlens=cu_seqlens, is_causal=True)
+        attention.packed_attention(encoder, x, x, x, None, **examples)
+    out, _ = attention.packed_attention(encoder, x, x, x, None, **examples, is_causal=True)
     assert out.shape == (1, 5, 2, 16)
 
 
 def test_sinks_to_be_trained_are_taken_where_nothing_is_trained() -> None:
-    x, cu_seqlens = torch.randn(1, 2, 5, 16), torch.tensor([0, 2, 5], dtype=torch.int32)
+    x, examples = torch.randn(1, 2, 5, 16), {"cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32), "longest": 3}
     with torch.no_grad():
         out, _ = attention.packed_attention(
-            torch.nn.Module(), x, x, x, None, cu_seqlens=cu_seqlens, s_aux=torch.zeros(2, requires_grad=True)
+            torch.nn.Module(), x, x, x, None, **examples, s_aux=torch.zeros(2, requires_grad=True)
         )
     assert out.isfinite().all()
 
@@ -520,7 +526,8 @@ def test_models_equal_transformers_own_attention(model_type: str) -> None:
     embeddings, results = torch.randn(1, sum(lengths), 32, requires_grad=True), []
     model.set_attn_implementation(attention.NAME)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    packed = model(inputs_embeds=embeddings, position_ids=positions, cu_seqlens=boundaries(lengths), use_cache=False)
+    boundaries_of_row = {"cu_seqlens": boundaries(lengths), "longest": max(lengths)}
+    packed = model(inputs_embeds=embeddings, position_ids=positions, **boundaries_of_row, use_cache=False)
     model.set_attn_implementation("eager")
     parts = embeddings.split(lengths, dim=1)
     alone = torch.cat([model(inputs_embeds=part, use_cache=False).logits for part in parts], dim=1)

@@ -1,4 +1,4 @@
-"""LoRA on a FrozenLinear, registered with PEFT through its hook for custom modules.
+"""LoRA on a FrozenLinear, for PEFT's hook for custom modules.
 
     y = W_stored x + scaling B A dropout(x)
 
@@ -69,23 +69,7 @@ class FrozenLoraLinear(nn.Module, LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of x."""
-        low_rank = None if self.disable_adapters else self._low_rank(x)
-        return self.base_layer(x, low_rank)
-
-    def _low_rank(self, x: torch.Tensor) -> LowRank | None:
-        """The sum of the active adapters' terms, as one term whose rank is the sum of theirs."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        terms = [self._term(name, x) for name in names]
-        if len(terms) <= 1:
-            return terms[0] if terms else None
-        return LowRank(*(torch.cat(parts, -1) for parts in zip(*terms, strict=True)))
-
-    def _term(self, name: str, x: torch.Tensor) -> LowRank:
-        a, b = (cast(nn.Linear, linears[name]).weight for linears in (self.lora_A, self.lora_B))
-        dropout = self.lora_dropout[name]
-        fused = isinstance(dropout, HashedDropout)
-        h = dropout.linear(x, a) if fused else F.linear(dropout(x), a.to(x.dtype))
-        return LowRank(h, b.float() * self.scaling[name])
+        return self.base_layer(x, None if self.disable_adapters else low_rank_of(self, x))
 
     def merge(self, *args: object, **kwargs: object) -> None:
         raise ValueError(
@@ -114,7 +98,18 @@ def _float_weight(base: FrozenLinear) -> Iterator[None]:
         base.store(changed)
 
 
-def register(config: LoraConfig) -> LoraConfig:
-    """Register FrozenLoraLinear as PEFT's layer for FrozenLinear. The registration is not saved with the adapter."""
-    config._register_custom_module({FrozenLinear: FrozenLoraLinear})
-    return config
+def low_rank_of(layer: LoraLayer, x: torch.Tensor) -> LowRank | None:
+    """The sum of the terms of a layer's active adapters, as one term whose rank is the sum of theirs. x: [..., K]."""
+    assert isinstance(layer, nn.Module)
+    terms = [_term(layer, name, x) for name in layer.active_adapters if name in layer.lora_A]
+    if len(terms) <= 1:
+        return terms[0] if terms else None
+    return LowRank(*(torch.cat(parts, -1) for parts in zip(*terms, strict=True)))
+
+
+def _term(layer: LoraLayer, name: str, x: torch.Tensor) -> LowRank:
+    a, b = (cast(nn.Linear, linears[name]).weight for linears in (layer.lora_A, layer.lora_B))
+    dropout = layer.lora_dropout[name]
+    fused = isinstance(dropout, HashedDropout)
+    h = dropout.linear(x, a) if fused else F.linear(dropout(x), a.to(x.dtype))
+    return LowRank(h, b.float() * layer.scaling[name])
