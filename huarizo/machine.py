@@ -170,7 +170,7 @@ def moved(tensor: torch.Tensor, on: torch.device) -> torch.Tensor:
     """The tensor on a device. A copy to an NVIDIA GPU waits for nothing: the CPU goes on while it is under way."""
     if on.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(on)
-    return tensor.pin_memory().to(on, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(on, non_blocking=True)
 
 
 def keep_compiled_code() -> None:
