@@ -1,5 +1,6 @@
 """What goes wrong while a base is quantised is told as what it is: a file, the memory, or a bug."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,6 @@ def test_the_layers_are_those_of_the_storage(tmp_path: Path, monkeypatch: pytest
         asked.append(len(linears))
         return quantise(linears, peaks)
 
-    monkeypatch.setitem(storages.STORAGES, "int8", storages.Storage(quantise=counted, bytes_per_weight=1))
+    monkeypatch.setitem(storages.STORAGES, "int8", replace(storages.STORAGES["int8"], quantise=counted))
     assert sum(isinstance(module, Int8Linear) for module in load(tmp_path).modules()) == 15
     assert asked == [3, 1, 2, 1] * 2 + [1]  # q, k and v share their input; so do gate and up
