@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AddedToken
+from transformers import AddedToken, MixtralConfig, MixtralForCausalLM
 
 from huarizo.errors import HuarizoError, ModelError, RecipeError, UserError
 from huarizo.recipe import Recipe, make_recipe, with_overrides
 from huarizo.training.compatibility import same_training
 from huarizo.training.finetune import fine_tune
 from huarizo.training.prepare import prepare
-from tests.general import GENERAL
+from tests.general import GENERAL, SIZES
 from tests.tiny import CHATML, make_model, make_tokenizer
 
 
@@ -136,13 +136,19 @@ def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_fi
         fine_tune(recipe)
 
 
-def test_a_model_that_is_not_known_to_pack_is_trained_in_float(
+def test_int8_does_not_need_a_model_that_packs_but_one_without_experts(
     recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     recipe.model = str(GENERAL["opt"].save(tmp_path / "opt", tiny_tokenizer))
+    recipe.precision = "int8"
+    plan = prepare(recipe).plan
+    assert plan.choice.precision == "int8" and plan.batching == "padded"
+    config = MixtralConfig(**SIZES, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    tiny_tokenizer.save_pretrained(tmp_path / "mixtral")
+    recipe.model = str(tmp_path / "mixtral")
+    with pytest.raises(RecipeError, match="precision: mixtures of experts are trained in float, .*, not int8"):
+        prepare(recipe)
     recipe.precision = "auto"
     choice = prepare(recipe).plan.choice
     assert choice.precision != "int8"
-    recipe.precision = "int8"
-    with pytest.raises(RecipeError, match="precision: models of type opt are trained in float, not in int8. Set"):
-        prepare(recipe)
