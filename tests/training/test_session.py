@@ -280,14 +280,18 @@ def test_a_model_of_which_nothing_is_known_trains_on_padded_rows(
     assert weights_in(stopped.path) == weights_in(tmp_path / "run")
 
 
+@pytest.mark.parametrize("batches", ["packed", "padded"])
 def test_a_model_that_was_trained_in_int8_answers_in_int8_as_at_the_end_of_its_run(
-    recipe: Recipe, caplog: pytest.LogCaptureFixture
+    batches: str, recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    if batches == "padded":
+        recipe.model = str(GENERAL["opt"].save(tmp_path / "opt", tiny_tokenizer))
     recipe.precision, recipe.training.epochs, recipe.training.learning_rate = "int8", 1, 3e-2
     result = fine_tune(recipe, console=Console(quiet=True))
     caplog.set_level("INFO", "huarizo")
     assistant = open_assistant(find_tuned(str(result.run.path)), on=torch.device("cpu"))
     assert caplog.messages == ["precision: int8, as in training"]
+    assert Plan.from_json(result.run.plan_file.read_text()).batching == batches
     assert sum(isinstance(module, FrozenLoraLinear) for module in assistant.model.modules()) == 4
     again = compare(assistant, result.samples, max_new_tokens=80)
     assert again == result.samples and any(sample.before != sample.after for sample in again)
