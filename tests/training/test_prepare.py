@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AddedToken, MixtralConfig, MixtralForCausalLM
+from transformers import AddedToken, MixtralConfig, MixtralForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from huarizo.errors import HuarizoError, ModelError, RecipeError, UserError
 from huarizo.recipe import Recipe, make_recipe, with_overrides
@@ -143,12 +143,17 @@ def test_int8_does_not_need_a_model_that_packs_but_one_without_experts(
     recipe.precision = "int8"
     plan = prepare(recipe).plan
     assert plan.choice.precision == "int8" and plan.batching == "padded"
-    config = MixtralConfig(**SIZES, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
-    tiny_tokenizer.save_pretrained(tmp_path / "mixtral")
-    recipe.model = str(tmp_path / "mixtral")
-    with pytest.raises(RecipeError, match="precision: mixtures of experts are trained in float, .*, not int8"):
-        prepare(recipe)
-    recipe.precision = "auto"
-    choice = prepare(recipe).plan.choice
-    assert choice.precision != "int8"
+    mixtral = MixtralConfig(**SIZES, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
+    models = {
+        "mixtures of experts are trained in float, .*, not int8": MixtralForCausalLM(mixtral),
+        "rwkv is trained in float, because it rescales": RwkvForCausalLM(RwkvConfig(**SIZES)),
+    }
+    for reason, model in models.items():
+        folder = tmp_path / model.config.model_type
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        recipe.model, recipe.precision = str(folder), "int8"
+        with pytest.raises(RecipeError, match=f"precision: {reason}"):
+            prepare(recipe)
+        recipe.precision = "auto"
+        assert prepare(recipe).plan.choice.precision != "int8"

@@ -12,6 +12,7 @@ from huarizo.data.padding import PaddedBatch, pad
 from huarizo.data.tokens import Example
 from huarizo.errors import MachineError, ModelError
 from huarizo.model.architectures.structure import linears_in
+from huarizo.model.batching import base_of
 from huarizo.model.frozen import storages
 from huarizo.model.frozen.int8 import Int8Linear
 from huarizo.model.frozen.load import load_quantised_base
@@ -99,7 +100,7 @@ def gradients(base: Any, targets: list[str]) -> torch.Tensor:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
-    PaddedLoss(model.get_base_model())(model, padded((30, 26))).backward()
+    PaddedLoss(base_of(model))(model, padded((30, 26))).backward()
     trained = sorted((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
     return torch.cat([gradient.flatten() for _, gradient in trained])
 
