@@ -5,6 +5,7 @@ adapter/           the result                   metrics.jsonl   one JSON object 
 checkpoints/       step-000120/ ...             events.jsonl    one JSON object per event
 loss.png           the curves                   samples.jsonl   prompts, answers before and after
 skipped.jsonl      bad rows, with data.on_bad_row=skip
+calibration.safetensors    of an int8 base: what its layers were quantised by
 evaluations/       TIME/ ..., written by `huarizo eval`
 """
 
@@ -47,6 +48,10 @@ class Run:
     @property
     def plan_file(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def calibration(self) -> Path:
+        return self.path / "calibration.safetensors"
 
     @property
     def events(self) -> Path:

@@ -13,6 +13,14 @@ BaseModel = Annotated[
     str | None,
     typer.Option("--base-model", metavar="MODEL", help="folder or hub id of the base model, if it has moved"),
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        metavar="FORMAT",
+        help="of the base. auto: as in training, also int8 | float: the same, but instead of int8 the fastest of the "
+        "others | bf16 | fp16 | fp32",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing result")]
 System = Annotated[str, typer.Option(help="system message of the conversation")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="maximum length of an answer, in tokens")]

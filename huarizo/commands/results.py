@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from huarizo.commands.options import BaseModel, Force, MaxNewTokens, Prompt, ResultName, RunName
+from huarizo.commands.options import BaseModel, Force, MaxNewTokens, Precision, Prompt, ResultName, RunName
 from huarizo.console import confirm, console, quiet_libraries
 from huarizo.errors import Interrupted, ModelError, UserError
 from huarizo.runs import open_run
@@ -37,6 +37,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="also write a .md, .html or .jsonl file")] = None,
     max_new_tokens: MaxNewTokens = 200,
+    precision: Precision = "auto",
     prompt: Prompt = None,
     base_model: BaseModel = None,
     force: Force = False,
@@ -53,7 +54,7 @@ def compare(
     file, overrides = _name_and_overrides(prompts)
     tuned = read_otherwise(find_tuned(run, prompt, base_model), overrides)
     asked = comparing.read_prompts(Path(file), tuned.recipe.data) if file else comparing.usual_prompts(tuned)
-    samples = comparing.compare(open_assistant(tuned), asked, max_new_tokens, console())
+    samples = comparing.compare(open_assistant(tuned, precision), asked, max_new_tokens, console())
     if out:
         comparing.write_comparison(samples, f"{run}: base and tuned", out, force)
     show_samples(console(), samples)
@@ -71,9 +72,7 @@ def evaluate(
         ),
     ] = None,
     to_answer: Annotated[int, typer.Option("--answers", min=0, help="number of rows to answer as well")] = 32,
-    precision: Annotated[
-        str | None, typer.Option(help="bf16 | fp16 | fp32; default: as trained, or the fastest here for int8")
-    ] = None,
+    precision: Precision = "auto",
     out: Annotated[Path | None, typer.Option(help="output folder; default: RUN/evaluations/TIME")] = None,
     harness: Annotated[
         str | None, typer.Option(metavar="TASKS", help="run these lm-eval tasks instead, separated by commas")

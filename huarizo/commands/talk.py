@@ -12,6 +12,7 @@ import typer
 from huarizo.commands.options import (
     BaseModel,
     MaxNewTokens,
+    Precision,
     Prompt,
     RepetitionPenalty,
     ResultName,
@@ -43,6 +44,7 @@ def ask(
     top_k: TopK = 0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    precision: Precision = "auto",
     prompt: Prompt = None,
     base_model: BaseModel = None,
 ) -> None:
@@ -57,7 +59,7 @@ def ask(
     text = (_standard_input() if question == "-" else question).strip()
     if not text:
         raise UserError("the prompt is empty. Give one: huarizo ask RUN PROMPT, or on standard input")
-    assistant = open_assistant(find_tuned(run, prompt, base_model))
+    assistant = open_assistant(find_tuned(run, prompt, base_model), precision)
     if unheard := assistant.unheard(system):
         logging.getLogger(__name__).warning("%s", unheard)
     with assistant.untuned(base):
@@ -117,6 +119,7 @@ def chat(
     top_k: TopK = 0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    precision: Precision = "auto",
     prompt: Prompt = None,
     base_model: BaseModel = None,
 ) -> None:
@@ -127,7 +130,7 @@ def chat(
     from huarizo.inference.generate import Sampling, open_assistant
 
     sampling = checked(Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed))
-    assistant = open_assistant(find_tuned(run, prompt, base_model))
+    assistant = open_assistant(find_tuned(run, prompt, base_model), precision)
     print(HELP)
     with suppress(ImportError):
         importlib.import_module("readline")  # line editing and history, if available

@@ -6,7 +6,7 @@ Prompts are encoded by the same code as in training, and an answer ends at the s
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,14 +20,21 @@ from huarizo.data.spans import RefusedRow, appears_in
 from huarizo.data.tokens import Encoder
 from huarizo.errors import MachineError, UserError
 from huarizo.inference.artifact import Tuned
-from huarizo.machine import available_memory, device, float_precision, is_out_of_memory
-from huarizo.model.adapter import load_adapter, rewritten_weights, without_adapter
+from huarizo.machine import DTYPES, available_memory, device, float_precision, is_out_of_memory
+from huarizo.model.adapter import load_adapter, rewrites_base, rewritten_weights, without_adapter
 from huarizo.model.compile import uncompiled
+from huarizo.model.frozen.load import load_quantised_base
+from huarizo.model.frozen.peaks import read_peaks
+from huarizo.model.frozen.storages import STORAGES, Storage
 from huarizo.model.load import load_base, positions
 from huarizo.model.padded_loss import take_own_attention
-from huarizo.plan import choose_precision, nearest_precision, read_plan
+from huarizo.plan import Choice, choose_precision, nearest_precision, read_plan
 from huarizo.wording import excerpt
 
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("auto", "float", "bf16", "fp16", "fp32")
+FASTEST = "the fastest float format here"
 SHARE = 0.25  # of the free memory, for a batch of answers
 UNHEARD = "the model's chat template leaves out the system text, so the model does not see it"
 TOO_LONG = "not enough memory for one answer. Close other programs, or shorten the answer or the prompt"
@@ -102,30 +109,56 @@ class Answer:
     finished: bool
 
 
-def open_assistant(tuned: Tuned, precision: str | None = None, on: torch.device | None = None) -> Assistant:
+def open_assistant(tuned: Tuned, precision: str = "auto", on: torch.device | None = None) -> Assistant:
     """Load the base model with its adapter.
 
-    precision: bf16, fp16 or fp32. None: the one that it was trained in, or the fastest of these if that was int8.
+    precision: auto is that of the training, also where it was int8; float is the training's as well, or the fastest
+        float format if that was int8; else bf16, fp16 or fp32.
     on: the device; default: this machine's best one.
 
     Raises:
         ModelError: the adapter does not fit the base.
         UserError: an unknown precision, or one that this device does not support.
     """
-    if precision not in (None, "bf16", "fp16", "fp32"):
-        raise UserError(f"--precision {precision}: answers and losses are computed in bf16, fp16 or fp32")
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}: answers and losses are computed in {', '.join(PRECISIONS)}")
     on = on or device()
-    if precision is not None:
-        choice = choose_precision(precision, on)
+    choice = _choice(tuned, precision, on)
+    logger.info("precision: %s, %s", choice.precision, choice.reason)
+    if choice.precision in STORAGES:
+        assert tuned.run is not None
+        peaks = read_peaks(tuned.run.calibration)
+        model = load_quantised_base(tuned.base, choice.precision, choice.dtype, on, peaks)
     else:
-        plan = read_plan(tuned.run.plan_file) if tuned.run and tuned.recipe.precision == "auto" else None
-        wanted = plan.choice.precision if plan else tuned.recipe.precision
-        choice = nearest_precision(float_precision(on) if wanted in ("int8", "auto") else wanted, on)
-        if choice.precision != wanted and wanted not in ("int8", "auto"):
-            logging.getLogger(__name__).warning("precision %s: %s", choice.precision, choice.reason)
-    model = load_base(tuned.base, choice.dtype, on)
+        model = load_base(tuned.base, choice.dtype, on)
     base_weights = rewritten_weights(model, tuned.adapter)
     return Assistant(load_adapter(model, tuned.adapter), tuned.encoder, base_weights)
+
+
+def _choice(tuned: Tuned, precision: str, on: torch.device) -> Choice:
+    """The precision to answer in, and why."""
+    if precision not in ("auto", "float"):
+        return replace(choose_precision(precision, on), reason="as asked for")
+    plan = read_plan(tuned.run.plan_file) if tuned.run else None
+    trained = plan.choice.precision if plan else tuned.recipe.precision
+    best, reason = float_precision(on), ""
+    if trained == "auto" or (trained in STORAGES and precision == "float"):
+        reason = FASTEST
+    elif trained in STORAGES and (against := _reason_against(tuned, STORAGES[trained], on, DTYPES[best])):
+        reason = f"not {trained} as in training: {against}"
+    if reason:
+        return replace(choose_precision(best, on), reason=reason)
+    choice = nearest_precision(trained, on)
+    return replace(choice, reason="as in training") if choice.precision == trained else choice
+
+
+def _reason_against(tuned: Tuned, storage: Storage, on: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the base of a run can't be loaded here as it was trained, in this storage; None if it can."""
+    if tuned.run is None or not tuned.run.calibration.is_file():
+        return "the run folder doesn't hold the calibration"
+    if rewrites_base(tuned.adapter):
+        return "this LoRA is started from a part of the base's float weights"
+    return storage.reason_against(on, dtype)
 
 
 @contextmanager

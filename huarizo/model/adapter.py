@@ -20,6 +20,7 @@ from huarizo.files import fault_in, manifest_of
 from huarizo.hub.model_files import tensors_in
 from huarizo.model.added_tokens import lengthen, lengthened, size_of
 from huarizo.model.architectures.registry import EMBEDDINGS, HEADS
+from huarizo.model.frozen.lora import register
 from huarizo.model.load import load_tokenizer
 from huarizo.sandbox.reading import odd_entry, read_json, without_panics
 from huarizo.wording import first_line
@@ -58,7 +59,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    config = check_adapter(folder)
+    config = register(check_adapter(folder))
     lengthen(model, rows_with(folder, model.config.vocab_size))
     made_for = config.base_model_name_or_path or "a model that it does not name"
     wrong_base = f"{folder}: this adapter was made for {made_for}, not for {model.name_or_path}"
@@ -87,11 +88,25 @@ def rewritten_weights(model: "PreTrainedModel", folder: Path) -> dict[str, torch
     config = check_adapter(folder)
     shapes = _shapes(folder, config)
     names = {layer_of(name) + ".weight" for name in shapes if is_of_the_base(name, config)}
-    if isinstance(config.init_lora_weights, str) and REWRITING.match(config.init_lora_weights):
+    if _moves_a_part(config):
         names |= {f"{module}.weight" for module in _targets(folder, shapes)}
     rows, parameters = rows_with(folder, model.config.vocab_size), dict(model.named_parameters(remove_duplicate=False))
     copies = {name: parameters[name].detach() for name in sorted(names) if name in parameters}
     return {n: lengthened(w, rows) if _is_vocabulary(n) else w.clone() for n, w in copies.items()}
+
+
+def rewrites_base(folder: Path) -> bool:
+    """Whether loading the adapter of a folder changes weights of the base, which are then copied in floating point.
+
+    Raises:
+        ModelError: as `rewritten_weights`.
+    """
+    config = check_adapter(folder)
+    return _moves_a_part(config) or any(is_of_the_base(name, config) for name in _shapes(folder, config))
+
+
+def _moves_a_part(config: "LoraConfig") -> bool:
+    return isinstance(config.init_lora_weights, str) and bool(REWRITING.match(config.init_lora_weights))
 
 
 @contextmanager

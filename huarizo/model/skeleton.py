@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from huarizo.errors import ModelError
-from huarizo.model.architectures.structure import Structure, linears_in, shape_of, structure_of
+from huarizo.model.architectures.structure import Structure, has_experts, linears_in, shape_of, structure_of
 from huarizo.wording import first_line
 
 if TYPE_CHECKING:
@@ -118,6 +118,15 @@ def seen_in(config: Mapping[str, Any], source: Path | str = "config.json") -> Se
         raise
     except Exception as error:  # anything that a broken configuration causes
         raise ModelError(f"{source}: no model can be made from it: {first_line(error)}") from None
+
+
+def reason_for_floats(seen: Seen) -> str | None:
+    """Why a model's weights can't be stored in another form than floats; None if they can."""
+    if has_experts(seen.model.get_submodule(seen.structure.layers)):
+        return "mixtures of experts are trained in float, because most experts are no linear layers"
+    if getattr(seen.model.config, "rescale_every", 0):
+        return f"{seen.model.config.model_type} is trained in float, because it rescales its weights while it runs"
+    return None
 
 
 @lru_cache(maxsize=4)

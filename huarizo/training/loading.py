@@ -7,14 +7,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from huarizo.data.packing import pack_within
+from huarizo.data.padding import Within, each_alone, pad_within
 from huarizo.data.tokens import Example
 from huarizo.machine import device
 from huarizo.model.added_tokens import lengthen, rows_to_train
+from huarizo.model.batching import planned_batching
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.frozen.storages import STORAGES
-from huarizo.model.load import load_base
+from huarizo.model.load import load_base, read_config
 from huarizo.model.lora import add_lora
-from huarizo.plan import Choice
+from huarizo.plan import Batching, Choice
 from huarizo.training.prepare import Prepared
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 2048  # at most; from the training rows
@@ -30,9 +32,10 @@ def load_frozen(folder: Path, choice: Choice, rows: Dataset, over_all: bool | No
         return load_base(folder, choice.dtype, device(), over_all)
     first = rows.select(range(min(CALIBRATION_ROWS, len(rows)))).to_list()
     examples = [Example.from_row(row) for row in first]
-    return load_quantised_base(
-        folder, choice.precision, choice.dtype, device(), next(pack_within(CALIBRATION_TOKENS, examples))
-    )
+    batching, _ = planned_batching(read_config(folder))
+    within: dict[Batching, Within] = {"packed": pack_within, "padded": pad_within, "alone": each_alone}
+    batch = next(within[batching](CALIBRATION_TOKENS, examples, None))
+    return load_quantised_base(folder, choice.precision, choice.dtype, device(), batch)
 
 
 def load_model(prepared: Prepared) -> PeftModel:

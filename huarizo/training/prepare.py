@@ -19,7 +19,6 @@ from huarizo.hub.names import check_pinned, files_of, pins, resolve_data, resolv
 from huarizo.hub.sources import Source
 from huarizo.machine import device, float_precision, from_first, name_of
 from huarizo.model.added_tokens import SETTING, add_tokens, rows_to_train, size_of
-from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.batching import planned_batching
 from huarizo.model.compile import why_not
 from huarizo.model.frozen.measure import int8_gain
@@ -34,6 +33,7 @@ from huarizo.model.load import (
 )
 from huarizo.model.lora import check_lora, with_targets
 from huarizo.model.padded_loss import logits_bytes_per_token
+from huarizo.model.skeleton import reason_for_floats, seen_in
 from huarizo.model.weights import check_weights
 from huarizo.plan import PADDED, Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
 from huarizo.recipe import Recipe, names_of
@@ -177,17 +177,15 @@ def _choose(recipe: Recipe, on: torch.device, resumed: bool, before: Plan | None
 
 
 def _possible(choice: Choice, recipe: Recipe, config: dict[str, Any], on: torch.device) -> Choice:
-    """The choice; but in float for a model of which it isn't known that it packs, if int8 was chosen by `auto`.
+    """The choice; but in float for a model whose weights can't be stored otherwise, if int8 was chosen by `auto`.
 
     Raises:
         RecipeError: the recipe asks for int8 for such a model.
     """
-    architecture = architecture_of(config)
-    if choice.precision not in STORAGES or architecture.packs:
+    if choice.precision not in STORAGES or not (reason := reason_for_floats(seen_in(config))):
         return choice
-    reason = f"models of type {architecture.model_type} are trained in float"
     if recipe.precision != "auto":
-        raise RecipeError(f"precision: {reason}, not in {choice.precision}. Set precision=auto, bf16 or fp32")
+        raise RecipeError(f"precision: {reason}. Set precision=auto, bf16 or fp32, not {choice.precision}")
     return replace(choose_precision(float_precision(on), on), reason=reason)
 
 

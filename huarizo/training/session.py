@@ -27,8 +27,9 @@ from huarizo.inference.generate import Assistant, answers
 from huarizo.inference.samples import Sample, samples_as_text, samples_from_text, samples_of
 from huarizo.machine import device, from_first, keep_freed_memory
 from huarizo.model.architectures.registry import architecture_of
-from huarizo.model.batching import CHECKED_ROWS, IN_WORDS, Checked, check_batching, require_gradients
+from huarizo.model.batching import CHECKED_ROWS, IN_WORDS, Checked, base_of, check_batching, require_gradients
 from huarizo.model.compile import compile_layers
+from huarizo.model.frozen.peaks import peaks_of, write_peaks
 from huarizo.model.lora import count_weights
 from huarizo.results.card import CARD, adapter_card
 from huarizo.results.report import save_loss_plot
@@ -104,6 +105,8 @@ class Session:
             ModelError: the model's own code can't compute a loss, or no gradient reaches the LoRA.
         """
         model = load_model(self.prepared)
+        if self.lock is not None and (peaks := peaks_of(base_of(model))):
+            write_peaks(self.run.calibration, peaks)
         return self._with_checked_batching(model)._train(model)
 
     def _with_checked_batching(self, model: PeftModel) -> "Session":

@@ -41,8 +41,9 @@ def test_an_evaluation_outlives_its_output(run: Path, tmp_path: Path) -> None:
         done = subprocess.run(
             [*command, "full"], cwd=tmp_path, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True
         )
-    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("huarizo: ") and "No space left" in done.stderr
+    *said, error = done.stderr.splitlines()
+    assert done.returncode == 3 and said == ["precision: fp32, as in training"], done.stderr
+    assert error.startswith("huarizo: ") and "No space left" in error
     read, written = os.pipe()
     os.close(read)
     done = subprocess.run(

@@ -50,6 +50,14 @@ def test_an_answer_and_a_conversation(run: Path, tmp_path: Path) -> None:
     assert talk.returncode == 0 and "you>" in talk.stdout, talk.stderr
 
 
+def test_a_precision_for_the_answer(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for command in (["ask"], ["chat"], ["compare"], ["eval", "--answers", "0"]):
+        done = call(*command, str(run), "--precision", "fp8", cwd=tmp_path, stdin="Hi")
+        assert done.returncode == 2 and "--precision fp8: answers and losses are computed in auto, float" in done.stderr
+    done = call("ask", str(run), "Hi", "--max-new-tokens", "1", "--precision", "bf16", cwd=tmp_path)
+    assert done.returncode == 0 and caplog.messages == ["precision: bf16, as asked for"], done.stderr
+
+
 def test_an_answer_as_json(run: Path, tmp_path: Path) -> None:
     command = ["ask", str(run / "adapter"), "--json", "--max-new-tokens", "2"]
     done = call(*command, cwd=tmp_path, stdin="Count to 2\n")

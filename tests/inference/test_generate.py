@@ -15,13 +15,19 @@ from huarizo.data.prompts import OpenExchange, Question
 from huarizo.data.tokens import Example
 from huarizo.errors import MachineError, UserError
 from huarizo.inference import generate
+from huarizo.inference.artifact import Tuned
 from huarizo.inference.generate import Assistant, Sampling, answers, open_assistant, stream_answer
 from huarizo.model.attention import NAME as PACKED_ATTENTION
+from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.load import load_quantised_base
+from huarizo.model.frozen.peaks import peaks_of, read_peaks, write_peaks
 from huarizo.plan import ModelSize, choose_precision, make_plan
 from huarizo.runs import Run
+from tests.cpus import AVX2, NO_COMPILER, pretend
 from tests.inference.make import NO_MEMORY, PROMPTS, failing
 from tests.results.make import make_tuned
+
+CPU = torch.device("cpu")
 
 
 def test_a_list_of_prompts_keeps_within_what_the_model_was_made_for(assistant: Assistant) -> None:
@@ -276,19 +282,74 @@ def test_an_answer_ends_at_the_stop_token(tmp_path: Path, prompt: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "nonsense"])
-def test_only_float_formats_are_measured_in(tmp_path: Path, precision: str) -> None:
-    with pytest.raises(UserError, match="bf16, fp16 or fp32"):
+def test_no_other_precision_can_be_asked_for(tmp_path: Path, precision: str) -> None:
+    with pytest.raises(UserError, match="in auto, float, bf16, fp16, fp32"):
         open_assistant(make_tuned(tmp_path), precision)
 
 
-def test_an_automatic_precision_is_the_one_that_was_trained_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def trained_in(precision: str, tuned: Tuned, folder: Path) -> Tuned:
+    """The same in a folder of a run, which was trained in this precision."""
+    cpu, size = torch.device("cpu"), ModelSize(weights=1, trained=1, activations=1, checkpoints=1)
+    run = Run(folder)
+    run.plan_file.write_text(make_plan(tuned.recipe, choose_precision(precision, cpu), size, cpu, "").to_json())
+    if precision == "int8":
+        base = load_quantised_base(tuned.base, "int8", torch.float32, cpu, pack([Example([1, 2, 3], [1, 2, 3])]))
+        write_peaks(run.calibration, peaks_of(base))
+    return replace(tuned, run=run)
+
+
+def stored_in(assistant: Assistant) -> str:
+    """The format of the base's linear layers."""
+    layer = assistant.model.get_base_model().model.layers[0].mlp.down_proj
+    return layer.storage if isinstance(layer, FrozenLinear) else str(layer.weight.dtype)
+
+
+def test_the_precision_is_that_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(generate, "float_precision", lambda on: "bf16")
-    tuned = replace(make_tuned(tmp_path), run=Run(tmp_path))
-    assert tuned.recipe.precision == "auto" and open_assistant(tuned).model.dtype == torch.bfloat16
-    cpu = torch.device("cpu")
-    size = ModelSize(weights=1, trained=1, activations=1, checkpoints=1)
-    for trained_in, dtype in (("fp32", torch.float32), ("int8", torch.bfloat16)):
-        plan = make_plan(tuned.recipe, choose_precision(trained_in, cpu), size, cpu, "")
-        (tmp_path / "plan.json").write_text(plan.to_json())
-        assert open_assistant(tuned).model.dtype == dtype
-    assert open_assistant(tuned, "fp32").model.dtype == torch.float32
+    caplog.set_level("INFO", "huarizo")
+    elsewhere = make_tuned(tmp_path)
+    in_fp32, in_int8 = (trained_in(each, elsewhere, tmp_path) for each in ("fp32", "int8"))
+    cases = [
+        (elsewhere, "auto", "torch.bfloat16", "bf16, the fastest float format here"),
+        (in_int8, "auto", "int8", "int8, as in training"),
+        (in_int8, "float", "torch.bfloat16", "bf16, the fastest float format here"),
+        (in_int8, "fp32", "torch.float32", "fp32, as asked for"),
+    ]
+    for tuned, asked, stored, said in cases:
+        assert stored_in(open_assistant(tuned, asked, CPU)) == stored
+        assert caplog.messages.pop() == f"precision: {said}"
+        caplog.clear()
+    trained_in("fp32", elsewhere, tmp_path)
+    for asked in ("auto", "float"):
+        assert stored_in(open_assistant(in_fp32, asked, CPU)) == "torch.float32"
+
+
+@pytest.mark.parametrize("missing", ["compiler", "calibration", "weights"])
+def test_where_int8_is_not_possible_floats_answer_and_the_reason_is_said(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"init_lora_weights": "pissa"} if missing == "weights" else {}
+    tuned = trained_in("int8", make_tuned(tmp_path, options=options), tmp_path)
+    if missing == "compiler":
+        pretend(monkeypatch, AVX2, NO_COMPILER)
+    if missing == "calibration":
+        Run(tmp_path).calibration.unlink()
+    caplog.set_level("INFO", "huarizo")
+    assert stored_in(open_assistant(tuned, on=CPU)).startswith("torch.")
+    reasons = {"compiler": "compiler", "calibration": "doesn't hold the calibration", "weights": "started from a part"}
+    assert "not int8 as in training: " in caplog.text and reasons[missing] in caplog.text
+
+
+def test_base_and_tuned_model_answer_in_the_same_int8(tmp_path: Path) -> None:
+    tuned = trained_in("int8", make_tuned(tmp_path), tmp_path)
+    assistant, ids = open_assistant(tuned, on=CPU), torch.arange(20, 40)[None]
+    plain: Any = load_quantised_base(
+        tuned.base, "int8", assistant.model.dtype, CPU, read_peaks(Run(tmp_path).calibration)
+    )
+    with generate.generating(plain), generate.generating(assistant.model):
+        expected, found = plain(input_ids=ids).logits, assistant.model(input_ids=ids).logits
+        with assistant.untuned():
+            assert torch.equal(assistant.model(input_ids=ids).logits, expected)
+    assert float((found - expected).abs().max()) > 0.1

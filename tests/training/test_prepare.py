@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AddedToken
+from transformers import AddedToken, MixtralConfig, MixtralForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from huarizo.errors import HuarizoError, ModelError, RecipeError, UserError
 from huarizo.recipe import Recipe, make_recipe, with_overrides
 from huarizo.training.compatibility import same_training
 from huarizo.training.finetune import fine_tune
 from huarizo.training.prepare import prepare
-from tests.general import GENERAL
+from tests.general import GENERAL, SIZES
 from tests.tiny import CHATML, make_model, make_tokenizer
 
 
@@ -136,13 +136,24 @@ def test_data_that_changes_while_it_is_read_is_refused(recipe: Recipe, alpaca_fi
         fine_tune(recipe)
 
 
-def test_a_model_that_is_not_known_to_pack_is_trained_in_float(
+def test_int8_does_not_need_a_model_that_packs_but_one_without_experts(
     recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     recipe.model = str(GENERAL["opt"].save(tmp_path / "opt", tiny_tokenizer))
-    recipe.precision = "auto"
-    choice = prepare(recipe).plan.choice
-    assert choice.precision != "int8"
     recipe.precision = "int8"
-    with pytest.raises(RecipeError, match="precision: models of type opt are trained in float, not in int8. Set"):
-        prepare(recipe)
+    plan = prepare(recipe).plan
+    assert plan.choice.precision == "int8" and plan.batching == "padded"
+    mixtral = MixtralConfig(**SIZES, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
+    models = {
+        "mixtures of experts are trained in float, .*, not int8": MixtralForCausalLM(mixtral),
+        "rwkv is trained in float, because it rescales": RwkvForCausalLM(RwkvConfig(**SIZES)),
+    }
+    for reason, model in models.items():
+        folder = tmp_path / model.config.model_type
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        recipe.model, recipe.precision = str(folder), "int8"
+        with pytest.raises(RecipeError, match=f"precision: {reason}"):
+            prepare(recipe)
+        recipe.precision = "auto"
+        assert prepare(recipe).plan.choice.precision != "int8"

@@ -15,10 +15,14 @@ from transformers import AttentionInterface
 import huarizo.training.session
 from huarizo.errors import Interrupted, MachineError, RecipeError
 from huarizo.events import Done, Event, Noted, OutOfMemory, Saved, Started, Step, Stopped, Warned
+from huarizo.inference.artifact import find_tuned
+from huarizo.inference.generate import open_assistant
 from huarizo.model.attention import NAME as PACKED
 from huarizo.model.attention import packed_attention
+from huarizo.model.frozen.lora import FrozenLoraLinear
 from huarizo.plan import Plan
 from huarizo.recipe import Recipe, make_recipe
+from huarizo.results.compare import compare
 from huarizo.runs import Run
 from huarizo.training.finetune import fine_tune, resume
 from huarizo.training.lock import LockLostError
@@ -274,6 +278,23 @@ def test_a_model_of_which_nothing_is_known_trains_on_padded_rows(
         fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
     resume(stopped, Console(quiet=True))
     assert weights_in(stopped.path) == weights_in(tmp_path / "run")
+
+
+@pytest.mark.parametrize("batches", ["packed", "padded"])
+def test_a_model_that_was_trained_in_int8_answers_in_int8_as_at_the_end_of_its_run(
+    batches: str, recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    if batches == "padded":
+        recipe.model = str(GENERAL["opt"].save(tmp_path / "opt", tiny_tokenizer))
+    recipe.precision, recipe.training.epochs, recipe.training.learning_rate = "int8", 1, 3e-2
+    result = fine_tune(recipe, console=Console(quiet=True))
+    caplog.set_level("INFO", "huarizo")
+    assistant = open_assistant(find_tuned(str(result.run.path)), on=torch.device("cpu"))
+    assert caplog.messages == ["precision: int8, as in training"]
+    assert Plan.from_json(result.run.plan_file.read_text()).batching == batches
+    assert sum(isinstance(module, FrozenLoraLinear) for module in assistant.model.modules()) == 4
+    again = compare(assistant, result.samples, max_new_tokens=80)
+    assert again == result.samples and any(sample.before != sample.after for sample in again)
 
 
 def test_what_peft_refuses_is_one_error(recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -63,6 +63,11 @@ def structure_of(model: "PreTrainedModel") -> Structure:
     return Structure(embedding=embedding, layers=layers, head=head)
 
 
+def has_experts(layers: nn.Module) -> bool:
+    """Whether decoder layers send each token to a few of several experts. Transformers' names say so."""
+    return any("expert" in part or "moe" in part for path, _ in layers.named_modules() for part in path.split("."))
+
+
 def linears_in(module: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a module by their paths, in order of appearance."""
     return {path: found for path, found in module.named_modules() if isinstance(found, LINEAR)}

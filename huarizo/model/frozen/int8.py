@@ -32,6 +32,7 @@ from huarizo.kernels.operations import operation
 from huarizo.kernels.tiers import torch_int8
 from huarizo.model.dropout import THIN
 from huarizo.model.frozen.linear import FrozenLinear, LowRank, traced_as_one
+from huarizo.wording import first_line
 
 FLOAT_CHANNELS = 8
 BLOCK = 32  # channels that are rotated together
@@ -102,6 +103,19 @@ def int8_product(a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
         a_MK = F.pad(a_MK, (0, 0, 0, 17 - rows)) if rows <= 16 else a_MK.contiguous()
         return torch.ops.aten._int_mm(a_MK, b_KN)[:rows]
     return torch.ops.aten._int_mm(a_MK, b_KN)
+
+
+def reason_against(on: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a device can't compute int8 products beside activations of this dtype, or not fast; None if it can."""
+    if on.type == "cpu":
+        return None if torch_int8() else kernel.reason_against(dtype)
+    if on.type != "cuda":
+        return f"int8 needs a CPU or an NVIDIA GPU, not {on.type}"
+    try:
+        int8_product(*(torch.ones(32, 32, dtype=torch.int8, device=on) for _ in range(2)))
+    except (RuntimeError, NotImplementedError) as error:
+        return first_line(error)
+    return None
 
 
 class Int8Weight(NamedTuple):

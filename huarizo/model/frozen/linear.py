@@ -49,6 +49,9 @@ class FrozenLinear(nn.Module, abc.ABC):
     """The stored weight, a buffer in the layout of the storage. PEFT reads its device."""
     bias: torch.Tensor | None
     """b, [N], a buffer."""
+    peaks: torch.Tensor | None = None
+    """float32 [K] on the CPU, the peaks of the input that it was quantised with; one object for all layers that share
+    the input."""
 
     @abc.abstractmethod
     def forward(self, x: torch.Tensor, low_rank: LowRank | None = None) -> torch.Tensor:

@@ -20,10 +20,12 @@ class Storage:
     quantise: Callable[[Sequence[nn.Linear], torch.Tensor], Sequence[FrozenLinear]]
     """(linears that share one input, peaks) -> their quantised layers. peaks: float32 [K], the largest |x_j| seen of
     each input channel."""
+    reason_against: Callable[[torch.device, torch.dtype], str | None]
+    """(device, dtype of activations) -> why its products can't be computed there, or not fast; None if they can."""
     bytes_per_weight: float
     """For estimates of memory."""
 
 
 STORAGES: dict[str, Storage] = {
-    "int8": Storage(quantise=int8.quantise, bytes_per_weight=1),
+    "int8": Storage(quantise=int8.quantise, reason_against=int8.reason_against, bytes_per_weight=1),
 }

@@ -57,7 +57,9 @@ def quantise(linears: Sequence[nn.Linear], peaks: torch.Tensor) -> list[Bits]:
 
 @pytest.fixture(autouse=True)
 def _storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STORAGES, "bits", Storage(quantise=quantise, bytes_per_weight=8))
+    monkeypatch.setitem(
+        STORAGES, "bits", Storage(quantise=quantise, reason_against=lambda *_: None, bytes_per_weight=8)
+    )
 
 
 @pytest.mark.parametrize("init", [True, "pissa"])
