@@ -49,11 +49,13 @@ def structure_of(model: "PreTrainedModel") -> Structure:
     """
     paths = {id(module): path for path, module in model.named_modules()}
     embedding, head = paths.get(id(model.get_input_embeddings())), paths.get(id(model.get_output_embeddings()))
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    config = model.config.get_text_config(decoder=True)
+    count = config.num_hidden_layers  # of attentions, where a layer has two: then `num_layers` counts the layers
+    counts = count, getattr(config, "num_layers", count)
     lists = {
         path: sum(1 for _ in module.modules())
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) in counts
     }
     layers = max(lists, key=lists.__getitem__, default=None)  # lists of heads or experts within a layer are smaller
     for part, path in (("token embedding", embedding), ("output head", head), (f"list of {count} layers", layers)):
