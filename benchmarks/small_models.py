@@ -81,11 +81,10 @@ SMALL: dict[str, int] = {
 """Names of numbers in configurations -> a small one."""
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LATENT = "axk1", "axk2", "bailing_hybrid", "deepseek_v3", "kimi_linear", "longcat_flash", "minicpm3", "youtu"
+"""Types with keys and values made from a few channels whose `head_dim` is that of rope."""
 FITTING: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("axk1", "axk2", "bailing_hybrid", "deepseek_v3", "kimi_linear", "longcat_flash", "minicpm3", "youtu"),
-        {"head_dim": 8},
-    ),
+    **{kind: {"head_dim": 8} for kind in LATENT},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {
@@ -231,7 +230,8 @@ def trained(folder: Path, targets: list[str] | str | None = None) -> Trained:
 
 def stock(folder: Path, lora: LoraConfig) -> tuple[float, Gradients]:
     """Loss and gradients of EXAMPLES by Transformers and PEFT alone, row by row, without dropout."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_cache=False)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base.config.get_text_config().use_cache = False
     config = LoraConfig(
         task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules,
         fan_in_fan_out=lora.fan_in_fan_out,

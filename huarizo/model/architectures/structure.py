@@ -67,7 +67,21 @@ def structure_of(model: "PreTrainedModel") -> Structure:
 
 def linears_in(module: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a module by their paths, in order of appearance."""
-    return {path: found for path, found in module.named_modules() if isinstance(found, LINEAR)}
+    return {path: found for path, found in module.named_modules() if isinstance(found, LINEAR) and not _is_more(found)}
+
+
+def _is_more(module: nn.Module) -> bool:
+    """Whether an nn.Linear has something else to compute with its weight, such as a router: then it doesn't make of
+    [1, 1, K] an output of [1, 1, N]."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    empty = {name: torch.empty_like(weight, device="meta") for name, weight in module.named_parameters()}
+    x = torch.empty(1, 1, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        y = torch.func.functional_call(module, empty, x)
+    except Exception:  # anything that such a layer's code raises
+        return True
+    return not isinstance(y, torch.Tensor) or y.shape != (1, 1, module.out_features)
 
 
 def shape_of(linear: Any) -> tuple[int, int]:  # linear: any of LINEAR
