@@ -184,7 +184,7 @@ def random_rows(lengths: Iterable[int], learnt_from: int = 4) -> list[Example]:
 
 
 Gradients = dict[str, torch.Tensor]
-EXAMPLES = random_rows((30, 9, 27, 17, 26))
+EXAMPLES = random_rows((30, 9, 27))
 BUDGET = 64  # tokens of a batch
 
 

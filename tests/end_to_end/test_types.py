@@ -14,10 +14,10 @@ from huarizo.model.architectures.registry import ARCHITECTURES
 from huarizo.model.merge import MergedWeights
 
 DENSE = (
-    "bloom", "codegen", "cwm", "ernie4_5", "exaone4", "falcon", "gemma4_text", "glm", "gpt_bigcode", "gpt_neo", "gptj",
-    "hunyuan_v1_dense", "lfm2", "mpt", "nemotron", "olmo", "opt", "persimmon", "phi", "stablelm", "starcoder2",
+    "bloom", "exaone4", "falcon", "gemma4_text", "gpt_neo", "gptj",
+    "hunyuan_v1_dense", "lfm2", "ministral3", "mpt", "nemotron", "olmo", "opt", "phi", "stablelm", "starcoder2",
 )  # fmt: skip
-EXPERTS = "deepseek_v3", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
+EXPERTS = "deepseek_v3", "deepseek_v4", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
 ALONE = ("doge",)
 
 
