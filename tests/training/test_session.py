@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AttentionInterface
 
 import huarizo.training.session
+from benchmarks.small_models import save_small, small_config
 from huarizo.errors import Interrupted, MachineError, RecipeError
 from huarizo.events import Done, Event, Noted, OutOfMemory, Saved, Started, Step, Stopped, Warned
 from huarizo.model.attention import NAME as PACKED
@@ -264,6 +265,24 @@ def test_a_model_of_which_nothing_is_known_trains_on_padded_rows(
     assert not [event for event in heard if isinstance(event, Warned)]
     heldout = [row["eval_loss"] for row in whole.metrics if "eval_loss" in row]
     assert heldout[-1] < heldout[0]
+    recipe.output, stopped = str(tmp_path / "stopped"), Run(tmp_path / "stopped")
+
+    def killer(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
+    resume(stopped, Console(quiet=True))
+    assert weights_in(stopped.path) == weights_in(tmp_path / "run")
+
+
+def test_windows_and_caps_resume_to_the_bit_on_packed_rows(recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = save_small(small_config("gemma2", vocab_size=260), tmp_path / "gemma2")
+    tiny_tokenizer.save_pretrained(folder)
+    recipe.model, recipe.samples = str(folder), 0
+    fine_tune(recipe, console=Console(quiet=True))
+    assert Plan.from_json(Run(tmp_path / "run").plan_file.read_text()).batching == "packed"
     recipe.output, stopped = str(tmp_path / "stopped"), Run(tmp_path / "stopped")
 
     def killer(event: Event) -> None:
