@@ -11,6 +11,16 @@ from huarizo.wording import excerpt
 
 PERCEPTION = re.compile("audio|image|speech|video|vision|vq_")
 """In the names of a model's parts that are not for text."""
+UNSUITED = {
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "it drafts tokens for another model, whose hidden states it reads",
+    ),
+    "blt": "it reads patches of bytes, which a second model inside cuts",
+    "hrm_text": "its files hold linear layers fused, and a LoRA on one of them can't be merged",
+    "phimoe": "in training it sends tokens to experts at random",
+}
+"""Causal models of Transformers that can't be trained all the same -> the reason."""
 OWN = "Give a decoder-only language model, such as TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 
 
@@ -39,6 +49,8 @@ def unsuitable(config: object) -> str | None:
         return f"it is an encoder, which reads texts in both directions and writes none ({named}). {OWN}"
     if known not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"Transformers has no causal language model of its architecture ({named}). {OWN}"
+    if kind in UNSUITED:
+        return f"{UNSUITED[kind]} ({named}). {OWN}"
     return None
 
 

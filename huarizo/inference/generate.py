@@ -28,6 +28,7 @@ from huarizo.model.frozen.peaks import read_peaks
 from huarizo.model.frozen.storages import STORAGES, Storage
 from huarizo.model.load import load_base, positions
 from huarizo.model.padded_loss import take_own_attention
+from huarizo.model.skeleton import largest
 from huarizo.plan import Choice, choose_precision, nearest_precision, read_plan
 from huarizo.wording import excerpt
 
@@ -256,9 +257,9 @@ def _each_answer(
 def _most_at_once(assistant: Assistant, length: int) -> int:
     """How many prompts of this length (answer included) fit into memory: keys, values, one layer and its mask."""
     config, on = assistant.model.config, assistant.model.device
-    heads, hidden = getattr(config, "num_attention_heads", None) or 1, config.hidden_size
-    size = getattr(config, "head_dim", None) or hidden // heads
-    keys_and_values = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
+    heads, hidden = largest(config, "num_attention_heads") or 1, config.hidden_size
+    size = largest(config, "head_dim") or hidden // heads
+    keys_and_values = 2 * config.num_hidden_layers * (largest(config, "num_key_value_heads") or heads) * size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     values = keys_and_values + 8 * hidden + 3 * inner + 2 * length
     free = SHARE * available_memory(on)

@@ -68,6 +68,8 @@ def planned_batching(config: Mapping[str, Any] | PretrainedConfig) -> tuple[Batc
     architecture = architecture_of(config)
     if architecture.packs:
         return "packed", f"{architecture.model_type} is known to keep packed examples apart"
+    if not architecture.pads:
+        return "alone", f"{architecture.model_type} is known to change examples that are padded"
     return "padded", f"{architecture.model_type} is not known to keep packed examples apart"
 
 

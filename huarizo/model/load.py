@@ -17,7 +17,7 @@ from huarizo.machine import spread
 from huarizo.model.architectures.registry import architecture_of
 from huarizo.model.attention import NAME as PACKED_ATTENTION
 from huarizo.model.frozen.storages import STORAGES
-from huarizo.model.skeleton import Seen, class_of, config_of, configuration, seen_in
+from huarizo.model.skeleton import Seen, class_of, config_of, configuration, largest, seen_in
 from huarizo.model.weights import NO_ROOM, check_weights, count_tensors, reading, tensors_of, within_memory
 from huarizo.sandbox.reading import read_json, without_panics
 from huarizo.sandbox.worker import FailedError, TooCostlyError, Worker
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 TOKENIZER_TIME, TOKENIZER_MEMORY = 60.0, 4 * 2**30  # seconds and bytes, for tokenizer.json
 _TOKENIZERS = Worker("tokenizers", TOKENIZER_MEMORY)
 OR_INT8 = ", or train with precision=int8"
-SIZE = re.compile(r"(^n_\w+|(^|_)(size|dim|layers?|heads?|experts|labels|embeddings|positions))$")
-"""Names of the sizes in config.json."""
+SIZE = re.compile(r"(^n_\w+|^(?!mscale)(\w+_)?(size|dim|layers?|heads?|experts|labels|embeddings|positions))$")
+"""Names of the sizes in config.json; `mscale_all_dim` is a factor of rope."""
 LIMITS = {"labels": 10_000, "layers": 10_000, "layer": 10_000, "heads": 10_000, "head": 10_000, "experts": 10_000,
           "dim": 2**16}  # fmt: skip
 """Largest sizes by the last part of their names; Transformers makes a table or a list of some. Of others: 2^31 - 1."""
@@ -93,8 +93,8 @@ def _completed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         known = configuration(config).get_text_config(decoder=True)
     except Exception as error:  # anything that a broken configuration causes
         raise ModelError(f"{path}: no model can be made from it: {first_line(error)}") from None
-    sizes = {name: getattr(known, name, None) for name in POSITIVE}
-    shared, heads = getattr(known, "num_key_value_heads", None), sizes["num_attention_heads"]
+    sizes = {name: largest(known, name) for name in POSITIVE}
+    shared, heads = largest(known, "num_key_value_heads"), sizes["num_attention_heads"]
     if type(shared) is int and type(heads) is int and not 0 < shared <= heads:
         raise ModelError(f"{path}: num_key_value_heads is not a valid size")
     for name, value in sizes.items():

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +19,8 @@ from huarizo.model.architectures.structure import LINEAR, linears_in, structure_
 from huarizo.model.float_lora import register
 from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.storages import STORAGES
-from huarizo.model.skeleton import seen_in, skeleton
+from huarizo.model.skeleton import skeleton
+from huarizo.model.targets import ALL, all_linear, linear_names, means_experts
 from huarizo.recipe import LoraRecipe
 from huarizo.wording import did_you_mean, first_line, listed
 
@@ -59,27 +60,6 @@ ALSO_REFUSED: dict[str, Callable[[object], bool]] = {
     "trainable_token_indices": lambda value: value is not None,
 }
 """Values that an existing adapter may have, but that are refused for training."""
-
-
-def linear_names(model: torch.nn.Module) -> list[str]:
-    """Last parts of the names of the model's linear layers, such as q_proj, in order of appearance."""
-    return list(dict.fromkeys(path.rpartition(".")[2] for path in linears_in(model)))
-
-
-def with_targets(recipe: LoraRecipe, config: dict[str, Any]) -> LoraRecipe:
-    """The recipe with target modules that the model has: where it leaves the default and the model has no such layers,
-    PEFT's default for its type, or all linear layers.
-
-    config: the content of config.json.
-    """
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    known, default = set(linear_names(seen_in(config).model)), LoraRecipe().target_modules
-    if recipe.target_modules != default or known.intersection(default):
-        return recipe
-    of_peft = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config["model_type"])
-    fits = isinstance(of_peft, list) and known.issuperset(of_peft)
-    return recipe.model_copy(update={"target_modules": of_peft if fits else "all-linear"})
 
 
 def check_lora(folder: Path, recipe: LoraRecipe, precision: str, tokens: Sequence[int] = ()) -> int:
@@ -154,13 +134,19 @@ def add_lora(model: "PreTrainedModel", recipe: LoraRecipe, seed: int, tokens: Se
 
     known = linear_names(model)
     targets = recipe.target_modules
-    if targets == "all-linear":  # PEFT's own expansion of it does not know frozen layers
-        targets = [name for name in known if name != structure_of(model).vocabulary_layers[1]]
+    if targets == ALL:
+        targets = all_linear(model)
     for name in targets:
-        if name.rpartition(".")[2] not in known:
+        last = name.rpartition(".")[2]
+        if last not in known:
             near = did_you_mean(name, known) or "."
             raise RecipeError(
                 f"lora.target_modules: the model has no linear layer {name!r}{near} It has {', '.join(known)}"
+            )
+        if means_experts(model, last):
+            raise RecipeError(
+                f"lora.target_modules: PEFT takes {name!r} for the weights of this model's experts, and a LoRA on them "
+                f"can't be merged. Name others: {', '.join(all_linear(model))}"
             )
     _check_options(recipe.options)
     rows = _rows_config(model, recipe, targets, tokens)

@@ -4,6 +4,7 @@ What must be known of a model before its weights are read is seen in it: names, 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,9 @@ from huarizo.wording import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+NOISE = re.compile("drop|jitter")
+"""In the names of shares in a configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +49,22 @@ class Sizes:
 
 
 def config_of(folder: Path) -> "PretrainedConfig":
-    """Transformers' configuration of a model folder, without dropout: the base is frozen, and only the adapter has
+    """Transformers' configuration of a model folder, without noise: the base is frozen, and only the adapter has
     dropout."""
     from transformers import AutoConfig
 
-    return without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+    return without_noise(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
 
 
-def without_dropout(config: "PretrainedConfig") -> "PretrainedConfig":
-    """Set every share of values, paths or layers that a configuration drops in training to 0, and return it."""
+def without_noise(config: "PretrainedConfig") -> "PretrainedConfig":
+    """Set every share of values, paths or layers that a configuration drops in training to 0, and the jitter of
+    routers, and return it."""
     for name, value in list(vars(config).items()):
-        if "drop" in name and type(value) in (float, int) and value > 0:
+        if NOISE.search(name) and type(value) in (float, int) and value > 0:
             setattr(config, name, type(value)())
     for name in config.sub_configs:
         if (inner := getattr(config, name, None)) is not None:
-            without_dropout(inner)
+            without_noise(inner)
     return config
 
 
@@ -67,7 +72,22 @@ def configuration(content: Mapping[str, Any]) -> "PretrainedConfig":
     """Transformers' configuration for the content of a config.json. What it raises for a broken one is of any kind."""
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+    return CONFIG_MAPPING[content["model_type"]].from_dict(_with_infinities(dict(content)))
+
+
+def _with_infinities(value: Any) -> Any:
+    """A value of a config.json, with the numbers that JSON lacks: Transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _with_infinities(inner) for name, inner in value.items()}
+    return [_with_infinities(inner) for inner in value] if isinstance(value, list) else value
+
+
+def largest(config: "PretrainedConfig", name: str) -> Any:
+    """A number of a configuration, the largest where each layer has its own; None if there is none."""
+    layers = config.per_layer_config if config.is_heterogeneous else (config,)
+    return max((value for layer in layers if (value := getattr(layer, name, None)) is not None), default=None)
 
 
 def class_of(config: "PretrainedConfig") -> "type[PreTrainedModel]":
@@ -138,20 +158,20 @@ def _seen(text: str) -> Seen:
 
 def _sizes(model: "PreTrainedModel", structure: Structure) -> Sizes:
     config = model.config.get_text_config(decoder=True)
-    layers = model.get_submodule(structure.layers)
+    layers = cast(torch.nn.ModuleList, model.get_submodule(structure.layers))
     linears = linears_in(layers)
     shapes = [shape_of(linear) for linear in linears.values()]
     vocabulary = (model.get_submodule(path).weight for path in (structure.embedding, structure.head))
     embedding, head = (cast(torch.Tensor, weight) for weight in vocabulary)
     counted = {id(linear.weight) for linear in linears.values()} | {id(embedding), id(head)}
     others = [weight for weight in model.parameters() if weight.dim() > 1 and id(weight) not in counted]
-    heads = getattr(config, "num_attention_heads", None) or 1
+    heads = largest(config, "num_attention_heads") or 1
     experts = [weight.shape[1] * weight.shape[2] // config.hidden_size for weight in others if weight.dim() == 3]
     chosen = getattr(config, "num_experts_per_tok", None) or 0
     return Sizes(
-        layers=config.num_hidden_layers,
+        layers=len(layers),
         hidden=config.hidden_size,
-        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        attention=heads * (largest(config, "head_dim") or config.hidden_size // heads),
         inner=max((channels for _, channels in shapes), default=config.hidden_size) + chosen * min(experts, default=0),
         in_layers=sum(outputs * inputs for outputs, inputs in shapes),
         embedding=embedding.numel(),

@@ -125,7 +125,7 @@ def check_weights(folder: Path) -> None:
         ModelError: they don't; the message names the tensors and the files.
     """
     model = skeleton(folder)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     files = tensors_of(folder, model)
     present = {tensor.part_of or name for tensors in files.values() for name, tensor in tensors.items()}
     absent = [name for name, _ in model.named_parameters() if name not in present]
@@ -144,14 +144,14 @@ def check_weights(folder: Path) -> None:
         raise ModelError(f"{folder}: the weights don't match config.json:\n{listed(problems, MOST_NAMED)}")
 
 
-def _problem(tensor: Stored, expected: tuple[int, ...] | None) -> str | None:
-    """What is wrong with a tensor of a weight file, as a message; None if nothing is. expected: its shape in the model,
-    None if it has no place there; of a tied head, which may be in the files all the same, the embedding's."""
+def _problem(tensor: Stored, expected: torch.Tensor | None) -> str | None:
+    """What is wrong with a tensor of a weight file, as a message; None if nothing is. expected: the one in the model,
+    None if it has no place there; of a tied head, which may be in the files all the same, the embedding."""
     if expected is None:
         return "has no place in this model"
-    if tensor.part_of is None and tuple(tensor.shape) != expected:
-        return f"has the shape {tensor.shape}, but config.json requires {list(expected)}"
-    if tensor.dtype not in FLOATS:
+    if tensor.part_of is None and tensor.shape != list(expected.shape):
+        return f"has the shape {tensor.shape}, but config.json requires {list(expected.shape)}"
+    if tensor.dtype not in FLOATS and expected.is_floating_point():
         return f"is stored as {tensor.dtype}, so this base is quantised. Use the original float model"
     return None
 

@@ -9,6 +9,7 @@ from huarizo.kernels.libraries import libraries
 from huarizo.kernels.tiers import torch_int8
 from huarizo.machine import describe, device, minutes_in_float
 from huarizo.model.load import read_config, weight_bytes
+from huarizo.model.targets import left_out
 from huarizo.recipe import names_of
 from huarizo.runs import Run
 from huarizo.training.prepare import Prepared
@@ -28,6 +29,8 @@ def announce(prepared: Prepared, run: Run, events: Events) -> None:
     events.note("held out", _counted(data.heldout) if data.heldout else "none")
     events.note("prompt", recipe.data.prompt.splitlines()[0])
     events.note("precision", f"{plan.choice.precision}: {plan.choice.reason}")
+    if out := left_out(recipe.lora, read_config(prepared.model_source.path)):
+        events.note("lora", f"all linear layers but those that PEFT has no LoRA for: {out}")
     checkpointing = ", activation checkpointing" if plan.activation_checkpointing else ""
     events.note("memory", f"{plan.micro_batch_tokens} tokens at once{checkpointing}")
     if device().type == "cpu":

@@ -31,9 +31,10 @@ from huarizo.model.load import (
     read_config,
     weight_bytes,
 )
-from huarizo.model.lora import check_lora, with_targets
+from huarizo.model.lora import check_lora
 from huarizo.model.padded_loss import logits_bytes_per_token
 from huarizo.model.skeleton import reason_for_floats, seen_in
+from huarizo.model.targets import with_targets
 from huarizo.model.weights import check_weights
 from huarizo.plan import PADDED, Choice, ModelSize, Plan, choose_precision, make_plan, nearest_precision, read_plan
 from huarizo.recipe import Recipe, names_of

@@ -13,7 +13,7 @@ from huarizo.errors import ModelError
 from huarizo.model import batching
 from huarizo.model.attention import NAME as PACKED
 from huarizo.model.attention import packed_attention
-from huarizo.model.batching import check_batching, require_gradients
+from huarizo.model.batching import check_batching, planned_batching, require_gradients
 from huarizo.model.lora import add_lora
 from huarizo.recipe import make_recipe
 from tests.tiny import make_model
@@ -139,3 +139,8 @@ def test_a_lora_that_no_gradient_reaches_is_one_error() -> None:
     model.get_base_model().model.norm.register_forward_hook(lambda module, args, output: output.detach())
     with pytest.raises(ModelError, match="passes no gradient to the LoRA. Set other lora.target_modules"):
         require_gradients(model, "padded", EXAMPLES)
+
+
+def test_what_padding_is_known_to_change_stays_alone() -> None:
+    assert planned_batching({"model_type": "doge"}) == ("alone", "doge is known to change examples that are padded")
+    assert planned_batching({"model_type": "falcon"})[0] == "padded"

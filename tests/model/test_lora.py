@@ -11,8 +11,9 @@ from transformers import CONFIG_MAPPING, GPT2Config, GPT2LMHeadModel, LlamaForCa
 from huarizo.errors import RecipeError
 from huarizo.model.adapter import load_adapter
 from huarizo.model.load import load_base
-from huarizo.model.lora import add_lora, check_lora, with_targets
+from huarizo.model.lora import add_lora, check_lora
 from huarizo.model.merge import MergedWeights
+from huarizo.model.targets import with_targets
 from huarizo.recipe import make_recipe
 from huarizo.results.gguf import export_gguf
 from huarizo.training.finetune import fine_tune

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config
 
+from benchmarks.small_models import small_config
 from huarizo.errors import ModelError
 from huarizo.model.load import load_base
-from huarizo.model.skeleton import config_of, seen_in
+from huarizo.model.skeleton import config_of, configuration, largest, seen_in, without_noise
 from tests.tiny import make_model
 
 SIZES: dict[str, Any] = {
@@ -51,3 +52,19 @@ def test_no_dropout_of_the_base_is_left(tmp_path: Path) -> None:
     assert found.resid_pdrop == found.embd_pdrop == found.attn_pdrop == 0
     base = load_base(tmp_path, torch.float32, torch.device("cpu")).train()
     assert all(module.p == 0 for module in base.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_the_jitter_of_routers_is_none() -> None:
+    config: Any = without_noise(small_config("mixtral", router_jitter_noise=0.1))
+    assert config.router_jitter_noise == 0
+
+
+def test_infinities_are_read_as_transformers_writes_them() -> None:
+    content = small_config("mamba2").to_dict() | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    assert list(configuration(content).time_step_limit) == [0.0, float("inf")]
+
+
+def test_the_largest_of_the_layers_is_taken() -> None:
+    config = small_config("gemma4_text", per_layer_config={1: {"head_dim": 64}})
+    assert (largest(config, "head_dim"), largest(config, "hidden_size"), largest(config, "none")) == (64, 64, None)
+    assert seen_in(config.to_dict()).sizes.attention == 4 * 64

@@ -17,7 +17,7 @@ from huarizo.model import weights
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base
 from huarizo.model.merge import MergedWeights
-from huarizo.model.skeleton import config_of, without_dropout
+from huarizo.model.skeleton import config_of, without_noise
 from huarizo.model.weights import check_weights
 from tests.tiny import make_model
 
@@ -160,5 +160,5 @@ def test_a_base_drops_nothing(tmp_path: Path) -> None:
     GPT2Config(resid_pdrop=0.3, embd_pdrop=1).save_pretrained(tmp_path)
     found = config_of(tmp_path)
     assert (found.resid_pdrop, found.embd_pdrop, found.attn_pdrop) == (0, 0, 0) and found.n_head == 12
-    inner = without_dropout(Gemma3Config(text_config={"attention_dropout": 0.2}))
+    inner = without_noise(Gemma3Config(text_config={"attention_dropout": 0.2}))
     assert inner.text_config.attention_dropout == 0

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AttentionInterface
 
 import huarizo.training.session
+from benchmarks.small_models import save_small, small_config
 from huarizo.errors import Interrupted, MachineError, RecipeError
 from huarizo.events import Done, Event, Noted, OutOfMemory, Saved, Started, Step, Stopped, Warned
 from huarizo.inference.artifact import find_tuned
@@ -295,6 +296,24 @@ def test_a_model_that_was_trained_in_int8_answers_in_int8_as_at_the_end_of_its_r
     assert sum(isinstance(module, FrozenLoraLinear) for module in assistant.model.modules()) == 4
     again = compare(assistant, result.samples, max_new_tokens=80)
     assert again == result.samples and any(sample.before != sample.after for sample in again)
+
+
+def test_windows_and_caps_resume_to_the_bit_on_packed_rows(recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = save_small(small_config("gemma2", vocab_size=260), tmp_path / "gemma2")
+    tiny_tokenizer.save_pretrained(folder)
+    recipe.model, recipe.samples = str(folder), 0
+    fine_tune(recipe, console=Console(quiet=True))
+    assert Plan.from_json(Run(tmp_path / "run").plan_file.read_text()).batching == "packed"
+    recipe.output, stopped = str(tmp_path / "stopped"), Run(tmp_path / "stopped")
+
+    def killer(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
+    resume(stopped, Console(quiet=True))
+    assert weights_in(stopped.path) == weights_in(tmp_path / "run")
 
 
 def test_what_peft_refuses_is_one_error(recipe: Recipe, tmp_path: Path, tiny_tokenizer: Any) -> None:

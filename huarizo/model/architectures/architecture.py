@@ -42,6 +42,8 @@ class Architecture:
     packs: bool
     """Whether training it on packed rows is known to equal Transformers' own, example by example. It needs rotary or
     learnt positions that follow `position_ids`, and no attention but that of model/attention.py."""
+    pads: bool = True
+    """Whether padding leaves examples as they are; False where that is known to change them."""
     logits: LogitFields = LogitFields()
     gguf: GgufLayout | None = None
     """None if it can't be written as GGUF."""

@@ -1,5 +1,5 @@
-"""The architectures by the `model_type` of config.json: a row for each that is trained on packed rows or that does
-something to its logits.
+"""The architectures by the `model_type` of config.json: a row for each that is trained on packed rows, whose
+padding counts, or that does something to its logits.
 
 `packs` is set only where packed training is shown to equal Transformers' own, example by example
 (tests/model/architectures/test_registry.py). A causal model of Transformers without a row has none of either.
@@ -38,6 +38,7 @@ ROWS = (
     Architecture(model_type="beam", packs=False, logits=CAPPED),
     Architecture(model_type="cohere2_moe", packs=False, logits=SCALED),
     Architecture(model_type="cohere_compass_text", packs=False, logits=SCALED),
+    Architecture(model_type="doge", packs=False, pads=False),  # without a mask, the keys that it keeps may come later
     Architecture(model_type="falcon_h1", packs=False, logits=LogitFields(multiplied_by="lm_head_multiplier")),
     Architecture(model_type="gemma3n_text", packs=False, logits=CAPPED),
     Architecture(model_type="gemma4_text", packs=False, logits=CAPPED),

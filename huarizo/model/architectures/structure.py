@@ -49,11 +49,13 @@ def structure_of(model: "PreTrainedModel") -> Structure:
     """
     paths = {id(module): path for path, module in model.named_modules()}
     embedding, head = paths.get(id(model.get_input_embeddings())), paths.get(id(model.get_output_embeddings()))
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    config = model.config.get_text_config(decoder=True)
+    count = config.num_hidden_layers  # of attentions, where a layer has two: then `num_layers` counts the layers
+    counts = count, getattr(config, "num_layers", count)
     lists = {
         path: sum(1 for _ in module.modules())
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) in counts
     }
     layers = max(lists, key=lists.__getitem__, default=None)  # lists of heads or experts within a layer are smaller
     for part, path in (("token embedding", embedding), ("output head", head), (f"list of {count} layers", layers)):
@@ -70,7 +72,21 @@ def has_experts(layers: nn.Module) -> bool:
 
 def linears_in(module: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a module by their paths, in order of appearance."""
-    return {path: found for path, found in module.named_modules() if isinstance(found, LINEAR)}
+    return {path: found for path, found in module.named_modules() if isinstance(found, LINEAR) and not _is_more(found)}
+
+
+def _is_more(module: nn.Module) -> bool:
+    """Whether an nn.Linear has something else to compute with its weight, such as a router: then it doesn't make of
+    [1, 1, K] an output of [1, 1, N]."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    empty = {name: torch.empty_like(weight, device="meta") for name, weight in module.named_parameters()}
+    x = torch.empty(1, 1, module.in_features, device="meta", dtype=module.weight.dtype)
+    try:
+        y = torch.func.functional_call(module, empty, x)
+    except Exception:  # anything that such a layer's code raises
+        return True
+    return not isinstance(y, torch.Tensor) or y.shape != (1, 1, module.out_features)
 
 
 def shape_of(linear: Any) -> tuple[int, int]:  # linear: any of LINEAR

@@ -32,9 +32,10 @@ from huarizo.model.compile import compile_layers
 from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base, read_config, weight_bytes
-from huarizo.model.lora import add_lora, count_weights, linear_names
+from huarizo.model.lora import add_lora, count_weights
 from huarizo.model.loss import PackedLoss
 from huarizo.model.merge import MergedWeights
+from huarizo.model.targets import linear_names
 from huarizo.recipe import make_recipe
 from huarizo.results.gguf import layout_of
 from tests.stock import padded_loss_and_gradients

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.small_models import small_config
 from huarizo.errors import ModelError
 from huarizo.model.architectures.structure import (
     Structure,
@@ -93,3 +94,13 @@ def test_a_transposed_linear_is_an_ordinary_one() -> None:
     assert shape_of(conv) == shape_of(linear) == (5, 3)
     assert linear.weight.data_ptr() == conv.weight.data_ptr()
     assert list(linears_in(nn.ModuleDict({"one": conv, "two": nn.ReLU()}))) == ["one"]
+
+
+def test_layers_with_two_attentions_each_are_found() -> None:
+    assert structure_of(empty_model(small_config("longcat_flash"))).layers == "model.layers"
+
+
+@pytest.mark.parametrize(("kind", "name", "is_one"), [("falcon", "dense", True), ("deepseek_v4", "o_a_proj", False)])
+def test_a_linear_layer_is_told_by_what_it_computes(kind: str, name: str, is_one: bool) -> None:
+    found = linears_in(empty_model(small_config(kind)))
+    assert any(path.endswith(f".{name}") for path in found) == is_one

@@ -14,8 +14,9 @@ from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.frozen.lora import FrozenLoraLinear
 from huarizo.model.frozen.storages import STORAGES, Storage
 from huarizo.model.load import load_base, weight_bytes
-from huarizo.model.lora import add_lora, check_lora, count_weights, linear_names
+from huarizo.model.lora import add_lora, check_lora, count_weights
 from huarizo.model.loss import PackedLoss
+from huarizo.model.targets import linear_names
 from huarizo.recipe import make_recipe
 from tests.model.frozen.test_int8 import calibration
 from tests.tiny import make_model
