@@ -4,7 +4,7 @@ torch.library.custom_op does so too, but checks in Python at every call that no 
 That takes longer than all else around a call, so it is checked in the tests (torch.library.opcheck).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,8 +12,13 @@ import torch
 Result = TypeVar("Result")
 
 
-def operation(name: str) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Decorator: makes a function of CPU tensors the operation huarizo::{name}, which is returned.
+def operation(
+    name: str, devices: str | Sequence[str] = "cpu"
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Decorator: makes a function the operation huarizo::{name}, which is returned.
+
+    devices: the types of device on whose tensors it works. Another function does the same on another type of device
+    under `torch.library.impl`.
 
     The function's annotations are the operation's schema. It changes none of its arguments, and returns new tensors.
     Their shapes are given to the compiler by a second function, under `torch.library.register_fake`.
@@ -23,7 +28,7 @@ def operation(name: str) -> Callable[[Callable[..., Result]], Callable[..., Resu
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(qualified, "cpu", function)
+        torch.library.impl(qualified, devices, function)
         return getattr(torch.ops.huarizo, name).default
 
     return register
