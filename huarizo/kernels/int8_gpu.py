@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 16  # at most
 GROUP = 8  # tiles below each other that run together
 SQUARE = 64  # of a weight, transposed by a program
 FEW = 32  # tokens that get the smallest tile
-OLDEST = (7, 5)  # compute capability with int8 tensor cores
+OLDEST = (8, 0)  # compute capability whose int8 tensor cores Triton uses
 DEVICES = ("cuda", "cpu")  # on a CPU in Triton's interpreter only
 
 
@@ -40,10 +40,9 @@ class Tile(NamedTuple):
 LARGE = Tile(128, 128, 128, 8, 4), Tile(128, 64, 128, 4, 4), Tile(64, 64, 128, 4, 4), Tile(16, 64, 128, 4, 4)
 MEDIUM = Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 3), Tile(64, 64, 128, 4, 4), Tile(16, 64, 128, 4, 4)
 SMALL = Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(16, 64, 128, 4, 3)
-TURING = Tile(128, 64, 64, 4, 2), Tile(64, 64, 64, 4, 2), Tile(16, 64, 64, 4, 2)
-TILES = {(12, 0): SMALL, (9, 0): LARGE, (8, 6): SMALL, (8, 0): MEDIUM, OLDEST: TURING}
+TILES = {(12, 0): SMALL, (9, 0): LARGE, (8, 6): SMALL, OLDEST: MEDIUM}
 """The tiles of a product from a compute capability on, the largest first; the last is for FEW tokens. They follow the
-shared memory of a multiprocessor: 228 KB in 9.0 and 10.0, 164 KB in 8.0, 100 KB in 8.6, 8.9 and 12.0, 64 KB in 7.5."""
+shared memory of a multiprocessor: 228 KB in 9.0 and 10.0, 164 KB in 8.0, 100 KB in 8.6, 8.9 and 12.0."""
 
 
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -64,9 +63,7 @@ def _missing_on(device: torch.device, dtype: torch.dtype) -> str | None:
         return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
-        return f"this GPU has no int8 tensor cores (compute capability {capability[0]}.{capability[1]})"
-    if dtype == torch.bfloat16 and capability < (8, 0):
-        return "this GPU has no bf16"
+        return f"Triton does not multiply int8 on compute capability {capability[0]}.{capability[1]}"
     try:
         quantise(torch.ones(1, BLOCK, dtype=dtype, device=device), torch.ones(BLOCK, device=device))
     except Exception as error:  # no Triton, C compiler, Python.h or driver: each fails in its own way

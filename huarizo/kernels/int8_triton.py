@@ -121,10 +121,9 @@ def transpose(weight, out, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.conste
     """out [columns, rows] from weight [rows, columns], int8."""
     i = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     j = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-    tile = tl.load(
-        weight + i[:, None] * columns + j[None, :], mask=(i < rows)[:, None] & (j < columns)[None, :], other=0
-    )
-    tl.store(out + j[:, None] * rows + i[None, :], tl.trans(tile), mask=(j < columns)[:, None] & (i < rows)[None, :])
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    tile = tl.load(weight + i[:, None] * columns + j[None, :], mask=inside, other=0)
+    tl.store(out + j[:, None] * rows + i[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
 @triton.jit
@@ -195,8 +194,7 @@ def product(
     left: int8 [count_rows, depth]; left_scale: float32 [count_rows]; right: int8 [padded, depth]; before: float32
     [padded]; after: float32 [outputs]; x: [count_rows, K]; channels: int64 [FLOATS]; float_weight: [outputs, FLOATS];
     h: [count_rows, RANK]; up: float32 [outputs, RANK]; bias: [outputs]. All but left, left_scale, right and out may be
-    None. even: DEPTH divides depth. widened: the thin products are multiplied in float32, as the interpreter has none in
-    bf16.
+    None. even: DEPTH divides depth. widened: thin products are in float32, as the interpreter has none in bf16.
     """
     rows, columns = _tile(count_rows, padded, ROWS, COLUMNS, GROUP)
     row, column = (rows % count_rows).to(tl.int64), (columns % padded).to(tl.int64)

@@ -130,7 +130,7 @@ class Int8Weight(NamedTuple):
 
 
 class _Int8Product(torch.autograd.Function):
-    """y = x W' + b + h up', with gradients for x, h and up; a packed weight is multiplied by the kernel."""
+    """y = x W' + b + h up', with gradients for x, h and up, by the kernels in C or for GPUs where they are."""
 
     @staticmethod
     def forward(
@@ -235,6 +235,7 @@ class Int8Linear(FrozenLinear):
     def store(self, weight: torch.Tensor) -> None:
         """Quantise a weight, float [N, K], with the layer's smoothing and float channels."""
         pack = weight.device.type == "cpu" and kernel.reason_against(self.dtype) is None
+        int8_gpu.reason_against(weight.device, self.dtype)  # asked here first: it can't be while a compiler traces
         quantised, scales = [], []
         for rows in weight.split(ROWS_AT_ONCE):
             smoothed = rows.float() / self.inverse_smoothing
@@ -242,7 +243,7 @@ class Int8Linear(FrozenLinear):
             quantised.append(kernel.packed(part) if pack else part)
             scales.append(scale[:, 0])
         self.weight, self.scale = torch.cat(quantised), torch.cat(scales)
-        float_weight = weight[:, self.float_channels].to(self.dtype)
+        float_weight = weight[:, self.float_channels].to(self.dtype).contiguous()
         self.float_weight = kernel.packed(float_weight) if pack else float_weight
 
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
