@@ -8,6 +8,7 @@ Shapes: T tokens, K input and N output channels, k float channels, K' and N' pad
 """
 
 import functools
+import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -75,10 +76,15 @@ def _missing_on(device: torch.device, dtype: torch.dtype) -> str | None:
 def _interpreted() -> bool:
     """Whether Triton runs its kernels in its interpreter, with NumPy: the environment says so (TRITON_INTERPRET)."""
     try:
-        from triton import knobs
+        return bool(importlib.import_module("triton").knobs.runtime.interpret)
     except ImportError:
         return False
-    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The module int8_triton.py, which can't be imported without Triton."""
+    return importlib.import_module("huarizo.kernels.int8_triton")
 
 
 @operation("int8_gpu_quantise", DEVICES)
@@ -163,17 +169,13 @@ def quantise_gradient(grad: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Te
 
 def transposed(weight: torch.Tensor) -> torch.Tensor:
     """int8 [N', K'] -> [K', N'], contiguous."""
-    from huarizo.kernels.int8_triton import transpose
-
     (rows, columns), out = weight.shape, weight.new_empty(weight.shape[::-1])
     with _device_of(weight):
-        transpose[_count(rows, SQUARE), _count(columns, SQUARE)](weight, out, rows, columns, SQUARE, SQUARE)
+        _kernels().transpose[_count(rows, SQUARE), _count(columns, SQUARE)](weight, out, rows, columns, SQUARE, SQUARE)
     return out
 
 
 def _quantised(x: torch.Tensor, factor: torch.Tensor, gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    from huarizo.kernels.int8_triton import quantise
-
     x, (rows, scales) = _with_whole_rows(x), _empty_rows(x, factor)
     (tokens, channels), padded = x.shape, rows.shape[1]
     if tokens:
@@ -181,7 +183,7 @@ def _quantised(x: torch.Tensor, factor: torch.Tensor, gradient: bool) -> tuple[t
         columns = 1 << (padded - 1).bit_length() if whole else AT_ONCE
         each = max(1, min(ROWS_AT_ONCE, AT_ONCE // columns))
         with _device_of(x):
-            quantise[(_count(tokens, each),)](
+            _kernels().quantise[(_count(tokens, each),)](
                 x, factor, rows, scales, tokens, channels, padded, x.stride(0), gradient, whole, each, columns,
                 num_warps=8 if each * columns >= AT_ONCE else 4, enable_fp_fusion=False,
             )  # fmt: skip
@@ -193,8 +195,6 @@ def _multiply(
     FLOATS: int = 0, RANK: int = 0, **of_layer: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Write a product to `out`. of_layer: the other tensors of the kernel, by name."""
-    from huarizo.kernels.int8_triton import product
-
     (tokens, depth), padded, x = rows.shape, weight.shape[0], of_layer.get("x")
     if not tokens:
         return
@@ -202,7 +202,7 @@ def _multiply(
     at_once = tile.depth if depth % tile.depth == 0 else min(tile.depth, 64)
     names = ("before", "after", "x", "channels", "float_weight", "h", "up", "bias")
     with _device_of(rows):
-        product[(_count(tokens, tile.rows) * _count(padded, tile.columns),)](
+        _kernels().product[(_count(tokens, tile.rows) * _count(padded, tile.columns),)](
             rows, row_scale, weight, out, *map(of_layer.get, names),
             tokens, out.shape[1], padded, depth, 0 if x is None else x.stride(0), FLOATS, RANK,
             THIN=16 if FLOATS + RANK <= 16 else 32, widened=_interpreted(), ROWS=tile.rows, COLUMNS=tile.columns,
