@@ -1,1 +1,1 @@
-"""Kernels in C for the CPU, compiled on the machine that runs them."""
+"""Kernels in C for the CPU and in Triton for NVIDIA GPUs, compiled on the machine that runs them."""

@@ -4,7 +4,7 @@ torch.library.custom_op does so too, but checks in Python at every call that no 
 That takes longer than all else around a call, so it is checked in the tests (torch.library.opcheck).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,10 +12,13 @@ import torch
 Result = TypeVar("Result")
 
 
-def operation(name: str, devices: str = "cpu") -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Decorator: makes a function of tensors on a kind of device the operation huarizo::{name}, which is returned.
+def operation(
+    name: str, devices: str | Sequence[str] = "cpu"
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Decorator: makes a function the operation huarizo::{name}, which is returned.
 
-    devices: the type of the device, or "default" for all.
+    devices: the types of device on whose tensors it works; "default" is all. Another function does the same on another type of device
+    under `torch.library.impl`.
 
     The function's annotations are the operation's schema. It changes none of its arguments, and returns new tensors.
     Their shapes are given to the compiler by a second function, under `torch.library.register_fake`.

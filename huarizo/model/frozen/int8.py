@@ -28,6 +28,7 @@ from torch import nn
 
 from huarizo.kernels import dropout as thin
 from huarizo.kernels import int8 as kernel
+from huarizo.kernels import int8_gpu
 from huarizo.kernels.operations import operation
 from huarizo.kernels.tiers import torch_int8
 from huarizo.model.dropout import THIN
@@ -143,7 +144,7 @@ class Int8Weight(NamedTuple):
 
 
 class _Int8Product(torch.autograd.Function):
-    """y = x W' + b + h up', with gradients for x, h and up; a packed weight is multiplied by the kernel."""
+    """y = x W' + b + h up', with gradients for x, h and up, by the kernels in C or for GPUs where they are."""
 
     @staticmethod
     def forward(
@@ -154,6 +155,9 @@ class _Int8Product(torch.autograd.Function):
         if is_packed(w.weight):
             rows, of_layer = kernel.quantise(x, w.input_scale), (w.float_channels, w.float_weight, w.bias, w.outputs)
             return kernel.forward(*rows, w.weight, w.scale, x, *of_layer, h, up)
+        if int8_gpu.reason_against(x.device, x.dtype) is None:
+            rows, of_layer = int8_gpu.quantise(x, w.input_scale), (w.float_channels, w.float_weight, w.bias, w.outputs)
+            return int8_gpu.forward(*rows, w.weight, w.scale, x, *of_layer, h, up)
         x_int8, x_scale = quantise_rows(rotated(x.float() * w.input_scale))
         y = rotated(int8_product(x_int8, w.weight.t()).float() * x_scale * w.scale)[:, : w.outputs]
         y = y + F.linear(x[:, w.float_channels], w.float_weight, w.bias).float()
@@ -195,6 +199,8 @@ def input_gradient(
     """The gradient of the input, [T, K], from that of the output, [T, N]; the other tensors are of an `Int8Weight`."""
     if is_packed(weight):
         return kernel.backward(grad, weight, scale, inverse_smoothing)
+    if int8_gpu.reason_against(grad.device, grad.dtype) is None:
+        return int8_gpu.backward(grad, weight, scale, inverse_smoothing)
     grad_int8, grad_scale = quantise_gradient(rotated(grad.float()) * scale)
     grad_x = rotated(int8_product(grad_int8, weight).float() * grad_scale)[:, : len(inverse_smoothing)]
     return (grad_x * inverse_smoothing).to(grad.dtype)
@@ -243,6 +249,7 @@ class Int8Linear(FrozenLinear):
     def store(self, weight: torch.Tensor) -> None:
         """Quantise a weight, float [N, K], with the layer's smoothing and float channels."""
         pack = weight.device.type == "cpu" and kernel.reason_against(self.dtype) is None
+        int8_gpu.reason_against(weight.device, self.dtype)  # asked here first: it can't be while a compiler traces
         quantised, scales = [], []
         for rows in weight.split(ROWS_AT_ONCE):
             smoothed = rows.float() / self.inverse_smoothing
@@ -250,7 +257,7 @@ class Int8Linear(FrozenLinear):
             quantised.append(kernel.packed(part) if pack else part)
             scales.append(scale[:, 0])
         self.weight, self.scale = torch.cat(quantised), torch.cat(scales)
-        float_weight = weight[:, self.float_channels].to(self.dtype)
+        float_weight = weight[:, self.float_channels].to(self.dtype).contiguous()
         self.float_weight = kernel.packed(float_weight) if pack else float_weight
 
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,16 @@ def test_both_directions_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8.kernel, "reason_against", lambda dtype: "not in this test")
     monkeypatch.setattr(int8, "int8_product", lambda a, b: directions.append(b.stride()) or product(a, b))
     assert measure.int8_gain(CPU, torch.float32, rows=32, size=64) > 0
-    assert set(directions) == {(1, 64), (64, 1)}
+    assert set(directions) == {(1, 64), (64, 1), (1, 192), (192, 1)}
+
+
+def test_the_linears_of_a_decoder_layer_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    monkeypatch.setattr(
+        measure, "_fastest", lambda layers, _: shapes.append([(m.in_features, m.out_features) for m in layers]) or 1
+    )
+    assert measure.int8_gain(CPU, torch.float32, rows=32, size=64) == 1
+    assert shapes[0] == shapes[1] == [(64, 64), (64, 8), (64, 8), (64, 64), (64, 176), (64, 176), (176, 64)]
 
 
 def test_a_product_that_fails_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
