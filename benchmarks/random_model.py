@@ -44,7 +44,9 @@ def make(target: Path, tokenizer: Path) -> None:
     with whole_folder(target) as folder:
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(tinyllama_shape()).save_pretrained(folder)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlamaForCausalLM(tinyllama_shape())
+        model.save_pretrained(folder)
         for file in files:
             shutil.copy(file, folder)
 

@@ -17,8 +17,8 @@ def operation(
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Decorator: makes a function the operation huarizo::{name}, which is returned.
 
-    devices: the types of device on whose tensors it works; "default" is all. Another function does the same on another type of device
-    under `torch.library.impl`.
+    devices: the types of device on whose tensors it works; "default" is all. Another function does the same on another
+    type of device under `torch.library.impl`.
 
     The function's annotations are the operation's schema. It changes none of its arguments, and returns new tensors.
     Their shapes are given to the compiler by a second function, under `torch.library.register_fake`.

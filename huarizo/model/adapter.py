@@ -20,7 +20,7 @@ from huarizo.files import fault_in, manifest_of
 from huarizo.hub.model_files import tensors_in
 from huarizo.model.added_tokens import lengthen, lengthened, size_of
 from huarizo.model.architectures.registry import EMBEDDINGS, HEADS
-from huarizo.model.frozen.lora import register
+from huarizo.model.float_lora import register
 from huarizo.model.load import load_tokenizer
 from huarizo.sandbox.reading import odd_entry, read_json, without_panics
 from huarizo.wording import first_line

@@ -207,9 +207,8 @@ def input_gradient(
 
 
 @traced_as_one
-def int8_linear(x_TK: torch.Tensor, weight: Int8Weight, low_rank: LowRank | None) -> torch.Tensor:
-    """[T, K] -> [T, N] in the dtype of x, differentiable in x and the low-rank term."""
-    h, up = low_rank or (None, None)
+def int8_linear(x_TK: torch.Tensor, h: torch.Tensor | None, up: torch.Tensor | None, *weight: Any) -> torch.Tensor:
+    """[T, K] -> [T, N] in the dtype of x, differentiable in x and h up', a LoRA's term. weight: of an `Int8Weight`."""
     return _Int8Product.apply(x_TK, h, up, *weight)  # pyright: ignore[reportReturnType]
 
 
@@ -275,13 +274,11 @@ class Int8Linear(FrozenLinear):
 
     def forward(self, x: torch.Tensor, low_rank: LowRank | None = None) -> torch.Tensor:
         """[..., K] -> [..., N] in the dtype of x, with the term of a LoRA added."""
-        weight = Int8Weight(
-            self.weight, self.scale, self.input_scale, self.inverse_smoothing,
+        h, up = (None, None) if low_rank is None else (low_rank.h.flatten(0, -2), low_rank.up)
+        y = int8_linear(
+            x.flatten(0, -2), h, up, self.weight, self.scale, self.input_scale, self.inverse_smoothing,
             self.float_channels, self.float_weight, self.bias, self.out_features,
         )  # fmt: skip
-        if low_rank is not None:
-            low_rank = low_rank._replace(h=low_rank.h.flatten(0, -2))
-        y = int8_linear(x.flatten(0, -2), weight, low_rank)
         return y.view(*x.shape[:-1], self.out_features)
 
     def input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
