@@ -1,4 +1,4 @@
-"""Recognises by its own definition how a byte-level tokenizer splits a text before BPE, and gives llama.cpp's name of it.
+"""Recognises by its own definition how a byte-level tokenizer splits a text before BPE, and gives llama.cpp's name.
 
 llama.cpp has each way as code of its own under a name, so an unknown one is an error.
 """
