@@ -287,8 +287,8 @@ def test_wrong_sizes_and_missing_layers_are_named(folder: Path, tmp_path: Path) 
 
 def test_only_what_llama_cpp_is_known_to_compute_is_exported(folder: Path) -> None:
     weights = MergedWeights(folder, None)
-    if weights.architecture.model_type == "llama":
-        assert layout_of(weights).name == "llama"
+    if layout := weights.architecture.gguf:
+        assert layout_of(weights) is layout
     else:
         with pytest.raises(ModelError, match="models can't be written as GGUF here. `huarizo merge` writes"):
             layout_of(weights)
