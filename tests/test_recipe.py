@@ -128,7 +128,7 @@ def test_the_recipes_that_ship_fit_their_models_and_take_the_fast_path(file: Pat
     recipe = load_recipe(file)
     model_type = MODEL_TYPES[recipe.model]
     assert ARCHITECTURES[model_type].packs
-    sizes = SIZES | {"num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0}
+    sizes: dict[str, Any] = SIZES | {"num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0}
     CONFIG_MAPPING[model_type](**sizes).save_pretrained(tmp_path)
     assert check_lora(tmp_path, recipe.lora, "int8") > 0
     check_trainer_settings(recipe, Choice("int8", "test", torch.float32), torch.device("cpu"))
