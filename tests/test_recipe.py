@@ -8,14 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import CONFIG_MAPPING
 
 from huarizo.errors import RecipeError
+from huarizo.model.architectures.registry import ARCHITECTURES
+from huarizo.model.lora import check_lora
+from huarizo.plan import Choice
 from huarizo.recipe import load_recipe, make_recipe, to_yaml, with_overrides
 from huarizo.recipe_file import parse_yaml
 from huarizo.results.card import _licence_of_card
+from huarizo.training.settings import check_trainer_settings
+from tests.general import SIZES
 from tests.limits import limited_memory
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+MODEL_TYPES = {
+    "HuggingFaceTB/SmolLM2-360M-Instruct": "llama",
+    "HuggingFaceTB/SmolLM3-3B": "smollm3",
+    "Qwen/Qwen3-0.6B": "qwen3",
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "llama",
+    "google/gemma-3-1b-it": "gemma3_text",
+    "google/gemma-3-270m-it": "gemma3_text",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama",
+    "quickstart": "llama",
+}
+"""Of the models that the recipes name."""
 
 MISTAKES = {
     "modle: x": ["modle: no such key. Did you mean 'model'?"],
@@ -103,6 +121,17 @@ def test_the_recipes_that_ship_are_right_and_survive_a_round_trip(file: Path, tm
     copy = tmp_path / "copy.yaml"
     copy.write_text(to_yaml(recipe))
     assert load_recipe(copy) == recipe
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_the_recipes_that_ship_fit_their_models_and_take_the_fast_path(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file)
+    model_type = MODEL_TYPES[recipe.model]
+    assert ARCHITECTURES[model_type].packs
+    sizes: dict[str, Any] = SIZES | {"num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0}
+    CONFIG_MAPPING[model_type](**sizes).save_pretrained(tmp_path)
+    assert check_lora(tmp_path, recipe.lora, "int8") > 0
+    check_trainer_settings(recipe, Choice("int8", "test", torch.float32), torch.device("cpu"))
 
 
 def test_a_missing_recipe_names_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

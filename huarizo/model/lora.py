@@ -196,7 +196,16 @@ def _rows_config(
     return {"trainable_token_indices": ids if model.config.tie_word_embeddings else {embedding: ids, head: ids}}
 
 
-def count_weights(model: torch.nn.Module) -> int:
-    """The number of weights of a model: its parameters and those of its FrozenLinear layers."""
-    stored = sum(module.count_weights() for module in model.modules() if isinstance(module, FrozenLinear))
+def count_weights(model: "PreTrainedModel | PeftModel") -> int:
+    """The number of weights of a model: its parameters and those of its FrozenLinear layers.
+
+    A quantised head that is tied to the embedding is a copy of it, and isn't counted.
+    """
+    copy = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    stored = _stored(model) - (0 if copy is None else _stored(copy))
     return stored + sum(parameter.numel() for parameter in model.parameters())
+
+
+def _stored(module: torch.nn.Module) -> int:
+    """The number of weights in the FrozenLinear layers of a module, itself included."""
+    return sum(layer.count_weights() for layer in module.modules() if isinstance(layer, FrozenLinear))

@@ -4,7 +4,6 @@ A tokenizer that would give other token ids in llama.cpp is an error, because th
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import gguf
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError, UserError
 from huarizo.results.chat_template import chat_template, leading_space, space_everywhere
+from huarizo.results.pre_tokenizers import pre_tokenizer
 
 SENTENCEPIECE = "llama"  # as llama.cpp calls it, whatever the model
 
@@ -30,12 +30,11 @@ class Vocabulary:
     merges: list[str] | None
 
 
-def read_vocabulary(folder: Path, tokenizer: Any, size: int, splits: Mapping[str, str]) -> Vocabulary:
+def read_vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
     """Read a model's tokenizer, SentencePiece or byte-level BPE, padded to the embedding's rows.
 
     folder: the model's, for messages.
     size: rows of the embedding.
-    splits: patterns that split a text before BPE -> llama.cpp's names for them.
 
     Raises:
         ModelError: another kind of tokenizer, or a pre-tokenizer that llama.cpp does not have.
@@ -49,6 +48,8 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int, splits: Mapping[str
         raise ModelError(f"{folder}: llama.cpp would split a text with {odd[0]!r} differently (lstrip, rstrip)")
     ids = {number: text for text, number in model["vocab"].items()} | {n: t["content"] for n, t in added.items()}
     is_sentencepiece = bool(model.get("byte_fallback"))
+    if is_sentencepiece:
+        _check_sentencepiece(folder, spec)
     tokens, types = [], []
     for number in range(size):
         text = ids.get(number, f"[PAD{number}]")
@@ -59,7 +60,20 @@ def read_vocabulary(folder: Path, tokenizer: Any, size: int, splits: Mapping[str
         ranks = {merge.replace(" ", ""): float(-rank) for rank, merge in reversed(list(enumerate(merges)))}
         scores = [ranks.get(token.decode("utf-8"), float(-len(merges) - 1)) for token in tokens]
         return Vocabulary(SENTENCEPIECE, "default", tokens, types, scores, None)
-    return Vocabulary("gpt2", _pre_tokenizer(folder, spec, splits), tokens, types, None, merges)
+    return Vocabulary("gpt2", pre_tokenizer(folder, spec), tokens, types, None, merges)
+
+
+def _check_sentencepiece(folder: Path, spec: dict[str, Any]) -> None:
+    """llama.cpp writes spaces as ▁, with or without one in front, and does nothing else to a text."""
+    normalizer, pre = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer]), *pre.get("pretokenizers", [pre])]
+    spaces = {"String": " "}
+    for step in steps:
+        kind = step.get("type")
+        as_spaces = kind == "Replace" and step["pattern"] == spaces and step["content"] == "▁"
+        at_spaces = kind == "Split" and step["pattern"] == spaces  # where none are left
+        if not (kind in (None, "Prepend", "Metaspace") or as_spaces or at_spaces):
+            raise ModelError(f"{folder}: this tokenizer rewrites texts ({kind}), which llama.cpp does not")
 
 
 def _type(number: int, text: str, added: dict[int, Any], is_sentencepiece: bool, model: Any, known: bool) -> int:
@@ -72,22 +86,6 @@ def _type(number: int, text: str, added: dict[int, Any], is_sentencepiece: bool,
     if is_sentencepiece and len(text) == 6 and text.startswith("<0x"):
         return gguf.TokenType.BYTE
     return gguf.TokenType.NORMAL
-
-
-def _pre_tokenizer(folder: Path, spec: dict[str, Any], splits: Mapping[str, str]) -> str:
-    """llama.cpp's name for the way the tokenizer splits a text before BPE."""
-    pre = spec.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    kinds = [step.get("type") for step in steps]
-    if spec.get("normalizer") or any(step.get("add_prefix_space") for step in steps):
-        raise ModelError(f"{folder}: this tokenizer rewrites texts before it splits them, which llama.cpp does not")
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and (name := splits.get(steps[0].get("pattern", {}).get("Regex"))):
-        return name
-    raise ModelError(f"{folder}: llama.cpp has no known name for this tokenizer's pre-tokenizer ({kinds})")
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, encoder: Encoder) -> None:

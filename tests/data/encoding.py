@@ -50,6 +50,14 @@ TEMPLATES = {
     "qwq": chatml(AFTER, begun="<think>\\n"),
     # another end once the conversation goes on
     "gpt-oss": chatml("('<|im_start|>final\\n' if true else '') + m['content']", end="('</s>' if loop.last else '<|im_end|>')"),
+    # the assistant has another name, and every content is trimmed
+    "gemma": "{{ bos_token }}" + LOOP + "{{ '<|im_start|>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' "
+    "+ m['content'] | trim + '<|im_end|>\\n' }}" + DONE + NEXT + "{{ '<|im_start|>model\\n' }}" + END,
+    # a system text with the date before everything, and a `generation` block that begins before the answer
+    "smollm3": "{{ '<|im_start|>system\\nToday Date: ' + strftime_now('%d %B %Y') + '<|im_end|>\\n' }}" + LOOP + ASSISTANT
+    + "{% generation %}{{ '<|im_start|>assistant\\n' + m['content'].lstrip('\\n') + '<|im_end|>\\n' }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}" + END + DONE
+    + NEXT + "{{ '<|im_start|>assistant\\n' }}" + END,
     # nothing ends an answer
     "glm": chatml("'<think></think>\\n' + m['content']", end="'\\n'"),
     "generation": chatml("''", "{{ 'note: ' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"

@@ -13,7 +13,7 @@ from huarizo.data.rows import Exchange, Row
 from huarizo.data.tokens import Example
 from huarizo.errors import MachineError
 from huarizo.inference.generate import open_assistant
-from huarizo.model.architectures.llama import LLAMA
+from huarizo.model.architectures.registry import ARCHITECTURES
 from huarizo.results import statistics as losses
 from huarizo.results.statistics import Losses, Mean, mean_loss, measure, student_t975
 from tests.results.make import make_tuned
@@ -57,7 +57,7 @@ def test_a_model_that_is_not_known_to_pack_is_measured_on_padded_rows(
     examples = [example for example in tuned.encoder.encode(ROWS) if example]
     monkeypatch.setattr(losses, "BATCH_TOKENS", 400)
     expected = measure(open_assistant(tuned, "fp32"), examples)
-    unknown = dataclasses.replace(LLAMA, packs=False)
+    unknown = dataclasses.replace(ARCHITECTURES["llama"], packs=False)
     monkeypatch.setattr("huarizo.model.architectures.registry.ARCHITECTURES", {"llama": unknown})
     assistant = open_assistant(tuned, "fp32")
     assert assistant.model.config._attn_implementation == "sdpa"

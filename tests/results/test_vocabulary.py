@@ -14,11 +14,11 @@ from huarizo.data.prompts import OpenExchange
 from huarizo.data.rows import Exchange
 from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError
-from huarizo.model.architectures.llama import LLAMA3_SPLIT
 from huarizo.results.chat_template import leading_space
 from huarizo.results.gguf import export_gguf
+from huarizo.results.pre_tokenizers import LLAMA3
 from huarizo.results.verify import PROMPTS, LlamaCpp, compare_with_transformers
-from tests.results.make import make_tuned, trained_tokenizer
+from tests.results.make import gemma_tokenizer, make_tuned, trained_tokenizer
 from tests.tiny import CHATML
 
 LLAMA2 = (
@@ -89,6 +89,26 @@ def test_sentencepiece_with_plain_prompts(
     assert compare_with_transformers(tuned, tmp_path / "model.gguf").agrees("f16")
 
 
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("prompt", ["chat", "alpaca"])
+def test_gemmas_tokenizer(tmp_path: Path, prompt: str) -> None:
+    tuned = make_tuned(
+        tmp_path, gemma_tokenizer(GEMMA), prompt=prompt, model_type="gemma3_text", head_dim=32,
+        query_pre_attn_scalar=32, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    assert tuned.encoder.adds_bos
+    other = cut_alike(tuned, tmp_path)
+    for text in ("a  b   c", "x\n\n\ny", "▁▁ ▁", "<pad>", "é\u0301🦙"):
+        ids = tuned.encoder.tokenizer.encode(text)
+        assert other.tokens(text, add_special=True) == ids, text
+    assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.model"].contents() == "llama"
+
+
 @pytest.mark.parametrize("prompt", ["chat", "alpaca"])
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe"])
 def test_byte_level_bpe(tmp_path: Path, kind: str, prompt: str) -> None:
@@ -97,7 +117,7 @@ def test_byte_level_bpe(tmp_path: Path, kind: str, prompt: str) -> None:
         "gpt-2": [],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
         "llama-bpe": [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ],
     }[kind]
@@ -132,7 +152,7 @@ def strips(tokenizer: Any) -> None:
 
 
 def splits_otherwise(tokenizer: Any) -> None:
-    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT + "|x"), "isolated")
+    split = pre_tokenizers.Split(Regex(LLAMA3 + "|x"), "isolated")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

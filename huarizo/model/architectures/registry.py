@@ -10,31 +10,32 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from huarizo.model.architectures import gguf_layouts as layouts
 from huarizo.model.architectures.architecture import Architecture, LogitFields
-from huarizo.model.architectures.llama import LLAMA
 
 CAPPED = LogitFields(capped_at="final_logit_softcapping")
 DIVIDED = LogitFields(divided_by="logits_scaling")
 SCALED = LogitFields(multiplied_by="logit_scale")
 
 ROWS = (
-    LLAMA,
-    Architecture(model_type="cohere", packs=True, logits=SCALED),
-    Architecture(model_type="cohere2", packs=True, logits=SCALED),
-    Architecture(model_type="gemma", packs=True),
-    Architecture(model_type="gemma2", packs=True, logits=CAPPED),
-    Architecture(model_type="gemma3_text", packs=True, logits=CAPPED),
-    Architecture(model_type="glm4", packs=True),
-    Architecture(model_type="gpt2", packs=True),
-    Architecture(model_type="gpt_neox", packs=True),
-    Architecture(model_type="granite", packs=True, logits=DIVIDED),
-    Architecture(model_type="mistral", packs=True),
-    Architecture(model_type="olmo2", packs=True),
-    Architecture(model_type="olmo3", packs=True),
-    Architecture(model_type="phi3", packs=True),
-    Architecture(model_type="qwen2", packs=True),
-    Architecture(model_type="qwen3", packs=True),
-    Architecture(model_type="smollm3", packs=True),
+    Architecture(model_type="llama", packs=True, gguf=layouts.LLAMA),
+    Architecture(model_type="cohere", packs=True, logits=SCALED, gguf=layouts.COHERE),
+    Architecture(model_type="cohere2", packs=True, logits=SCALED, gguf=layouts.COHERE2),
+    Architecture(model_type="gemma", packs=True, gguf=layouts.GEMMA),
+    Architecture(model_type="gemma2", packs=True, logits=CAPPED, gguf=layouts.GEMMA2),
+    Architecture(model_type="gemma3_text", packs=True, logits=CAPPED, gguf=layouts.GEMMA3),
+    Architecture(model_type="glm4", packs=True, gguf=layouts.GLM4),
+    Architecture(model_type="gpt2", packs=True, gguf=layouts.GPT2),
+    Architecture(model_type="gpt_neox", packs=True, gguf=layouts.GPT_NEOX),
+    Architecture(model_type="granite", packs=True, logits=DIVIDED, gguf=layouts.GRANITE),
+    Architecture(model_type="mistral", packs=True, gguf=layouts.LLAMA),
+    Architecture(model_type="olmo2", packs=True, gguf=layouts.OLMO2),
+    Architecture(model_type="olmo3", packs=True, gguf=layouts.OLMO2),
+    Architecture(model_type="phi3", packs=True, gguf=layouts.PHI3),
+    Architecture(model_type="qwen2", packs=True, gguf=layouts.QWEN2),
+    Architecture(model_type="qwen3", packs=True, gguf=layouts.QWEN3),
+    Architecture(model_type="smollm3", packs=True, gguf=layouts.SMOLLM3),
+    Architecture(model_type="stablelm", packs=False, gguf=layouts.STABLELM),
     Architecture(model_type="beam", packs=False, logits=CAPPED),
     Architecture(model_type="cohere2_moe", packs=False, logits=SCALED),
     Architecture(model_type="cohere_compass_text", packs=False, logits=SCALED),
