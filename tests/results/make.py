@@ -18,15 +18,21 @@ from huarizo.results.verify import PROMPTS
 from tests.tiny import CHATML, SPECIALS, make_model, make_tokenizer
 
 
-def trained_tokenizer() -> Any:
-    """A byte-level BPE of 400 tokens that was trained on a few texts."""
+def trained_tokenizer(texts: Sequence[str] = (), steps: Sequence[Any] = ()) -> Any:
+    """A byte-level BPE of 400 tokens that was trained on a few texts.
+
+    texts: others to train it on, as they are, so that tokens reach over everything that `steps` splits."""
     backend = make_tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=1200 if texts else 400, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     fresh = Tokenizer(models.BPE())
     fresh.pre_tokenizer, fresh.decoder = backend.pre_tokenizer, backend.decoder
-    fresh.train_from_iterator([prompt * 3 for prompt in PROMPTS], trainer)
+    if texts:
+        fresh.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fresh.train_from_iterator([text * 3 for text in texts or PROMPTS], trainer)
+    if texts:
+        fresh.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
     return PreTrainedTokenizerFast(
         tokenizer_object=fresh, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )
