@@ -52,7 +52,9 @@ class Settings:
             self._check_rope()
 
     def _get(self, name: str, default: Any = None) -> Any:
-        return getattr(self.config, name, default)
+        """A field that this type of model has; config.json may hold others, which Transformers passes over."""
+        kind = type(self.config)
+        return getattr(self.config, name) if hasattr(kind, name) or name in kind.attribute_map else default
 
     def _refused(self, problem: str) -> ModelError:
         return ModelError(
@@ -135,7 +137,7 @@ class Settings:
         if self.layout.ropes:
             writer.add_rope_dimension_count(self.rotated)
         for key, name in self.layout.numbers.items():
-            value, key = getattr(config, name), f"{self.layout.name}.{key}"
+            value, key = self._get(name), f"{self.layout.name}.{key}"
             if isinstance(value, bool):
                 writer.add_bool(key, value)
             elif value is not None:
