@@ -65,7 +65,7 @@ GRANITE = GgufLayout(
 QWEN2 = GgufLayout(name="qwen2", numbers=RMS, ropes=YARN)
 QWEN3 = GgufLayout(name="qwen3", numbers=RMS, ropes=YARN, fixed={"attention_bias": (False,)})
 OLMO2 = GgufLayout(name="olmo2", numbers=RMS, ropes=YARN, windows=True, head="own", fixed={"attention_bias": (False,)})
-PHI3 = GgufLayout(name="phi3", numbers=RMS, ropes=("default", "longrope"), partial_rope=True)
+PHI3 = GgufLayout(name="phi3", numbers=RMS, ropes=("default",), partial_rope=True)
 GEMMA = GgufLayout(
     name="gemma",
     numbers=RMS,
