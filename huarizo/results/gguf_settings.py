@@ -111,7 +111,7 @@ class Settings:
         rope, local = self._rope(), self._rope(LOCAL)
         kinds = self.layout.ropes
         if rope["rope_type"] not in kinds:
-            names = ", ".join(kinds[:-1]) + f" and {kinds[-1]}" if len(kinds) > 1 else kinds[0]
+            names = " and ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
             raise ModelError(f"rope scaling {rope['rope_type']!r} can't be written as GGUF here: {names} can")
         if rope["rope_type"] == "yarn":
             self._check_yarn(rope)

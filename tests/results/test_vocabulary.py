@@ -74,7 +74,7 @@ def test_sentencepiece_with_any_chat_template(
     tmp_path: Path, tinyllama_tokenizer: Any, options: dict[str, Any]
 ) -> None:
     tokenizer = sentencepiece(tinyllama_tokenizer, **options)
-    sizes = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
     tuned = make_tuned(tmp_path, tokenizer, prompt="chat", **sizes)
     cut_alike(tuned, tmp_path)
     assert compare_with_transformers(tuned, tmp_path / "model.gguf").agrees("f16")
@@ -85,7 +85,7 @@ def test_sentencepiece_with_any_chat_template(
 def test_sentencepiece_with_plain_prompts(
     tmp_path: Path, tinyllama_tokenizer: Any, prompt: str, options: dict[str, Any]
 ) -> None:
-    sizes = {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2}
+    sizes: dict[str, Any] = {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2}
     tuned = make_tuned(tmp_path, sentencepiece(tinyllama_tokenizer, **options), prompt=prompt, **sizes)
     cut_alike(tuned, tmp_path)
     assert compare_with_transformers(tuned, tmp_path / "model.gguf").agrees("f16")

@@ -89,7 +89,7 @@ GEMMA3 = dataclasses.replace(
     GEMMA,
     name="gemma3",
     numbers=RMS | {"final_logit_softcapping": "final_logit_softcapping"},
-    fixed=GEMMA.fixed | {"attn_logit_softcapping": (None,)},
+    fixed={**GEMMA.fixed, "attn_logit_softcapping": (None,)},
     check=_gemma3,
     local_theta=True,
     windows=True,
