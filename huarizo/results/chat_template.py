@@ -27,12 +27,15 @@ class Turns:
     """The constant texts of a prompt format, without a BOS that the tokenizer adds.
 
     head: before the first question if there is no system text. system: before and after the system text; None if the
-    format has no place for one. asked: after a question. answered: after an answer, up to the next question.
+    format has no place for one in front of the first question. asked: after a question. begun: before an answer
+    that stands in the conversation, where the prompt for a new one ends earlier. answered: after an answer, up to the
+    next question.
     """
 
     head: str
     system: tuple[str, str] | None
     asked: str
+    begun: str
     answered: str
 
 
@@ -44,10 +47,12 @@ def turns_of(encoder: Encoder) -> Turns:
     """
     plain = _between(encoder, "", SENTINELS)
     with_system = _with_system(encoder)
-    head, asked, answered, *_ = plain
-    if any(parts and parts[-5:] != [asked, answered, asked, answered, asked] for parts in (plain, with_system)):
+    head, told, answered, _, _, asked = plain
+    alike = [told, answered, told, answered, asked]
+    if any(parts and parts[-5:] != alike for parts in (plain, with_system)) or not told.startswith(asked):
         raise ModelError("it writes later turns differently from the first")
-    return Turns(head, (with_system[0], with_system[1]) if with_system else None, asked, answered)
+    system = (with_system[0], with_system[1]) if with_system else None
+    return Turns(head, system, asked, told.removeprefix(asked), answered)
 
 
 def rendered(encoder: Encoder, system: str, turns: Sequence[Turn]) -> str:
@@ -75,11 +80,14 @@ def _between(encoder: Encoder, system: str, sentinels: Sequence[str]) -> list[st
 
 
 def _with_system(encoder: Encoder) -> list[str]:
-    """The texts around a system text and all that follows; [] if the format rejects or drops a system text."""
+    """The texts around a system text and all that follows; [] if the format rejects it, drops it, or writes it behind
+    the first question."""
     try:
-        if rendered(encoder, SYSTEM, TURNS) == rendered(encoder, "", TURNS):
-            return []
+        text = rendered(encoder, SYSTEM, TURNS)
     except DataError:
+        return []
+    before = text.partition(FIRST)[0]
+    if text == rendered(encoder, "", TURNS) or (SYSTEM in text and SYSTEM not in before):
         return []
     return _between(encoder, SYSTEM, [SYSTEM, *SENTINELS])
 
@@ -97,6 +105,7 @@ def chat_template(encoder: Encoder, lead: str = "") -> str | None:
         return None
     stop = encoder.prompt.stop if turns.answered.startswith(encoder.prompt.stop) else ""
     head, asked = _literal(lead + turns.head), _literal(turns.asked)
+    begun = f"{_literal(turns.begun)} + " if turns.begun else ""
     next_one = _literal(turns.answered.removeprefix(stop))
     if turns.system is None:
         opening = f"{{{{- {head} }}}}"
@@ -110,7 +119,7 @@ def chat_template(encoder: Encoder, lead: str = "") -> str | None:
         f"{opening}{{%- set ns = namespace(begun=false) %}}{{%- for message in messages %}}"
         f"{{%- if message['role'] == 'user' %}}{{%- if ns.begun %}}{{{{- {next_one} }}}}{{%- endif %}}"
         f"{{{{- message['content'] + {asked} }}}}{{%- set ns.begun = true %}}"
-        f"{{%- elif message['role'] == 'assistant' %}}{{{{- message['content'] + {_literal(stop)} }}}}"
+        f"{{%- elif message['role'] == 'assistant' %}}{{{{- {begun}message['content'] + {_literal(stop)} }}}}"
         "{%- endif %}{%- endfor %}"
     )
 

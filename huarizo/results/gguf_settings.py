@@ -4,6 +4,7 @@ llama.cpp computes an architecture in one way. A configuration that asks for ano
 field, before anything is written.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from huarizo.model.architectures.architecture import GgufLayout
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """Types of layers, with a window and without."""
+YARN = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
+"""The values of YaRN's fields that llama.cpp computes with."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ class Settings:
             self._check_rope()
 
     def _get(self, name: str, default: Any = None) -> Any:
-        return getattr(self.config, name, default)
+        """A field that this type of model has; config.json may hold others, which Transformers passes over."""
+        kind = type(self.config)
+        return getattr(self.config, name) if hasattr(kind, name) or name in kind.attribute_map else default
 
     def _refused(self, problem: str) -> ModelError:
         return ModelError(
@@ -106,8 +111,10 @@ class Settings:
         rope, local = self._rope(), self._rope(LOCAL)
         kinds = self.layout.ropes
         if rope["rope_type"] not in kinds:
-            names = ", ".join(kinds[:-1]) + f" and {kinds[-1]}" if len(kinds) > 1 else kinds[0]
+            names = " and ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
             raise ModelError(f"rope scaling {rope['rope_type']!r} can't be written as GGUF here: {names} can")
+        if rope["rope_type"] == "yarn":
+            self._check_yarn(rope)
         if not self.layout.partial_rope and rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise self._refused("partial_rotary_factor is not 1")
         if LOCAL not in (self._get("rope_parameters") or {}) or self.window is None:
@@ -118,6 +125,15 @@ class Settings:
             )
         if not self.layout.local_theta and local["rope_theta"] != rope["rope_theta"]:
             raise self._refused(f"rope_parameters.{LOCAL}.rope_theta is not that of the other layers")
+
+    def _check_yarn(self, rope: dict[str, Any]) -> None:
+        attention = rope.get("attention_factor")
+        computed = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+        if attention is not None and not math.isclose(attention, computed, rel_tol=1e-5):
+            raise self._refused(f"rope_parameters.attention_factor is {attention:g}, and llama.cpp's is {computed:g}")
+        for name, value in YARN.items():
+            if rope.get(name) not in (None, value):
+                raise self._refused(f"rope_parameters.{name} is {rope[name]}, and llama.cpp's is {value}")
 
     def write(self, writer: gguf.GGUFWriter) -> None:
         """Write the settings, but for those of rope."""
@@ -135,7 +151,7 @@ class Settings:
         if self.layout.ropes:
             writer.add_rope_dimension_count(self.rotated)
         for key, name in self.layout.numbers.items():
-            value, key = getattr(config, name), f"{self.layout.name}.{key}"
+            value, key = self._get(name), f"{self.layout.name}.{key}"
             if isinstance(value, bool):
                 writer.add_bool(key, value)
             elif value is not None:
@@ -161,6 +177,10 @@ class Settings:
         if kind == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])
+        if kind == "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or self.positions)
         return {"rope_freqs.weight": self._llama3_factors(rope)} if kind == "llama3" else {}
 
     def _llama3_factors(self, rope: dict[str, Any]) -> np.ndarray:

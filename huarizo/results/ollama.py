@@ -77,7 +77,8 @@ def _template(turns: Turns, lead: str) -> str:
         f"{{{{ $begun := false }}}}{opening}{{{{ range .Messages }}}}"
         f'{{{{ if eq .Role "user" }}}}{{{{ if $begun }}}}{_static(turns.answered)}{{{{ end }}}}'
         f"{{{{ .Content }}}}{_static(turns.asked)}{{{{ $begun = true }}}}"
-        '{{ else if eq .Role "assistant" }}{{ if $begun }}{{ .Content }}{{ end }}{{ end }}{{ end }}'
+        '{{ else if eq .Role "assistant" }}{{ if $begun }}'
+        f"{_static(turns.begun)}{{{{ .Content }}}}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}"
     )
 
 
@@ -104,7 +105,7 @@ def _notes(encoder: Encoder, turns: Turns) -> list[str]:
     if padded not in rendered(encoder, "", [OpenExchange(padded)]):
         notes.append("The model's chat template strips white space around messages; Ollama does not.")
     if turns.system is None:
-        notes.append("The model's chat template has no place for a system text; Ollama leaves it out too.")
+        notes.append("The model's chat template has no place for a system text before the questions; it is left out.")
     if encoder.prompt.name == "chat" and "strftime_now" in str(encoder.tokenizer.chat_template):
         notes.append("The model's chat template writes today's date; here it is the date of the export.")
     return notes

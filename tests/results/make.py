@@ -18,15 +18,21 @@ from huarizo.results.verify import PROMPTS
 from tests.tiny import CHATML, SPECIALS, make_model, make_tokenizer
 
 
-def trained_tokenizer() -> Any:
-    """A byte-level BPE of 400 tokens that was trained on a few texts."""
+def trained_tokenizer(texts: Sequence[str] = (), steps: Sequence[Any] = ()) -> Any:
+    """A byte-level BPE of 400 tokens that was trained on a few texts.
+
+    texts: others to train it on, as they are, so that tokens reach over everything that `steps` splits."""
     backend = make_tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=1200 if texts else 400, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     fresh = Tokenizer(models.BPE())
     fresh.pre_tokenizer, fresh.decoder = backend.pre_tokenizer, backend.decoder
-    fresh.train_from_iterator([prompt * 3 for prompt in PROMPTS], trainer)
+    if texts:
+        fresh.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fresh.train_from_iterator([text * 3 for text in texts or PROMPTS], trainer)
+    if texts:
+        fresh.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
     return PreTrainedTokenizerFast(
         tokenizer_object=fresh, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )
@@ -41,13 +47,13 @@ def gemma_tokenizer(template: str | None = CHATML) -> Any:
     pieces = [piece for piece, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
     names = list(dict.fromkeys([*first, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]))
     vocabulary = {name: number for number, name in enumerate(names)}
-    merges = [
+    merges: Any = [
         (piece[:cut], piece[cut:])
         for piece in ["▁▁", *pieces]
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    made = GemmaTokenizer(vocab=vocabulary, merges=merges, eos_token="</s>", mask_token="<pad>")
+    made: Any = GemmaTokenizer(vocab=vocabulary, merges=merges, eos_token="</s>", mask_token="<pad>")
     special = [AddedToken(token, special=True, normalized=False) for token in SPECIALS[:2]]
     made.add_tokens([*special, AddedToken("\n\n", normalized=False), AddedToken("▁▁", normalized=False)])
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -60,7 +66,7 @@ def gemma_tokenizer(template: str | None = CHATML) -> Any:
 def make_other(model_type: str, **config: Any) -> Any:
     """A small model of another type with random weights; norms and biases are random too."""
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 1,
         "pad_token_id": 1,

@@ -1,6 +1,8 @@
 """Texts have the same token ids in llama.cpp as in Transformers, whatever the tokenizer and the prompt format."""
 
 import json
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from huarizo.data.tokens import Encoder
 from huarizo.errors import ModelError
 from huarizo.results.chat_template import leading_space
 from huarizo.results.gguf import export_gguf
-from huarizo.results.pre_tokenizers import LLAMA3
+from huarizo.results.pre_tokenizers import GPT4O, LLAMA3, QWEN2, TEKKEN
 from huarizo.results.verify import PROMPTS, LlamaCpp, compare_with_transformers
 from tests.results.make import gemma_tokenizer, make_tuned, trained_tokenizer
 from tests.tiny import CHATML
@@ -28,10 +30,10 @@ LLAMA2 = (
 TEXTS = [*PROMPTS, "Don't (stop) 12345 me, 9 8!\r\n\n  A\tb   c\u00e9  e\u0301 \u3000x", "  led by blanks", "안녕 🦙🦙"]
 
 
-def cut_alike(tuned: Any, folder: Path) -> LlamaCpp:
+def cut_alike(tuned: Any, folder: Path, texts: Sequence[str] = TEXTS) -> LlamaCpp:
     """Conversations of one and two turns, written by the file's own chat template, have the ids of the training."""
     other, encoder = LlamaCpp(export_gguf(tuned, folder / "model.gguf", "f16"), context=4096), tuned.encoder
-    for text in TEXTS:
+    for text in texts:
         text = text if encoder.prompt.name == "chat" else text.strip()
         told = [Exchange("Hi there", "", "저는 후아리조입니다 🦙.\nTwo lines."), OpenExchange(text)]
         for turns in ([OpenExchange(text)], told):
@@ -72,7 +74,7 @@ def test_sentencepiece_with_any_chat_template(
     tmp_path: Path, tinyllama_tokenizer: Any, options: dict[str, Any]
 ) -> None:
     tokenizer = sentencepiece(tinyllama_tokenizer, **options)
-    sizes = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
     tuned = make_tuned(tmp_path, tokenizer, prompt="chat", **sizes)
     cut_alike(tuned, tmp_path)
     assert compare_with_transformers(tuned, tmp_path / "model.gguf").agrees("f16")
@@ -83,7 +85,7 @@ def test_sentencepiece_with_any_chat_template(
 def test_sentencepiece_with_plain_prompts(
     tmp_path: Path, tinyllama_tokenizer: Any, prompt: str, options: dict[str, Any]
 ) -> None:
-    sizes = {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2}
+    sizes: dict[str, Any] = {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2}
     tuned = make_tuned(tmp_path, sentencepiece(tinyllama_tokenizer, **options), prompt=prompt, **sizes)
     cut_alike(tuned, tmp_path)
     assert compare_with_transformers(tuned, tmp_path / "model.gguf").agrees("f16")
@@ -109,23 +111,53 @@ def test_gemmas_tokenizer(tmp_path: Path, prompt: str) -> None:
     assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.model"].contents() == "llama"
 
 
+def split_by(pattern: str, removed: bool = False) -> list[Any]:
+    split = pre_tokenizers.Split(Regex(pattern), "removed" if removed else "isolated", invert=removed)
+    return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+STEPS: dict[str, list[Any]] = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": split_by(LLAMA3),
+    "llama-bpe removed": split_by(LLAMA3, removed=True),
+    "qwen2": split_by(QWEN2),
+    "tekken": split_by(TEKKEN),
+    "gpt-4o": split_by(GPT4O),
+}
+
+
+TRICKY = [
+    *TEXTS, "HelloWORLD helloWorld aBC ÉCOLE École été", "éÉ ǅa ʰx aÉ", "don't DON'T I'll I'LL it'S 'sa", "1234567 12 3.14 ٣٤٥ ½²",
+    "a/b\n/x//\n\r\n y", "x \n\n  \t z   ", "(x)[y]{z}==>!?...", "한국어ABC일본語かなカナ123", "e\u0301e\u0301 ñ",
+]  # fmt: skip
+
+
+ASCII_CASES = ("tekken", "gpt-4o")
+"""Where llama.cpp knows upper and lower case in ASCII alone, and splits before combining marks."""
+
+
 @pytest.mark.parametrize("prompt", ["chat", "alpaca"])
-@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe"])
+@pytest.mark.parametrize("kind", STEPS)
 def test_byte_level_bpe(tmp_path: Path, kind: str, prompt: str) -> None:
+    tuned = make_tuned(tmp_path, trained_tokenizer(TRICKY, STEPS[kind]), prompt=prompt)
+    texts = TRICKY
+    if kind in ASCII_CASES:
+        texts = [unicodedata.normalize("NFC", text) for text in TRICKY if "éÉ" not in text]
+    other, tokenizer = cut_alike(tuned, tmp_path, texts), tuned.encoder.tokenizer
+    for text in texts:
+        assert other.tokens(text) == tokenizer.encode(text, add_special_tokens=False), text
+    assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == kind.split()[0]
+
+
+def test_texts_that_are_normalised_already_are_cut_as_with_nfc(tmp_path: Path) -> None:
     tokenizer = trained_tokenizer()
-    steps = {
-        "gpt-2": [],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "llama-bpe": [
-            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ],
-    }[kind]
-    if steps:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tuned = make_tuned(tmp_path, tokenizer, prompt=prompt)
-    cut_alike(tuned, tmp_path)
-    assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == kind
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tuned = make_tuned(tmp_path, tokenizer)
+    other = LlamaCpp(export_gguf(tuned, tmp_path / "model.gguf", "f16"), context=4096)
+    for text in TEXTS:
+        text = unicodedata.normalize("NFC", text)
+        assert other.tokens(text, add_special=False) == tokenizer.encode(text), text
 
 
 def test_answers_end_at_the_templates_token_and_at_the_tokenizers(tmp_path: Path) -> None:
@@ -140,7 +172,7 @@ def test_answers_end_at_the_templates_token_and_at_the_tokenizers(tmp_path: Path
 
 
 def rewrites(tokenizer: Any) -> None:
-    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
 
 
 def puts_a_space_in_front(tokenizer: Any) -> None:

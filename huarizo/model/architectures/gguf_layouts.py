@@ -65,7 +65,7 @@ GRANITE = GgufLayout(
 QWEN2 = GgufLayout(name="qwen2", numbers=RMS, ropes=YARN)
 QWEN3 = GgufLayout(name="qwen3", numbers=RMS, ropes=YARN, fixed={"attention_bias": (False,)})
 OLMO2 = GgufLayout(name="olmo2", numbers=RMS, ropes=YARN, windows=True, head="own", fixed={"attention_bias": (False,)})
-PHI3 = GgufLayout(name="phi3", numbers=RMS, ropes=("default", "longrope"), partial_rope=True)
+PHI3 = GgufLayout(name="phi3", numbers=RMS, ropes=("default",), partial_rope=True)
 GEMMA = GgufLayout(
     name="gemma",
     numbers=RMS,
@@ -89,7 +89,7 @@ GEMMA3 = dataclasses.replace(
     GEMMA,
     name="gemma3",
     numbers=RMS | {"final_logit_softcapping": "final_logit_softcapping"},
-    fixed=GEMMA.fixed | {"attn_logit_softcapping": (None,)},
+    fixed={**GEMMA.fixed, "attn_logit_softcapping": (None,)},
     check=_gemma3,
     local_theta=True,
     windows=True,
