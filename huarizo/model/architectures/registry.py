@@ -26,6 +26,7 @@ ROWS = (
     Architecture(model_type="gemma3_text", packs=True, logits=CAPPED, gguf=layouts.GEMMA3),
     Architecture(model_type="glm4", packs=True, gguf=layouts.GLM4),
     Architecture(model_type="gpt2", packs=True, gguf=layouts.GPT2),
+    Architecture(model_type="gpt_oss", packs=True),
     Architecture(model_type="gpt_neox", packs=True, gguf=layouts.GPT_NEOX),
     Architecture(model_type="granite", packs=True, logits=DIVIDED, gguf=layouts.GRANITE),
     Architecture(model_type="mistral", packs=True, gguf=layouts.LLAMA),
