@@ -87,7 +87,7 @@ def backward(
         grads = torch.ops.aten._flash_attention_backward(
             grad.contiguous(), q, k, v, out, lse, *lengths, 0.0, True, *no_dropout, scale=scale, **_sides(window)
         )
-        return tuple(x.transpose(0, 1) for x in grads)  # pyright: ignore[reportReturnType]
+        return tuple(x.contiguous().transpose(0, 1) for x in grads)  # pyright: ignore[reportReturnType]
     q, k, v = _repeated(q, k, v)
     no_dropout = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     grad_q, *grads, _ = torch.ops.aten._efficient_attention_backward(
@@ -95,7 +95,7 @@ def backward(
         False, scale=scale, window_size=window or None,
     )  # fmt: skip
     grad_k, grad_v = (x[0].unflatten(1, (heads, groups)).sum(2) for x in grads)
-    return grad_q[0].transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1)
+    return grad_q[0].contiguous().transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1)
 
 
 def _by_token(x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _by_token(x: torch.Tensor) -> torch.Tensor:
 def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[1, T, H, D] each: key and value heads are repeated for the queries that share them."""
     groups = q.shape[0] // k.shape[0]
-    k, v = (_by_token(x)[:, :, None].expand(-1, -1, groups, -1).flatten(1, 2) for x in (k, v))
+    k, v = (_by_token(x).unsqueeze(2).expand(-1, -1, groups, -1).flatten(1, 2) for x in (k, v))
     return _by_token(q)[None], k[None], v[None]
 
 
