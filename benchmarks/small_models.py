@@ -16,8 +16,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from huarizo.data.packing import num_labels
+from huarizo.data.padding import pad
 from huarizo.data.tokens import IGNORED, Example
 from huarizo.model.batching import check_batching, losses_of, planned_batching, require_gradients
+from huarizo.model.frozen.load import load_quantised_base
 from huarizo.model.load import load_base, read_config
 from huarizo.model.lora import add_lora, check_lora
 from huarizo.model.targets import with_targets
@@ -208,16 +210,23 @@ def seeded(model: Any) -> Any:
     return model
 
 
-def trained(folder: Path, targets: list[str] | str | None = None) -> Trained:
+def trained(folder: Path, targets: list[str] | str | None = None, precision: str = "fp32") -> Trained:
     """Load a model folder, add LoRA and compute loss and gradients in fp32, all as a run does.
 
     targets: as `lora.target_modules`; by default what Huarizo takes for the model.
+    precision: of the base: fp32, or int8 for a model that doesn't pack, calibrated on EXAMPLES.
     """
     config = read_config(folder)
     lora = make_recipe(lora={"dropout": 0, **({} if targets is None else {"target_modules": targets})}).lora
     lora = with_targets(lora, config)
-    check_lora(folder, lora, "fp32")
-    model = seeded(add_lora(load_base(folder, torch.float32, torch.device("cpu")), lora, 1)).train()
+    check_lora(folder, lora, precision)
+    where = torch.float32, torch.device("cpu")
+    base = (
+        load_base(folder, *where)
+        if precision == "fp32"
+        else load_quantised_base(folder, precision, *where, pad(EXAMPLES))
+    )
+    model = seeded(add_lora(base, lora, 1)).train()
     checked = check_batching(model, planned_batching(config)[0], EXAMPLES)
     require_gradients(model, checked.batching, EXAMPLES)
     losses, total = losses_of(model.get_base_model(), checked.batching), 0.0

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from benchmarks.small_models import Trained, difference, save_small, small_config, stock, trained
 from huarizo.model.architectures.registry import ARCHITECTURES
+from huarizo.model.frozen.linear import FrozenLinear
 from huarizo.model.merge import MergedWeights
 
 DENSE = (
@@ -19,6 +20,9 @@ DENSE = (
 )  # fmt: skip
 EXPERTS = "deepseek_v3", "deepseek_v4", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"
 ALONE = ("doge",)
+INT8_COSINE = {"opt": 0.99, "nemotron": 0.99, "gemma4_text": 0.9}
+"""Where rounding shows more: past the corner of a ReLU a gradient is another one, and Gemma 4's scores are not scaled,
+so that with random weights its softmax takes one key or another."""
 
 
 @pytest.fixture(scope="module", params=(*DENSE, *EXPERTS, *ALONE))
@@ -46,6 +50,16 @@ def test_its_adapter_is_merged(case: tuple[str, Path, Trained], tmp_path: Path) 
     assert weights.changes
     for name in weights.changes:
         torch.testing.assert_close(weights[f"{name}.weight"], merged[f"{name}.weight"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_an_int8_base_is_close_to_the_float_one(kind: str, tmp_path: Path) -> None:
+    folder = save_small(small_config(kind), tmp_path / "model")
+    plain, int8 = trained(folder), trained(folder, precision="int8")
+    assert any(isinstance(module, FrozenLinear) for module in int8.model.modules())
+    assert int8.batching == "padded" and int8.loss == pytest.approx(plain.loss, rel=1e-2)
+    ours, exact = (torch.cat([g[name].flatten() for name in sorted(g)]) for g in (int8.gradients, plain.gradients))
+    assert torch.cosine_similarity(ours, exact, dim=0) > INT8_COSINE.get(kind, 0.998)
 
 
 def test_there_are_forty_types() -> None:
