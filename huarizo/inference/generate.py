@@ -125,7 +125,8 @@ def open_assistant(tuned: Tuned, precision: str = "auto", on: torch.device | Non
         raise UserError(f"--precision {precision}: answers and losses are computed in {', '.join(PRECISIONS)}")
     on = on or device()
     choice = _choice(tuned, precision, on)
-    logger.info("precision: %s, %s", choice.precision, choice.reason)
+    if precision in ("auto", "float"):
+        logger.info("precision: %s, %s", choice.precision, choice.reason)
     if choice.precision in STORAGES:
         assert tuned.run is not None
         peaks = read_peaks(tuned.run.calibration)
@@ -139,7 +140,7 @@ def open_assistant(tuned: Tuned, precision: str = "auto", on: torch.device | Non
 def _choice(tuned: Tuned, precision: str, on: torch.device) -> Choice:
     """The precision to answer in, and why."""
     if precision not in ("auto", "float"):
-        return replace(choose_precision(precision, on), reason="as asked for")
+        return choose_precision(precision, on)
     plan = read_plan(tuned.run.plan_file) if tuned.run else None
     trained = plan.choice.precision if plan else tuned.recipe.precision
     best, reason = float_precision(on), ""

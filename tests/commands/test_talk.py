@@ -55,7 +55,7 @@ def test_a_precision_for_the_answer(run: Path, tmp_path: Path, caplog: pytest.Lo
         done = call(*command, str(run), "--precision", "fp8", cwd=tmp_path, stdin="Hi")
         assert done.returncode == 2 and "--precision fp8: answers and losses are computed in auto, float" in done.stderr
     done = call("ask", str(run), "Hi", "--max-new-tokens", "1", "--precision", "bf16", cwd=tmp_path)
-    assert done.returncode == 0 and caplog.messages == ["precision: bf16, as asked for"], done.stderr
+    assert done.returncode == 0 and not caplog.messages, done.stderr
 
 
 def test_an_answer_as_json(run: Path, tmp_path: Path) -> None:

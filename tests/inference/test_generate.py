@@ -315,11 +315,11 @@ def test_the_precision_is_that_of_the_training(
         (elsewhere, "auto", "torch.bfloat16", "bf16, the fastest float format here"),
         (in_int8, "auto", "int8", "int8, as in training"),
         (in_int8, "float", "torch.bfloat16", "bf16, the fastest float format here"),
-        (in_int8, "fp32", "torch.float32", "fp32, as asked for"),
+        (in_int8, "fp32", "torch.float32", ""),
     ]
     for tuned, asked, stored, said in cases:
         assert stored_in(open_assistant(tuned, asked, CPU)) == stored
-        assert caplog.messages.pop() == f"precision: {said}"
+        assert caplog.messages == ([f"precision: {said}"] if said else [])
         caplog.clear()
     trained_in("fp32", elsewhere, tmp_path)
     for asked in ("auto", "float"):

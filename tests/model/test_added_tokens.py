@@ -135,7 +135,7 @@ def test_a_gguf_has_the_longer_vocabulary_and_no_adapter_alone(tmp_path: Path) -
     assert reader.get_field("llama.vocab_size").contents() == 262
     assert reader.get_field("tokenizer.ggml.tokens").contents()[260:] == NEW
     assert {t.name: list(t.shape) for t in reader.tensors}["token_embd.weight"] == [64, 262]
-    vocabulary = read_vocabulary(base, tuned.encoder.tokenizer, 262, {})
+    vocabulary = read_vocabulary(base, tuned.encoder.tokenizer, 262)
     assert vocabulary.types[260:] == [gguf.TokenType.USER_DEFINED] * 2
     with pytest.raises(ModelError, match="or added tokens"):
         export_adapter(tuned, tmp_path / "adapter.gguf")
