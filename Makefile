@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,\
   $(shell $(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(python))))
+TRITON := triton==3.6.0  # for the tests of its kernels, where torch doesn't bring its own, as builds for CUDA do
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:  ## list these targets
@@ -55,4 +56,5 @@ $(VENV)/train-ready: requirements.txt requirements-extras.txt pyproject.toml | $
 
 $(VENV)/dev-ready: requirements-dev.txt $(VENV)/train-ready
 	$(PIP) -r requirements-dev.txt
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(TRITON) || echo "no Triton: its tests are skipped"
 	@touch $@
