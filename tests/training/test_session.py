@@ -229,12 +229,8 @@ def test_where_packing_is_wrong_rows_are_padded_and_the_losses_are_right(
         assert step == same and loss == pytest.approx(right, rel=1e-5)
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_run_keeps_its_batching_and_resumes_to_the_bit(
-    recipe: Recipe, scaled_attention: Callable[[], None], elsewhere: bool, tmp_path: Path
-) -> None:
-    fine_tune(recipe, console=Console(quiet=True))
-    expected, recipe.output = weights_in(tmp_path / "run"), str(tmp_path / "stopped")
+def train_until_killed(recipe: Recipe) -> None:
+    """Train, and end in step 5 as a killed process does."""
 
     def killer(event: Event) -> None:
         if isinstance(event, Step) and event.step == 5:
@@ -242,6 +238,15 @@ def test_a_run_keeps_its_batching_and_resumes_to_the_bit(
 
     with pytest.raises(Killed):
         fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_keeps_its_batching_and_resumes_to_the_bit(
+    recipe: Recipe, scaled_attention: Callable[[], None], elsewhere: bool, tmp_path: Path
+) -> None:
+    fine_tune(recipe, console=Console(quiet=True))
+    expected, recipe.output = weights_in(tmp_path / "run"), str(tmp_path / "stopped")
+    train_until_killed(recipe)
     run, heard = Run(tmp_path / "stopped"), list[Event]()
     if elsewhere:
         run.plan_file.unlink()
@@ -270,13 +275,7 @@ def test_a_model_of_which_nothing_is_known_trains_on_padded_rows(
     heldout = [row["eval_loss"] for row in whole.metrics if "eval_loss" in row]
     assert heldout[-1] < heldout[0]
     recipe.output, stopped = str(tmp_path / "stopped"), Run(tmp_path / "stopped")
-
-    def killer(event: Event) -> None:
-        if isinstance(event, Step) and event.step == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
+    train_until_killed(recipe)
     resume(stopped, Console(quiet=True))
     assert weights_in(stopped.path) == weights_in(tmp_path / "run")
 
@@ -305,13 +304,7 @@ def test_windows_and_caps_resume_to_the_bit_on_packed_rows(recipe: Recipe, tmp_p
     fine_tune(recipe, console=Console(quiet=True))
     assert Plan.from_json(Run(tmp_path / "run").plan_file.read_text()).batching == "packed"
     recipe.output, stopped = str(tmp_path / "stopped"), Run(tmp_path / "stopped")
-
-    def killer(event: Event) -> None:
-        if isinstance(event, Step) and event.step == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fine_tune(recipe, console=Console(quiet=True), listeners=[killer])
+    train_until_killed(recipe)
     resume(stopped, Console(quiet=True))
     assert weights_in(stopped.path) == weights_in(tmp_path / "run")
 
