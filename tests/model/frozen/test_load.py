@@ -131,16 +131,20 @@ def test_a_model_of_which_nothing_is_known_is_calibrated_on_padded_rows(
 
 def test_padding_has_no_say_in_the_peaks(tmp_path: Path) -> None:
     model, config = OPT
-    model(config).save_pretrained(tmp_path)
+    odd: Any = model(config)
+    with torch.no_grad():
+        odd.get_input_embeddings().weight[0] = 100 * torch.eye(config.hidden_size)[0]  # of padding: one channel alone
+    odd.save_pretrained(tmp_path)
     batch = padded((20, 5))
+    assert not (batch.input_ids == 0)[batch.attention_mask.bool()].any()
     alone = load_quantised_base(
         tmp_path, "int8", torch.float32, CPU, pad([Example(batch.input_ids[1, :5].tolist(), [0] * 5)])
     )
     first = load_quantised_base(tmp_path, "int8", torch.float32, CPU, padded((20,)))
     both = [peaks_of(base) for base in (load_quantised_base(tmp_path, "int8", torch.float32, CPU, batch), alone, first)]
-    for paths, peaks in both[0].items():
-        if "layers.0.self_attn.q_proj" in paths[0]:
-            torch.testing.assert_close(peaks, torch.maximum(both[1][paths], both[2][paths]))
+    of_first_layer = next(paths for paths in both[0] if any("layers.0.self_attn.q_proj" in path for path in paths))
+    peaks, *apart = (found[of_first_layer] for found in both)
+    torch.testing.assert_close(peaks, torch.maximum(*apart))
 
 
 def test_linears_whose_weight_the_model_reads_itself_stay_in_floats(tmp_path: Path) -> None:
